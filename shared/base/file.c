@@ -1,0 +1,261 @@
+#include "shared/base/file.h"
+
+#include "shared/base/buf.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define READ_STEP_BYTES   65536
+#define TEMP_TRIES        100
+#define TEMP_SUFFIX_BYTES 48
+
+static sh_status fail_errno(sh_error *err, int reason, const char *verb, const char *path)
+{
+    sh_status code = SH_ERR_IO;
+    if (reason == ENOENT || reason == ENOTDIR)
+        code = SH_ERR_NOT_FOUND;
+    else if (reason == ENOSPC || reason == EDQUOT)
+        code = SH_ERR_FULL;
+    else if (reason == EEXIST)
+        code = SH_ERR_EXISTS;
+    else if (reason == ENOMEM)
+        code = SH_ERR_NO_MEMORY;
+    else if (reason == ENAMETOOLONG)
+        code = SH_ERR_LIMIT;
+    return sh_fail(err, code, "cannot %s '%s': %s", verb, path, strerror(reason));
+}
+
+static sh_status open_read(const char *path, int *fd, struct stat *info, sh_error *err)
+{
+    int opened = open(path, O_RDONLY | O_CLOEXEC);
+    if (opened < 0)
+        return fail_errno(err, errno, "open", path);
+    int reason = 0;
+    if (fstat(opened, info) != 0)
+        reason = errno;
+    else if (S_ISDIR(info->st_mode))
+        reason = EISDIR;
+    if (reason) {
+        close(opened);
+        return fail_errno(err, reason, "read", path);
+    }
+    *fd = opened;
+    return SH_OK;
+}
+
+/* Reads to the end of fd, which may be a pipe: the size hint is only that. */
+static sh_status read_all(int fd, const char *path, size_t hint, sh_buf *buf, sh_error *err)
+{
+    size_t step = hint;
+    for (;;) {
+        /* One byte over the limit tells "exactly full" from "more to come"; one is the final 0. */
+        size_t room = SH_MIN(step, buf->max - 1 - buf->len);
+        if (room == 0)
+            return sh_fail(err, SH_ERR_LIMIT, "'%s' is larger than %zu bytes", path, buf->max - 2);
+        uint8_t *end = sh_buf_reserve(buf, room + 1);
+        if (!end)
+            return sh_fail(err, SH_ERR_NO_MEMORY, "no memory to read '%s'", path);
+        ssize_t n = read(fd, end, room);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return fail_errno(err, errno, "read", path);
+        if (n == 0)
+            break;
+        buf->len += (size_t)n;
+        step = READ_STEP_BYTES;
+    }
+    buf->data[buf->len] = 0;
+    return SH_OK;
+}
+
+sh_status sh_file_read(const char *path, size_t max_bytes, uint8_t **out, size_t *n, sh_error *err)
+{
+    bool standard_input = strcmp(path, "-") == 0;
+    const char *name = standard_input ? "standard input" : path;
+    int fd = STDIN_FILENO;
+    struct stat info = {0};
+    if (!standard_input)
+        SH_TRY(open_read(path, &fd, &info, err));
+
+    max_bytes = SH_MIN(max_bytes, (size_t)PTRDIFF_MAX - 2);
+    sh_buf buf;
+    sh_buf_init(&buf, max_bytes + 2);
+    size_t hint = READ_STEP_BYTES;
+    sh_status status = SH_OK;
+    if (S_ISREG(info.st_mode) && info.st_size > 0) {
+        if ((uintmax_t)info.st_size > max_bytes)
+            SH_GOTO(sh_fail(err, SH_ERR_LIMIT, "'%s' has %jd bytes, more than %zu", name,
+                            (intmax_t)info.st_size, max_bytes));
+        hint = (size_t)info.st_size + 1; /* one more, so that the second read sees the end */
+    }
+    SH_GOTO(read_all(fd, name, hint, &buf, err));
+    *out = buf.data;
+    *n = buf.len;
+    buf.data = NULL;
+
+cleanup:
+    sh_buf_release(&buf);
+    if (!standard_input)
+        close(fd);
+    return status;
+}
+
+static int write_all(int fd, const uint8_t *bytes, size_t n)
+{
+    while (n > 0) {
+        ssize_t written = write(fd, bytes, n);
+        if (written < 0 && errno == EINTR)
+            continue;
+        if (written < 0)
+            return errno;
+        bytes += written;
+        n -= (size_t)written;
+    }
+    return 0;
+}
+
+/* Syncs the folder that holds path, so that a rename in it survives a power loss. */
+static int sync_folder(const char *path)
+{
+    char folder[SH_PATH_BYTES];
+    const char *slash = strrchr(path, '/');
+    size_t n = slash ? (size_t)(slash - path) : 0;
+    if (!slash)
+        snprintf(folder, sizeof folder, ".");
+    else if (n == 0)
+        snprintf(folder, sizeof folder, "/");
+    else
+        snprintf(folder, sizeof folder, "%.*s", (int)n, path);
+    int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return errno;
+    int reason = fsync(fd) != 0 ? errno : 0;
+    close(fd);
+    return reason == EINVAL ? 0 : reason; /* a file system without folder syncs */
+}
+
+static int open_temporary(const char *path, char *temp, size_t temp_bytes)
+{
+    static atomic_uint serial;
+    for (int i = 0; i < TEMP_TRIES; i++) {
+        snprintf(temp, temp_bytes, "%s.tmp-%ld-%u", path, (long)getpid(),
+                 atomic_fetch_add(&serial, 1));
+        int fd = open(temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        if (fd >= 0 || errno != EEXIST)
+            return fd;
+    }
+    return -1;
+}
+
+sh_status sh_file_write_atomic(const char *path, const void *bytes, size_t n, sh_error *err)
+{
+    if (strlen(path) >= SH_PATH_BYTES - TEMP_SUFFIX_BYTES)
+        return fail_errno(err, ENAMETOOLONG, "write", path);
+    char temp[SH_PATH_BYTES];
+    int fd = open_temporary(path, temp, sizeof temp);
+    if (fd < 0)
+        return fail_errno(err, errno, "write", path);
+
+    /* A file that was private stays private. */
+    struct stat info;
+    int reason = 0;
+    if (stat(path, &info) == 0 && fchmod(fd, info.st_mode & 0777) != 0)
+        reason = errno;
+    if (!reason)
+        reason = write_all(fd, bytes, n);
+    if (!reason && fsync(fd) != 0)
+        reason = errno;
+    if (close(fd) != 0 && !reason)
+        reason = errno;
+    if (!reason && rename(temp, path) != 0)
+        reason = errno;
+    if (reason) {
+        unlink(temp);
+        return fail_errno(err, reason, "write", path);
+    }
+    reason = sync_folder(path);
+    return reason ? fail_errno(err, reason, "sync the folder of", path) : SH_OK;
+}
+
+sh_status sh_map_open(const char *path, sh_map *out, sh_error *err)
+{
+    int fd = -1;
+    struct stat info;
+    SH_TRY(open_read(path, &fd, &info, err));
+    if (!S_ISREG(info.st_mode)) {
+        close(fd);
+        return sh_fail(err, SH_ERR_INVALID, "'%s' is not a regular file", path);
+    }
+    if (info.st_size == 0) { /* mmap refuses to map nothing */
+        close(fd);
+        *out = (sh_map){.data = (const uint8_t *)"", .bytes = 0};
+        return SH_OK;
+    }
+    void *memory = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
+    int reason = errno;
+    close(fd);
+    if (memory == MAP_FAILED)
+        return fail_errno(err, reason, "map", path);
+    *out = (sh_map){.data = memory, .bytes = (size_t)info.st_size};
+    return SH_OK;
+}
+
+void sh_map_release(sh_map *map)
+{
+    if (map->bytes > 0)
+        munmap((void *)(uintptr_t)map->data, map->bytes);
+    *map = (sh_map){0};
+}
+
+sh_status sh_dir_make(const char *path, sh_error *err)
+{
+    char part[SH_PATH_BYTES];
+    size_t n = strlen(path);
+    if (n == 0 || n >= sizeof part)
+        return fail_errno(err, n == 0 ? ENOENT : ENAMETOOLONG, "make the folder", path);
+    memcpy(part, path, n + 1);
+    for (size_t i = 1; i <= n; i++) {
+        if (part[i] != '/' && part[i] != 0)
+            continue;
+        part[i] = 0;
+        if (mkdir(part, 0777) != 0) {
+            int reason = errno;
+            struct stat info;
+            if (stat(part, &info) != 0)
+                return fail_errno(err, reason, "make the folder", part);
+            if (!S_ISDIR(info.st_mode))
+                return sh_fail(err, SH_ERR_EXISTS, "'%s' exists and is not a folder", part);
+        }
+        if (i < n)
+            part[i] = '/';
+    }
+    return SH_OK;
+}
+
+bool sh_file_exists(const char *path)
+{
+    return access(path, F_OK) == 0;
+}
+
+sh_status sh_path_join(char *out, size_t out_bytes, const char *dir, const char *name,
+                       sh_error *err)
+{
+    size_t dir_n = strlen(dir), name_n = strlen(name);
+    bool slash = dir_n > 0 && dir[dir_n - 1] != '/';
+    if (dir_n >= out_bytes || name_n + slash >= out_bytes - dir_n)
+        return sh_fail(err, SH_ERR_LIMIT, "the path '%.200s/%.200s' is longer than %zu bytes", dir,
+                       name, out_bytes - SH_MIN(out_bytes, 1));
+    memmove(out, dir, dir_n);
+    if (slash)
+        out[dir_n++] = '/';
+    memcpy(out + dir_n, name, name_n + 1);
+    return SH_OK;
+}

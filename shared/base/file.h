@@ -1,0 +1,31 @@
+/*
+ * Files: whole reads, atomic writes, read-only maps, folders. All paths are UTF-8 byte strings.
+ */
+#ifndef SH_BASE_FILE_H
+#define SH_BASE_FILE_H
+
+#include "shared/base/status.h"
+
+/* Reads a whole file of at most max_bytes (SH_ERR_LIMIT beyond). *out is malloc'ed, has a 0 byte
+ * after its n bytes, and is the caller's to free. path "-" reads standard input. */
+SH_MUST_USE sh_status sh_file_read(const char *path, size_t max_bytes, uint8_t **out, size_t *n,
+                                   sh_error *err);
+/* Writes to a temporary file beside path, fsyncs, renames, fsyncs the folder: a reader sees the
+ * old bytes or the new ones. */
+SH_MUST_USE sh_status sh_file_write_atomic(const char *path, const void *bytes, size_t n,
+                                           sh_error *err);
+typedef struct {
+    const uint8_t *data;
+    size_t bytes;
+} sh_map;
+SH_MUST_USE sh_status sh_map_open(const char *path, sh_map *out, sh_error *err);
+void sh_map_release(sh_map *map); /* takes a zeroed map */
+
+SH_MUST_USE sh_status sh_dir_make(const char *path, sh_error *err); /* with parents; exists is ok */
+bool sh_file_exists(const char *path);
+/* Joins with one '/', into out of out_bytes; SH_ERR_LIMIT when too long. */
+SH_MUST_USE sh_status sh_path_join(char *out, size_t out_bytes, const char *dir, const char *name,
+                                   sh_error *err);
+#define SH_PATH_BYTES 4096
+
+#endif

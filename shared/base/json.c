@@ -1,0 +1,55 @@
+#include "shared/base/json.h"
+
+#include "shared/base/buf.h"
+#include "shared/base/file.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+sh_status sh_json_load(const char *path, json_t **out, sh_error *err)
+{
+    uint8_t *text = NULL;
+    size_t n = 0;
+    SH_TRY(sh_file_read(path, SH_JSON_BYTES_MAX, &text, &n, err));
+    json_error_t problem;
+    json_t *value = json_loadb((const char *)text, n, JSON_REJECT_DUPLICATES, &problem);
+    free(text);
+    if (!value) {
+        sh_status code = json_error_code(&problem) == json_error_out_of_memory ? SH_ERR_NO_MEMORY
+                                                                               : SH_ERR_INVALID;
+        return sh_fail(err, code, "%s:%d:%d: %s", path, problem.line, problem.column, problem.text);
+    }
+    *out = value;
+    return SH_OK;
+}
+
+static int append_text(const char *text, size_t n, void *data)
+{
+    return sh_buf_append(data, text, n) == SH_OK ? 0 : -1;
+}
+
+sh_status sh_json_save(const char *path, const json_t *value, sh_error *err)
+{
+    sh_buf buf;
+    sh_buf_init(&buf, SH_JSON_BYTES_MAX);
+    sh_status status = SH_OK;
+    if (json_dump_callback(value, append_text, &buf, JSON_INDENT(2) | JSON_ENCODE_ANY) != 0 ||
+        sh_buf_append(&buf, "\n", 1) != SH_OK)
+        SH_GOTO(sh_fail(err, SH_ERR_NO_MEMORY, "no memory to write '%s'", path));
+    SH_GOTO(sh_file_write_atomic(path, buf.data, buf.len, err));
+
+cleanup:
+    sh_buf_release(&buf);
+    return status;
+}
+
+void sh_json_set(json_t *object, const char *key, json_t *value)
+{
+    int failed = json_object_set_new(object, key, value);
+    SH_ASSERT(!failed);
+}
+
+json_t *sh_json_number(double x)
+{
+    return isfinite(x) ? json_real(x) : json_null();
+}

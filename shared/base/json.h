@@ -1,0 +1,23 @@
+/*
+ * JSON is jansson's json_t throughout; this header adds files and errors in our form.
+ */
+#ifndef SH_BASE_JSON_H
+#define SH_BASE_JSON_H
+
+#include <jansson.h>
+
+#include "shared/base/status.h"
+
+#define SH_JSON_BYTES_MAX ((size_t)256 << 20)
+
+/* *out is a new reference (json_decref). SH_ERR_INVALID names the line. */
+SH_MUST_USE sh_status sh_json_load(const char *path, json_t **out, sh_error *err);
+/* Atomic; keys in insertion order, two spaces of indent, a final newline. */
+SH_MUST_USE sh_status sh_json_save(const char *path, const json_t *value, sh_error *err);
+/* Takes over value: json_object_set_new that asserts on the out-of-memory that we do not survive.
+ */
+void sh_json_set(json_t *object, const char *key, json_t *value);
+/* NaN and infinities become null, which JSON has instead. */
+json_t *sh_json_number(double x);
+
+#endif
