@@ -1,0 +1,166 @@
+/* sh_model_open: what a sound file becomes, and every way in which a file can be refused. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "tests/model/util.h"
+
+static void test_opens_every_type_and_version(void **state)
+{
+    (void)state;
+    static const sh_type types[] = {SH_TYPE_F32, SH_TYPE_F16, SH_TYPE_BF16, SH_TYPE_Q8_0,
+                                    SH_TYPE_Q4_0};
+    for (size_t i = 0; i < SH_COUNT(types); i++) {
+        tiny_options o = tiny_defaults(i);
+        o.type = types[i];
+        o.version = i % 2 == 0 ? 3 : 2;
+        o.untied = i % 2 == 1;
+        sh_model *model = util_open(&o);
+        const sh_model_config *c = &model->config;
+        assert_int_equal(c->n_layers, 2);
+        assert_int_equal(c->width, 64);
+        assert_int_equal(c->n_heads, 4);
+        assert_int_equal(c->n_kv_heads, 2);
+        assert_int_equal(c->head_size, 16);
+        assert_int_equal(c->ffn, 96);
+        assert_int_equal(c->context, 64);
+        assert_int_equal(c->vocab, tiny_vocab());
+        assert_int_equal(c->tied_output, !o.untied);
+        assert_ptr_equal(model->output.data == model->token_embd.data, c->tied_output);
+        assert_int_equal(model->layers[1].m[SH_FFN_DOWN].in, 96);
+        assert_int_equal(model->layers[1].m[SH_FFN_DOWN].out, 64);
+        assert_int_equal(model->layers[1].m[SH_FFN_DOWN].type, types[i]);
+        assert_string_equal(model->layers[1].m[SH_ATTN_K].name, "blk.1.attn_k");
+        assert_false(sh_hash_is_zero(&model->sha256));
+        sh_model_close(&model);
+        assert_null(model);
+    }
+}
+
+static void test_an_even_head_that_is_no_multiple_of_lanes(void **state)
+{
+    (void)state;
+    tiny_options o = tiny_defaults(1);
+    o.heads = 8;
+    o.kv_heads = 8;
+    sh_model *model = util_open(&o);
+    assert_int_equal(model->config.head_size, 8);
+    sh_model_close(&model);
+}
+
+/* status and a part of the text that must name the culprit. */
+static void refuse(const char *name, const tiny_options *o, sh_status expected, const char *part)
+{
+    sh_error err = {0};
+    sh_model *model = NULL;
+    const sh_status status = util_try_open(o, &model, &err);
+    if (status != expected || strstr(err.text, part) == NULL || model != NULL ||
+        strchr(err.text, '\n') != NULL)
+        fail_msg("%s: %s \"%s\", expected %s with \"%s\"", name, sh_status_name(status), err.text,
+                 sh_status_name(expected), part);
+}
+
+#define REFUSE(expected, part, ...)                                                                \
+    do {                                                                                           \
+        tiny_options o = tiny_defaults(1);                                                         \
+        __VA_ARGS__;                                                                               \
+        refuse(#__VA_ARGS__, &o, expected, part);                                                  \
+    } while (0)
+
+static void test_refuses_by_name(void **state)
+{
+    (void)state;
+    REFUSE(SH_ERR_UNSUPPORTED, "'qwen2'", o.architecture = "qwen2");
+    REFUSE(SH_ERR_UNSUPPORTED, "'gpt2'", o.tokenizer = "gpt2");
+    REFUSE(SH_ERR_INVALID, "<0x41>", o.token_from = "<0x41>", o.token_to = "other");
+    REFUSE(SH_ERR_INVALID, "twice", o.token_from = "z", o.token_to = "y");
+    REFUSE(SH_ERR_INVALID, "blk.1.ffn_up.weight", o.skip_tensor = "blk.1.ffn_up.weight");
+    REFUSE(SH_ERR_INVALID, "blk.0.attn_norm.weight", o.skip_tensor = "blk.0.attn_norm.weight");
+    REFUSE(SH_ERR_INVALID, "token_embd.weight", o.skip_tensor = "token_embd.weight");
+    REFUSE(SH_ERR_INVALID, "output_norm.weight", o.skip_tensor = "output_norm.weight");
+    REFUSE(SH_ERR_UNSUPPORTED, "blk.0.attn_q.bias", o.extra_tensor = "blk.0.attn_q.bias");
+    REFUSE(SH_ERR_UNSUPPORTED, "rope_freqs.weight", o.extra_tensor = "rope_freqs.weight");
+    REFUSE(SH_ERR_UNSUPPORTED, "expert_count", o.u32_key = "llama.expert_count", o.u32_value = 8);
+    REFUSE(SH_ERR_UNSUPPORTED, "'yarn'", o.string_key = "llama.rope.scaling.type",
+           o.string_value = "yarn");
+    REFUSE(SH_ERR_MISMATCH, "adapter", o.string_key = "general.type", o.string_value = "adapter");
+    REFUSE(SH_ERR_UNSUPPORTED, "RoPE over 8", o.u32_key = "llama.rope.dimension_count",
+           o.u32_value = 8);
+    REFUSE(SH_ERR_INVALID, "head_count is 0", o.u32_key = "llama.attention.head_count",
+           o.u32_value = 0);
+    REFUSE(SH_ERR_INVALID, "key-value heads", o.u32_key = "llama.attention.head_count_kv",
+           o.u32_value = 3);
+    REFUSE(SH_ERR_INVALID, "multiple of 3 heads", o.kv_heads = 1,
+           o.u32_key = "llama.attention.head_count", o.u32_value = 3);
+    REFUSE(SH_ERR_INVALID, "odd", o.kv_heads = 1, o.skip_key = "llama.rope.dimension_count",
+           o.u32_key = "llama.attention.head_count", o.u32_value = 64);
+    REFUSE(SH_ERR_INVALID, "block_count", o.u32_key = "llama.block_count", o.u32_value = 1000);
+    REFUSE(SH_ERR_INVALID, "blk.2.", o.u32_key = "llama.block_count", o.u32_value = 3);
+    REFUSE(SH_ERR_UNSUPPORTED, "blk.1.", o.u32_key = "llama.block_count", o.u32_value = 1);
+    REFUSE(SH_ERR_INVALID, "token_embd.weight", o.skip_key = "llama.rope.dimension_count",
+           o.u32_key = "llama.embedding_length", o.u32_value = 128);
+    REFUSE(SH_ERR_INVALID, "blk.0.ffn_gate", o.u32_key = "llama.feed_forward_length",
+           o.u32_value = 100);
+    REFUSE(SH_ERR_INVALID, "vocab_size", o.u32_key = "llama.vocab_size", o.u32_value = 7);
+    REFUSE(SH_ERR_INVALID, "layer_norm_rms_epsilon",
+           o.skip_key = "llama.attention.layer_norm_rms_epsilon");
+    REFUSE(SH_ERR_NOT_FOUND, "general.architecture", o.skip_key = "general.architecture");
+    REFUSE(SH_ERR_NOT_FOUND, "llama.context_length", o.skip_key = "llama.context_length");
+}
+
+static void test_every_truncation_is_refused(void **state)
+{
+    (void)state;
+    sh_buf bytes;
+    sh_buf_init(&bytes, 16u << 20);
+    const tiny_options o = tiny_defaults(3);
+    assert_int_equal(tiny_encode(&o, &bytes), SH_OK);
+    for (size_t n = 0; n < bytes.len; n += 1 + n / 64) {
+        sh_gguf *gguf = NULL;
+        sh_error err = {0};
+        const sh_status status = sh_gguf_open_memory(bytes.data, n, "cut", &gguf, &err);
+        if (status == SH_OK)
+            fail_msg("%zu of %zu bytes were taken for a whole file", n, bytes.len);
+    }
+    sh_buf_release(&bytes);
+}
+
+static void test_every_allocation_may_fail(void **state)
+{
+    (void)state;
+    char path[] = "/tmp/shoal-tiny-XXXXXX";
+    close(mkstemp(path));
+    const tiny_options o = tiny_defaults(3);
+    CHECK_OK(tiny_write(&o, path, err));
+    sh_model *model = NULL;
+    size_t n = 1;
+    for (;; n++) {
+        sh_error err = {0};
+        sh_alloc_fail_after(n);
+        const sh_status status = sh_model_open(path, &model, &err);
+        sh_alloc_fail_after(0);
+        if (status == SH_OK)
+            break;
+        assert_null(model);
+        if (status != SH_ERR_NO_MEMORY)
+            fail_msg("allocation %zu: %s \"%s\"", n, sh_status_name(status), err.text);
+    }
+    assert_true(n > 8);
+    sh_model_close(&model);
+    unlink(path);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_opens_every_type_and_version),
+        cmocka_unit_test(test_an_even_head_that_is_no_multiple_of_lanes),
+        cmocka_unit_test(test_refuses_by_name),
+        cmocka_unit_test(test_every_truncation_is_refused),
+        cmocka_unit_test(test_every_allocation_may_fail),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

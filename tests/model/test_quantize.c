@@ -1,0 +1,143 @@
+/* Whole-file quantization: types, values, keys; errors. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "shared/base/buf.h"
+#include "shared/base/rng.h"
+#include "shared/model/quantize.h"
+
+#define SEED      20260205
+#define BYTES_MAX (1u << 20)
+
+enum { ROWS = 3, WIDE = 64, NARROW = 40 };
+
+typedef struct {
+    float wide[ROWS * WIDE], narrow[ROWS * NARROW], vector[WIDE];
+} values;
+
+static sh_gguf *make_source(values *v, sh_buf *file)
+{
+    sh_rng rng;
+    sh_gguf_writer *w = NULL;
+    sh_gguf *g = NULL;
+    const uint64_t ne_wide[] = {WIDE, ROWS}, ne_narrow[] = {NARROW, ROWS}, ne_vector[] = {WIDE};
+    float *all[] = {v->wide, v->narrow, v->vector};
+    const size_t counts[] = {ROWS * WIDE, ROWS * NARROW, WIDE};
+    sh_rng_init(&rng, SEED, 0, 1);
+    for (size_t k = 0; k < 3; k++)
+        for (size_t i = 0; i < counts[k]; i++)
+            all[k][i] = sh_rng_normal(&rng);
+    sh_buf_init(file, BYTES_MAX);
+    assert_int_equal(sh_gguf_writer_create(&w, NULL), SH_OK);
+    assert_int_equal(sh_gguf_writer_set_string(w, "general.architecture", "llama"), SH_OK);
+    assert_int_equal(sh_gguf_writer_set_u32(w, "general.file_type", 0), SH_OK);
+    assert_int_equal(
+        sh_gguf_writer_add_tensor(w, "wide.weight", SH_TYPE_F32, ne_wide, 2, v->wide, NULL), SH_OK);
+    assert_int_equal(
+        sh_gguf_writer_add_tensor(w, "narrow.weight", SH_TYPE_F32, ne_narrow, 2, v->narrow, NULL),
+        SH_OK);
+    assert_int_equal(
+        sh_gguf_writer_add_tensor(w, "norm.weight", SH_TYPE_F32, ne_vector, 1, v->vector, NULL),
+        SH_OK);
+    assert_int_equal(sh_gguf_writer_encode(w, file, NULL), SH_OK);
+    sh_gguf_writer_destroy(&w);
+    assert_int_equal(sh_gguf_open_memory(file->data, file->len, "source", &g, NULL), SH_OK);
+    return g;
+}
+
+static void expect_tensor(const sh_gguf *g, const char *name, sh_type type, const float *x,
+                          size_t n)
+{
+    const sh_gguf_tensor *t = sh_gguf_tensor_find(g, name);
+    assert_non_null(t);
+    assert_int_equal(t->type, type);
+    uint8_t *bytes = malloc(t->bytes);
+    assert_non_null(bytes);
+    assert_int_equal(t->bytes, sh_type_row_bytes(type, n));
+    sh_row_quantize(type, x, bytes, n);
+    assert_memory_equal(bytes, t->data, t->bytes);
+    free(bytes);
+}
+
+static void test_types(void **state)
+{
+    (void)state;
+    static const struct {
+        sh_type type, narrow;
+        uint32_t file_type;
+    } cases[] = {
+        {SH_TYPE_F32, SH_TYPE_F32, 0},
+        {SH_TYPE_F16, SH_TYPE_F16, 1},
+        {SH_TYPE_Q8_0, SH_TYPE_F16, 7}, /* 40 is no multiple of 32 */
+        {SH_TYPE_Q4_0, SH_TYPE_F16, 2},
+    };
+    values v;
+    sh_buf file;
+    sh_gguf *source = make_source(&v, &file);
+    for (size_t i = 0; i < SH_COUNT(cases); i++) {
+        sh_buf out;
+        sh_gguf *g = NULL;
+        uint64_t number = 99;
+        const char *text = NULL;
+        size_t n = 0;
+        sh_buf_init(&out, BYTES_MAX);
+        assert_int_equal(sh_gguf_quantize_encode(source, cases[i].type, &out, NULL), SH_OK);
+        assert_int_equal(sh_gguf_open_memory(out.data, out.len, "made", &g, NULL), SH_OK);
+        expect_tensor(g, "wide.weight", cases[i].type, v.wide, ROWS * WIDE);
+        expect_tensor(g, "narrow.weight", cases[i].narrow, v.narrow, ROWS * NARROW);
+        expect_tensor(g, "norm.weight", SH_TYPE_F32, v.vector, WIDE);
+        assert_int_equal(sh_gguf_get_u64(g, "general.file_type", &number, NULL), SH_OK);
+        assert_int_equal(number, cases[i].file_type);
+        assert_int_equal(sh_gguf_get_u64(g, "general.quantization_version", &number, NULL), SH_OK);
+        assert_int_equal(number, 2);
+        assert_int_equal(sh_gguf_get_string(g, "general.architecture", &text, &n, NULL), SH_OK);
+        assert_int_equal(n, 5);
+        assert_int_equal(sh_gguf_n_keys(g), 3);
+        sh_gguf_close(&g);
+        sh_buf_release(&out);
+    }
+    sh_gguf_close(&source);
+    sh_buf_release(&file);
+}
+
+static void test_errors(void **state)
+{
+    (void)state;
+    values v;
+    sh_buf file, out;
+    sh_error err = {0};
+    sh_gguf *source = make_source(&v, &file);
+    sh_buf_init(&out, BYTES_MAX);
+    assert_int_equal(sh_gguf_quantize_encode(source, SH_TYPE_Q6_K, &out, &err), SH_ERR_UNSUPPORTED);
+    assert_non_null(strstr(err.text, "Q6_K"));
+    assert_int_equal(sh_gguf_quantize(source, SH_TYPE_Q8_0, "/nonexistent/x.gguf", &err),
+                     SH_ERR_NOT_FOUND);
+    bool done = false;
+    for (size_t n = 1; !done; n++) {
+        sh_alloc_fail_after(n);
+        sh_status status = sh_gguf_quantize_encode(source, SH_TYPE_Q8_0, &out, NULL);
+        sh_alloc_fail_after(0);
+        done = status == SH_OK;
+        assert_true(done || (status == SH_ERR_NO_MEMORY && out.len == 0));
+        assert_true(n < 1000);
+    }
+    sh_buf_release(&out);
+    sh_gguf_close(&source);
+    sh_buf_release(&file);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_types),
+        cmocka_unit_test(test_errors),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
