@@ -1,0 +1,267 @@
+#include "edge-node/node_internal.h"
+
+#include <stdlib.h>
+
+const char *const sh_node_tables[SH_NODE_TABLES] = {"meta",   "record", "feedback", "window",
+                                                    "outbox", "chunk",  "ledger"};
+
+void sh_node_actions_clear(sh_node_actions *actions)
+{
+    for (size_t i = 0; i < actions->n; i++) {
+        sh_buf_release(&actions->items[i].message);
+        sh_buf_release(&actions->items[i].job_chunks);
+        actions->items[i] = (sh_node_action){0};
+    }
+    actions->n = 0;
+}
+
+sh_node_action *node_act(node_step *s, sh_node_action_kind kind)
+{
+    if (s->actions->n >= SH_NODE_ACTIONS_MAX)
+        return NULL;
+    sh_node_action *action = &s->actions->items[s->actions->n++];
+    *action = (sh_node_action){.kind = kind};
+    return action;
+}
+
+void node_note(node_step *s, sh_node_note note, uint64_t number)
+{
+    if (s->actions->n >= NODE_NOTES_MAX)
+        return; /* notes are for the log; the rest of the list is for what must happen */
+    sh_node_action *action = node_act(s, SH_NODE_NOTE);
+    action->note = note;
+    action->number = number;
+}
+
+bool node_may_send(const node_step *s)
+{
+    /* one place is the timer's */
+    return s->n->link != LINK_DOWN && s->actions->n < SH_NODE_ACTIONS_MAX - 1;
+}
+
+sh_status node_send(node_step *s, const sh_msg *msg)
+{
+    SH_ASSERT(node_may_send(s));
+    sh_buf bytes;
+    sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
+    sh_status status = sh_msg_encode(msg, &bytes, s->err);
+    if (status != SH_OK) {
+        sh_buf_release(&bytes);
+        return status;
+    }
+    node_act(s, SH_NODE_SEND)->message = bytes;
+    return SH_OK;
+}
+
+void node_retry_arm(node_step *s, node_retry *retry)
+{
+    const sh_node_options *o = &s->n->options;
+    uint64_t limit = o->retry_min_ms;
+    for (uint32_t i = 0; i < retry->attempt && limit < o->retry_max_ms; i++)
+        limit *= 2;
+    limit = SH_MIN(limit, o->retry_max_ms);
+    retry->attempt++;
+    retry->due_ms = s->now_ms + o->retry_min_ms + sh_rng_below(&s->n->rng, limit + 1);
+}
+
+/* Asks for the next TIMER where that has changed. */
+static void set_timer(node_step *s)
+{
+    sh_node *n = s->n;
+    uint64_t due = SH_MIN(node_sync_due(n), node_monitor_due(n));
+    due = SH_MIN(due, n->take_retry_ms);
+    if (due == NODE_NEVER || due == n->armed_ms)
+        return;
+    sh_node_action *action = node_act(s, SH_NODE_SET_TIMER);
+    SH_ASSERT(action != NULL);
+    action->at_ms = SH_MAX(due, s->now_ms);
+    n->armed_ms = due;
+}
+
+static sh_status finish(node_step *s)
+{
+    SH_TRY(node_pump(s));
+    set_timer(s);
+    return node_state_save(s);
+}
+
+static sh_status check_options(const sh_node_options *o, sh_error *err)
+{
+    if (o->retry_min_ms == 0 || o->retry_max_ms < o->retry_min_ms ||
+        o->retry_max_ms > NODE_RETURN_MAX_MS)
+        return sh_fail(err, SH_ERR_USAGE,
+                       "node: retry from %llu to %llu ms, it must be 1 <= least <= most <= %u",
+                       (unsigned long long)o->retry_min_ms, (unsigned long long)o->retry_max_ms,
+                       NODE_RETURN_MAX_MS);
+    if (o->records_max == 0 || o->windows_max == 0 || o->feedback_tokens_max == 0)
+        return sh_fail(err, SH_ERR_USAGE, "node: a ring of size 0 holds nothing");
+    if (o->agent == NULL || o->kernel == NULL)
+        return sh_fail(err, SH_ERR_USAGE, "node: agent and kernel must be named");
+    return SH_OK;
+}
+
+/* A store without state: a new epoch, the genesis release active and confirmed. */
+static sh_status make_new(node_step *s, sh_bytes genesis)
+{
+    sh_node *n = s->n;
+    sh_manifest manifest;
+    if (sh_manifest_verify(genesis.data, genesis.n, &n->options.release_key, &manifest, s->err) !=
+        SH_OK)
+        return sh_fail_in(s->err, "genesis manifest");
+    n->state = (node_state){
+        .next_job = 1,
+        .record_first = 1,
+        .record_next = 1,
+        .feedback_first = 1,
+        .feedback_next = 1,
+        .window_first = 1,
+        .window_next = 1,
+        .confirmed_version = manifest.version,
+        .slots[0] = {manifest.version, manifest.model.sha256, manifest.model.bytes},
+    };
+    while (n->state.epoch == 0)
+        n->state.epoch = sh_rng_u64(&n->rng);
+    SH_TRY(node_epoch_save(s));
+    SH_TRY(node_manifest_put(s, node_meta_slot0, genesis));
+    n->options.monitor.origin = n->state.epoch;
+    SH_TRY(sh_monitor_create(&n->options.monitor, &n->monitor, s->err));
+    sh_monitor_set_release(n->monitor, (uint32_t)manifest.version);
+    n->dirty = n->monitor_dirty = true;
+    return SH_OK;
+}
+
+static sh_status load_or_make(node_step *s, sh_bytes genesis)
+{
+    sh_node *n = s->n;
+    sh_status status = node_state_load(s->txn, &n->state, s->err);
+    if (status == SH_ERR_NOT_FOUND)
+        return make_new(s, genesis);
+    if (status != SH_OK)
+        return status;
+    n->options.monitor.origin = n->state.epoch;
+    return node_monitor_load(s);
+}
+
+sh_status sh_node_create(const sh_node_options *options, sh_bytes genesis_manifest, uint64_t now_ms,
+                         const sh_rng *rng, sh_txn *txn, sh_node_actions *actions, sh_node **out,
+                         sh_error *err)
+{
+    sh_node_actions_clear(actions);
+    SH_TRY(check_options(options, err));
+    sh_node *n = sh_calloc(1, sizeof(*n));
+    if (n == NULL)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "node: no memory");
+    n->options = *options;
+    n->rng = *rng;
+    n->armed_ms = n->take_retry_ms = NODE_NEVER;
+    n->enrol.due_ms = n->checkin.due_ms = n->want.due_ms = NODE_NEVER;
+    n->want_size = SH_WIRE_WANT_MAX;
+    node_step s = {n, txn, actions, now_ms, err};
+    sh_outbox outbox = {.table = SH_NODE_T_OUTBOX, .meta_table = SH_NODE_T_META};
+    sh_status status = SH_OK;
+    SH_GOTO(sh_outbox_get_counts(&outbox, txn, &n->counts, err));
+    SH_GOTO(load_or_make(&s, genesis_manifest));
+    sh_node_action *activate = node_act(&s, SH_NODE_ACTIVATE);
+    activate->version = node_active(n)->version;
+    activate->slot = n->state.active_slot;
+    SH_GOTO(node_take_advance(&s)); /* the job that a crash forgot */
+    SH_GOTO(finish(&s));
+    *out = n;
+    return SH_OK;
+cleanup:
+    sh_node_actions_clear(actions);
+    sh_node_destroy(&n);
+    return status;
+}
+
+void sh_node_destroy(sh_node **node)
+{
+    if (*node == NULL)
+        return;
+    sh_monitor_destroy(&(*node)->monitor);
+    free(*node);
+    *node = NULL;
+}
+
+static sh_status on_timer(node_step *s)
+{
+    sh_node *n = s->n;
+    n->armed_ms = NODE_NEVER;
+    SH_TRY(node_monitor_timer(s));
+    if (n->take_retry_ms <= s->now_ms) {
+        n->take_retry_ms = NODE_NEVER;
+        SH_TRY(node_take_advance(s));
+    }
+    return SH_OK; /* what is due on the link, the pump finds */
+}
+
+static sh_status on_job(node_step *s, const sh_node_job_result *result)
+{
+    sh_node *n = s->n;
+    if (result->id != 0 && result->id == n->train_job)
+        return node_train_done(s, result);
+    if (result->id != 0 && result->id == n->take_job)
+        return node_take_done(s, result);
+    return SH_OK; /* cancelled, and it did not notice in time */
+}
+
+sh_status sh_node_step(sh_node *node, const sh_node_event *event, sh_txn *txn,
+                       sh_node_actions *actions, sh_error *err)
+{
+    sh_node_actions_clear(actions);
+    node_step s = {node, txn, actions, event->now_ms, err};
+    sh_status status = SH_OK;
+    switch (event->kind) {
+    case SH_NODE_TIMER:
+        status = on_timer(&s);
+        break;
+    case SH_NODE_LINK_UP:
+        node_on_link(&s, true);
+        break;
+    case SH_NODE_LINK_DOWN:
+        node_on_link(&s, false);
+        break;
+    case SH_NODE_MESSAGE:
+        status = node_on_message(&s, event->message);
+        break;
+    case SH_NODE_INFERENCE:
+        status = node_on_inference(&s, &event->record);
+        break;
+    case SH_NODE_FEEDBACK:
+        status = node_on_feedback(&s, &event->feedback);
+        break;
+    case SH_NODE_JOB_DONE:
+        status = on_job(&s, &event->result);
+        break;
+    }
+    if (status == SH_OK)
+        status = finish(&s);
+    if (status != SH_OK)
+        sh_node_actions_clear(actions);
+    return status;
+}
+
+sh_node_status sh_node_get_status(const sh_node *node)
+{
+    const node_state *st = &node->state;
+    sh_node_status status = {
+        .epoch = st->epoch,
+        .active_version = node_active(node)->version,
+        .confirmed_version = st->confirmed_version,
+        .active_slot = st->active_slot,
+        .training_round = node->train_job != 0 ? node->training.round : 0,
+        .updates_made = st->updates_made,
+        .updates_acked = st->updates_acked,
+        .inferences = st->inferences,
+        .windows = st->windows,
+        .alarms = st->alarms,
+        .first_alarm_window = st->first_alarm_window,
+        .feedback_tokens = st->feedback_tokens,
+        .bad_messages = st->bad_messages,
+        .link_up = node->link != LINK_DOWN,
+        .drifting = st->drifting,
+    };
+    for (int c = 0; c < SH_CLASSES; c++)
+        status.outbox_items += node->counts.items[c];
+    return status;
+}

@@ -1,0 +1,518 @@
+#include "edge-node/service.h"
+
+#include <ctype.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "shared/base/rng.h"
+#include "shared/math/quant.h"
+
+#define BATCH              16u   /* tokens scored a decode: their logits are kept side by side */
+#define PROJECTION_SCALE   48.0f /* one standard deviation of the vocabulary, in int8 steps */
+#define PROJECTION_PURPOSE 0x70726f6au
+#define HASH_LABEL         "shoal frozen embedding 1"
+#define NGRAM              4u
+
+typedef enum { WORD_OTHER /* stands alone */, WORD_START, WORD_PART } word_class;
+
+struct sh_frozen {
+    const sh_tokenizer *tokenizer; /* the genesis model's, borrowed */
+    uint32_t vocab;
+    sh_hash hash;
+    uint8_t *word;     /* [vocab] word_class */
+    float *projection; /* [vocab, SH_PROJECTIONS] */
+};
+
+struct sh_session {
+    const sh_model *model;
+    const sh_frozen *frozen;
+    sh_context *context;
+    uint32_t n_tokens_max, vocab, release_version;
+    int32_t *history;             /* [n_tokens_max]: what the cache holds */
+    uint32_t n_history, n_prefix; /* prefix: 1 when BOS comes first */
+    float *last;                  /* [vocab] logits after the last token */
+    float *scratch;               /* [BATCH, vocab] */
+    bool has_last;
+    /* since the last completion */
+    double nll_sum, projection_sum[SH_PROJECTIONS];
+    uint32_t n_typed, n_scored, n_bytes, evaluated;
+    sh_record counts; /* its buckets */
+};
+
+/* ---- frozen ---- */
+
+static sh_status classify(sh_frozen *f, sh_error *err)
+{
+    sh_buf text;
+    sh_buf_init(&text, SH_GGUF_STRING_MAX);
+    sh_status status = SH_OK;
+    for (uint32_t t = 0; t < f->vocab; t++) {
+        sh_buf_clear(&text);
+        status = sh_detokenize(f->tokenizer, (int32_t)t, &text);
+        if (status != SH_OK) {
+            status = sh_fail(err, status, "token %u has no text", t);
+            break;
+        }
+        if (sh_tokenizer_starts_word(f->tokenizer, (int32_t)t)) {
+            f->word[t] = WORD_START;
+            continue;
+        }
+        bool part = text.len > 0;
+        for (size_t i = 0; i < text.len && part; i++) {
+            uint8_t c = text.data[i];
+            part = c >= 0x80 || isalnum(c) || c == '\'' || c == '-';
+        }
+        f->word[t] = part ? WORD_PART : WORD_OTHER;
+    }
+    sh_buf_release(&text);
+    return status;
+}
+
+/* Each component over the vocabulary to mean 0 and standard deviation 1. */
+static void standardize(sh_frozen *f)
+{
+    for (uint32_t k = 0; k < SH_PROJECTIONS; k++) {
+        double sum = 0, square = 0;
+        for (uint32_t t = 0; t < f->vocab; t++)
+            sum += f->projection[(size_t)t * SH_PROJECTIONS + k];
+        double mean = sum / f->vocab;
+        for (uint32_t t = 0; t < f->vocab; t++) {
+            double d = f->projection[(size_t)t * SH_PROJECTIONS + k] - mean;
+            square += d * d;
+        }
+        double spread = sqrt(square / f->vocab);
+        double scale = spread > 0 && isfinite(spread) ? 1.0 / spread : 0.0;
+        for (uint32_t t = 0; t < f->vocab; t++) {
+            float *p = &f->projection[(size_t)t * SH_PROJECTIONS + k];
+            *p = (float)((*p - mean) * scale);
+        }
+    }
+}
+
+static sh_status project(sh_frozen *f, const sh_model *genesis, sh_error *err)
+{
+    const sh_matrix *e = &genesis->token_embd;
+    size_t row_bytes = sh_type_row_bytes(e->type, e->in);
+    float *row = sh_calloc(e->in, sizeof(float));
+    float *sign = sh_calloc((size_t)e->in * SH_PROJECTIONS, sizeof(float));
+    sh_status status = SH_OK;
+    if (row == NULL || sign == NULL) {
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "frozen embedding: no memory for a projection");
+        goto cleanup;
+    }
+    for (uint32_t k = 0; k < SH_PROJECTIONS; k++) {
+        sh_rng rng;
+        sh_rng_init(&rng, SH_PROJECTION_SEED, k, PROJECTION_PURPOSE);
+        for (uint32_t i = 0; i < e->in; i++)
+            sign[(size_t)k * e->in + i] = sh_rng_u32(&rng) & 1 ? 1.0f : -1.0f;
+    }
+    for (uint32_t t = 0; t < f->vocab; t++) {
+        sh_row_dequantize(e->type, (const uint8_t *)e->data + t * row_bytes, row, e->in);
+        for (uint32_t k = 0; k < SH_PROJECTIONS; k++) {
+            double sum = 0; /* in order: the frozen embedding is the same on every machine */
+            for (uint32_t i = 0; i < e->in; i++)
+                sum += (double)row[i] * sign[(size_t)k * e->in + i];
+            f->projection[(size_t)t * SH_PROJECTIONS + k] = (float)sum;
+        }
+    }
+    standardize(f);
+cleanup:
+    free(row);
+    free(sign);
+    return status;
+}
+
+static sh_hash name_frozen(const sh_model *genesis)
+{
+    sh_sha256_state state;
+    uint8_t seed[8];
+    for (int i = 0; i < 8; i++)
+        seed[i] = (uint8_t)(SH_PROJECTION_SEED >> (8 * i));
+    sh_sha256_init(&state);
+    sh_sha256_update(&state, HASH_LABEL, sizeof(HASH_LABEL));
+    sh_sha256_update(&state, genesis->sha256.b, sizeof(genesis->sha256.b));
+    sh_sha256_update(&state, seed, sizeof(seed));
+    return sh_sha256_final(&state);
+}
+
+sh_status sh_frozen_create(const sh_model *genesis, sh_frozen **out, sh_error *err)
+{
+    sh_status status = SH_OK;
+    sh_frozen *f = sh_calloc(1, sizeof(*f));
+    if (f == NULL)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "frozen embedding: no memory");
+    f->tokenizer = genesis->tokenizer;
+    f->vocab = genesis->config.vocab;
+    f->hash = name_frozen(genesis);
+    f->word = sh_calloc(f->vocab, 1);
+    f->projection = sh_calloc((size_t)f->vocab * SH_PROJECTIONS, sizeof(float));
+    if (f->word == NULL || f->projection == NULL) {
+        status =
+            sh_fail(err, SH_ERR_NO_MEMORY, "frozen embedding of %u tokens: no memory", f->vocab);
+        goto cleanup;
+    }
+    SH_GOTO(classify(f, err));
+    SH_GOTO(project(f, genesis, err));
+    *out = f;
+    return SH_OK;
+cleanup:
+    sh_frozen_destroy(&f);
+    return status;
+}
+
+void sh_frozen_destroy(sh_frozen **frozen)
+{
+    if (*frozen == NULL)
+        return;
+    free((*frozen)->word);
+    free((*frozen)->projection);
+    free(*frozen);
+    *frozen = NULL;
+}
+
+sh_hash sh_frozen_hash(const sh_frozen *frozen)
+{
+    return frozen->hash;
+}
+
+static word_class class_of(const sh_frozen *f, int32_t token)
+{
+    return token >= 0 && (uint32_t)token < f->vocab ? (word_class)f->word[token] : WORD_OTHER;
+}
+
+/* Whether `next` goes on with the word that `first` began. */
+static bool goes_on(const sh_frozen *f, int32_t first, int32_t next)
+{
+    return class_of(f, first) != WORD_OTHER && class_of(f, next) == WORD_PART;
+}
+
+uint32_t sh_word_length(const sh_frozen *frozen, const int32_t *tokens, uint32_t n, uint32_t max)
+{
+    uint32_t length = SH_MIN(SH_MIN(n, max), 1u);
+    while (length > 0 && length < n && length < max && goes_on(frozen, tokens[0], tokens[length]))
+        length++;
+    return length;
+}
+
+/* ---- session ---- */
+
+sh_status sh_session_create(const sh_model *model, const sh_frozen *frozen,
+                            const sh_session_options *options, sh_session **out, sh_error *err)
+{
+    sh_status status = SH_OK;
+    uint32_t n_max = options->n_tokens_max;
+    if (n_max == 0)
+        n_max = SH_MIN(SH_SESSION_TOKENS_DEFAULT, model->config.context);
+    if (n_max < SH_SESSION_TOKENS_MIN || n_max > model->config.context)
+        return sh_fail(err, SH_ERR_USAGE, "session of %u tokens: %u to the model's %u are possible",
+                       n_max, SH_SESSION_TOKENS_MIN, model->config.context);
+    if (model->config.vocab != frozen->vocab)
+        return sh_fail(err, SH_ERR_MISMATCH, "model of %u tokens, the fleet's vocabulary has %u",
+                       model->config.vocab, frozen->vocab);
+    sh_session *s = sh_calloc(1, sizeof(*s));
+    if (s == NULL)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "session: no memory");
+    s->model = model;
+    s->frozen = frozen;
+    s->n_tokens_max = n_max;
+    s->vocab = model->config.vocab;
+    s->release_version = options->release_version;
+    s->history = sh_calloc(n_max, sizeof(int32_t));
+    s->last = sh_calloc(s->vocab, sizeof(float));
+    s->scratch = sh_calloc((size_t)s->vocab * BATCH, sizeof(float));
+    if (s->history == NULL || s->last == NULL || s->scratch == NULL) {
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "session of %u tokens: no memory", n_max);
+        goto cleanup;
+    }
+    sh_context_options context = {.n_tokens_max = n_max, .batch_max = BATCH};
+    SH_GOTO(sh_context_create(model, &context, &s->context, err));
+    *out = s;
+    return SH_OK;
+cleanup:
+    sh_session_destroy(&s);
+    return status;
+}
+
+void sh_session_destroy(sh_session **session)
+{
+    sh_session *s = *session;
+    if (s == NULL)
+        return;
+    sh_context_destroy(&s->context);
+    free(s->history);
+    free(s->last);
+    free(s->scratch);
+    free(s);
+    *session = NULL;
+}
+
+static void clear_measurement(sh_session *s)
+{
+    s->nll_sum = 0;
+    memset(s->projection_sum, 0, sizeof(s->projection_sum));
+    s->n_typed = s->n_scored = s->n_bytes = s->evaluated = 0;
+    s->counts = (sh_record){0};
+}
+
+/* Runs the remembered tokens from the start. */
+static sh_status run_history(sh_session *s, sh_error *err)
+{
+    sh_context_truncate(s->context, 0);
+    s->has_last = false;
+    if (s->n_history == 0)
+        return SH_OK;
+    SH_TRY(sh_context_decode(s->context, s->history, s->n_history, SH_LOGITS_LAST, s->last, err));
+    s->has_last = true;
+    s->evaluated += s->n_history;
+    return SH_OK;
+}
+
+/* Makes room for n more tokens: the later half of the text stays. */
+static sh_status make_room(sh_session *s, uint32_t n, sh_error *err)
+{
+    if (s->n_history + n <= s->n_tokens_max)
+        return SH_OK;
+    uint32_t keep = SH_MIN(s->n_tokens_max / 2 - s->n_prefix, s->n_history - s->n_prefix);
+    memmove(s->history + s->n_prefix, s->history + s->n_history - keep, keep * sizeof(int32_t));
+    s->n_history = s->n_prefix + keep;
+    return run_history(s, err);
+}
+
+sh_status sh_session_begin(sh_session *session, sh_error *err)
+{
+    sh_session *s = session;
+    const sh_tokenizer *tokenizer = s->model->tokenizer;
+    clear_measurement(s);
+    s->n_history = s->n_prefix = 0;
+    if (sh_tokenizer_adds_bos(tokenizer) && sh_tokenizer_bos(tokenizer) >= 0) {
+        s->history[0] = sh_tokenizer_bos(tokenizer);
+        s->n_history = s->n_prefix = 1;
+    }
+    return run_history(s, err);
+}
+
+sh_status sh_session_resume(sh_session *session, const int32_t *tokens, size_t n, sh_error *err)
+{
+    sh_session *s = session;
+    SH_TRY(sh_session_begin(s, err));
+    size_t keep = SH_MIN(n, (size_t)(s->n_tokens_max / 2 - s->n_prefix));
+    if (keep > 0)
+        memcpy(s->history + s->n_prefix, tokens + n - keep, keep * sizeof(int32_t));
+    s->n_history = s->n_prefix + (uint32_t)keep;
+    return run_history(s, err);
+}
+
+sh_status sh_session_switch(sh_session *session, const sh_model *model, uint32_t release_version,
+                            sh_error *err)
+{
+    sh_session *s = session;
+    sh_context *context = NULL;
+    if (model->config.vocab != s->vocab || model->config.context < s->n_tokens_max)
+        return sh_fail(err, SH_ERR_MISMATCH, "the release's model does not fit the session");
+    sh_context_options options = {.n_tokens_max = s->n_tokens_max, .batch_max = BATCH};
+    SH_TRY(sh_context_create(model, &options, &context, err));
+    sh_context_destroy(&s->context);
+    s->context = context;
+    s->model = model;
+    s->release_version = release_version;
+    return run_history(s, err);
+}
+
+/* ---- typing ---- */
+
+static void measure_token(sh_session *s, int32_t token, const float *logits)
+{
+    const float *p = s->frozen->projection + (size_t)token * SH_PROJECTIONS;
+    for (unsigned k = 0; k < SH_PROJECTIONS; k++)
+        s->projection_sum[k] += p[k];
+    sh_record_count_token(&s->counts, token);
+    s->n_bytes += sh_tokenizer_is_byte(s->model->tokenizer, token);
+    s->n_typed++;
+    if (logits == NULL)
+        return; /* the first token of a text without BOS: nothing foretold it */
+    s->nll_sum += sh_nll(logits, s->vocab, token);
+    s->n_scored++;
+}
+
+sh_status sh_session_type(sh_session *session, const int32_t *tokens, size_t n, sh_error *err)
+{
+    sh_session *s = session;
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] < 0 || (uint32_t)tokens[i] >= s->vocab)
+            return sh_fail(err, SH_ERR_INVALID, "token %d at %zu is outside the vocabulary of %u",
+                           tokens[i], i, s->vocab);
+    for (size_t at = 0; at < n;) {
+        uint32_t piece = (uint32_t)SH_MIN(n - at, (size_t)BATCH);
+        /* Up to the brim and no further, so that where the text slides does not depend on how it
+         * was split into calls. */
+        if (s->n_history < s->n_tokens_max)
+            piece = SH_MIN(piece, s->n_tokens_max - s->n_history);
+        SH_TRY(make_room(s, piece, err));
+        SH_TRY(sh_context_decode(s->context, tokens + at, piece, SH_LOGITS_ALL, s->scratch, err));
+        for (uint32_t i = 0; i < piece; i++) {
+            const float *before = i > 0         ? s->scratch + (size_t)(i - 1) * s->vocab
+                                  : s->has_last ? s->last
+                                                : NULL;
+            measure_token(s, tokens[at + i], before);
+        }
+        memcpy(s->last, s->scratch + (size_t)(piece - 1) * s->vocab, s->vocab * sizeof(float));
+        s->has_last = true;
+        memcpy(s->history + s->n_history, tokens + at, piece * sizeof(int32_t));
+        s->n_history += piece;
+        s->evaluated += piece;
+        at += piece;
+    }
+    return SH_OK;
+}
+
+/* ---- completing ---- */
+
+/* Log-probability of token and entropy of softmax(logits), nats. */
+static void judge_logits(const float *logits, uint32_t vocab, int32_t token, double *logprob,
+                         double *entropy)
+{
+    double max = logits[0], sum = 0, weighted = 0;
+    for (uint32_t i = 1; i < vocab; i++)
+        max = SH_MAX(max, (double)logits[i]);
+    for (uint32_t i = 0; i < vocab; i++) {
+        double e = exp((double)logits[i] - max);
+        sum += e;
+        weighted += e * ((double)logits[i] - max);
+    }
+    *logprob = (double)logits[token] - max - log(sum);
+    *entropy = log(sum) - weighted / sum;
+}
+
+static int32_t best_token(const float *logits, uint32_t vocab)
+{
+    uint32_t best = 0;
+    for (uint32_t i = 1; i < vocab; i++)
+        if (logits[i] > logits[best])
+            best = i;
+    return (int32_t)best;
+}
+
+static int32_t token_at(const sh_session *s, const sh_completion *c, uint32_t i)
+{
+    return i < s->n_history ? s->history[i] : c->tokens[i - s->n_history];
+}
+
+/* Share of the proposed tokens that end a run of NGRAM tokens which was there before. */
+static float repeated_share(const sh_session *s, const sh_completion *c)
+{
+    uint32_t repeated = 0;
+    for (uint32_t i = 0; i < c->n; i++) {
+        uint32_t end = s->n_history + i;
+        bool found = false;
+        for (uint32_t before = NGRAM - 1; before < end && !found; before++) {
+            uint32_t same = 0;
+            while (same < NGRAM && token_at(s, c, before - same) == token_at(s, c, end - same))
+                same++;
+            found = same == NGRAM;
+        }
+        repeated += found;
+    }
+    return c->n > 0 ? (float)repeated / (float)c->n : 0.0f;
+}
+
+static void fill_record(const sh_session *s, sh_completion *c, const double *logprobs,
+                        double entropy_sum)
+{
+    sh_record *r = &c->record;
+    *r = s->counts; /* the buckets */
+    r->release_version = s->release_version;
+    r->prompt_tokens = (uint16_t)SH_MIN(s->n_typed, (uint32_t)UINT16_MAX);
+    r->output_tokens = (uint16_t)c->n;
+    r->prompt_nll = s->n_scored > 0 ? (float)(s->nll_sum / s->n_scored) : 0.0f;
+    r->byte_fallback = s->n_typed > 0 ? (float)s->n_bytes / (float)s->n_typed : 0.0f;
+    double sum = 0, least = 0;
+    for (uint32_t i = 0; i < c->n; i++) {
+        sum += logprobs[i];
+        least = SH_MIN(least, logprobs[i]);
+    }
+    r->mean_logprob = c->n > 0 ? (float)(sum / c->n) : 0.0f;
+    r->least_logprob = (float)least;
+    r->mean_entropy = c->n > 0 ? (float)(entropy_sum / c->n) : 0.0f;
+    r->repeated_4grams = repeated_share(s, c);
+    for (unsigned k = 0; k < SH_PROJECTIONS && s->n_typed > 0; k++) {
+        double mean = s->projection_sum[k] / s->n_typed * PROJECTION_SCALE;
+        r->projection[k] = (int8_t)lrint(SH_MAX(-127.0, SH_MIN(127.0, mean)));
+    }
+}
+
+sh_status sh_session_complete(sh_session *session, uint32_t max_tokens, sh_completion *out,
+                              sh_error *err)
+{
+    sh_session *s = session;
+    sh_completion c = {0};
+    double logprobs[SH_WORD_TOKENS_MAX], entropy_sum = 0;
+    sh_stop stop = SH_STOP_WORD;
+    SH_ASSERT(max_tokens > 0 && max_tokens <= SH_WORD_TOKENS_MAX);
+    if (!s->has_last)
+        return sh_fail(err, SH_ERR_INVALID, "session: nothing was typed, there is no next word");
+    SH_TRY(make_room(s, max_tokens, err));
+    const float *logits = s->last;
+    for (;;) {
+        int32_t token = best_token(logits, s->vocab);
+        double entropy;
+        if (token == sh_tokenizer_eos(s->model->tokenizer)) {
+            stop = SH_STOP_END_OF_TEXT;
+            break;
+        }
+        if (c.n > 0 && !goes_on(s->frozen, c.tokens[0], token))
+            break;
+        if (c.n == max_tokens) {
+            stop = SH_STOP_LIMIT;
+            break;
+        }
+        judge_logits(logits, s->vocab, token, &logprobs[c.n], &entropy);
+        entropy_sum += entropy;
+        c.tokens[c.n++] = token;
+        if (class_of(s->frozen, c.tokens[0]) == WORD_OTHER)
+            break; /* stands alone, whatever would follow */
+        SH_TRY(sh_context_decode(s->context, &token, 1, SH_LOGITS_LAST, s->scratch, err));
+        logits = s->scratch;
+        s->evaluated++;
+    }
+    sh_context_truncate(s->context, s->n_history);
+    fill_record(s, &c, logprobs, entropy_sum);
+    c.record.stop = (uint8_t)stop;
+    c.evaluated = s->evaluated;
+    clear_measurement(s);
+    *out = c;
+    return SH_OK;
+}
+
+static uint32_t edit_distance(const int32_t *a, uint32_t n, const int32_t *b, uint32_t m)
+{
+    uint32_t row[SH_JUDGED_TOKENS_MAX + 1];
+    for (uint32_t j = 0; j <= m; j++)
+        row[j] = j;
+    for (uint32_t i = 1; i <= n; i++) {
+        uint32_t diagonal = row[0];
+        row[0] = i;
+        for (uint32_t j = 1; j <= m; j++) {
+            uint32_t above = row[j];
+            uint32_t best =
+                SH_MIN(SH_MIN(above, row[j - 1]) + 1, diagonal + (a[i - 1] != b[j - 1]));
+            diagonal = above;
+            row[j] = best;
+        }
+    }
+    return row[m];
+}
+
+sh_feedback_kind sh_completion_judge(sh_completion *completion, const int32_t *author, uint32_t n)
+{
+    n = SH_MIN(n, SH_JUDGED_TOKENS_MAX);
+    uint32_t distance = edit_distance(completion->tokens, completion->n, author, n);
+    sh_feedback_kind kind = SH_FEEDBACK_EDIT;
+    if (distance == 0)
+        kind = SH_FEEDBACK_ACCEPT;
+    else if (distance >= SH_MAX(n, completion->n))
+        kind = SH_FEEDBACK_REJECT;
+    completion->record.feedback = (uint8_t)kind;
+    completion->record.edit_distance = (uint16_t)distance;
+    return kind;
+}

@@ -1,0 +1,398 @@
+/*
+ * The store in memory: a skip list a table (Pugh, "Skip Lists: A Probabilistic Alternative to
+ * Balanced Trees", 1990) and an undo log for the write transaction.
+ *
+ * A write never changes a node: it takes the old one out, puts a new one in, and notes both. So
+ * abort is the notes backwards, and what a transaction took out stays readable (by slices and
+ * cursors) until it ends. A resting store is its struct and its nodes, each one allocation.
+ */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "shared/base/buf.h"
+#include "shared/store/backend.h"
+
+#define HEIGHT_MAX 12 /* with one node in four a level higher: good for 4^12 nodes */
+#define UNDO_MAX   (1u << 26)
+
+typedef struct mem_node mem_node;
+struct mem_node {
+    uint32_t value_n;
+    uint8_t key_n, height;
+    bool dead;        /* taken out; a cursor may still stand on it */
+    mem_node *next[]; /* [height], then the key's bytes, then the value's */
+};
+
+typedef struct {
+    mem_node *head[HEIGHT_MAX];
+    uint64_t count;
+} mem_table;
+
+typedef struct {
+    sh_store base;
+    uint64_t used;       /* bytes of all live nodes */
+    uint64_t level_bits; /* generator of node heights */
+    atomic_int users;    /* -1: a writer; else the number of readers */
+    mem_table tables[];
+} mem_store;
+
+typedef struct {
+    unsigned table;
+    mem_node *removed, *added; /* either may be NULL */
+} mem_undo;
+
+typedef struct {
+    sh_txn base;
+    mem_undo *undo;
+    size_t n, cap;
+} mem_txn;
+
+typedef struct {
+    sh_cursor base;
+    mem_node *at; /* NULL: nowhere */
+} mem_cursor;
+
+static mem_store *store_of(const sh_txn *txn)
+{
+    return (mem_store *)txn->store;
+}
+
+static const uint8_t *node_key(const mem_node *node)
+{
+    return (const uint8_t *)(node->next + node->height);
+}
+
+static size_t node_bytes(const mem_node *node)
+{
+    return sizeof(*node) + node->height * sizeof(node->next[0]) + node->key_n + node->value_n;
+}
+
+static int compare(const mem_node *node, sh_slice key)
+{
+    size_t n = SH_MIN((size_t)node->key_n, key.n);
+    int order = memcmp(node_key(node), key.data, n);
+    return order ? order : (node->key_n > key.n) - (node->key_n < key.n);
+}
+
+/* links[l] is the link of level l that points at the first node with a key >= key (or, with
+ * `after`, > key). */
+static void find(mem_table *table, sh_slice key, bool after, mem_node **links[HEIGHT_MAX])
+{
+    mem_node **row = table->head;
+    for (int l = HEIGHT_MAX - 1; l >= 0; l--) {
+        while (row[l] && compare(row[l], key) < (after ? 1 : 0))
+            row = row[l]->next;
+        links[l] = &row[l];
+    }
+}
+
+static void take_out(mem_store *store, mem_table *table, mem_node *node)
+{
+    mem_node **links[HEIGHT_MAX];
+    find(table, (sh_slice){node_key(node), node->key_n}, false, links);
+    for (int l = 0; l < node->height; l++) {
+        SH_ASSERT(*links[l] == node);
+        *links[l] = node->next[l];
+    }
+    node->dead = true;
+    table->count--;
+    store->used -= node_bytes(node);
+}
+
+static void put_in(mem_store *store, mem_table *table, mem_node *node)
+{
+    mem_node **links[HEIGHT_MAX];
+    find(table, (sh_slice){node_key(node), node->key_n}, false, links);
+    for (int l = 0; l < node->height; l++) {
+        node->next[l] = *links[l];
+        *links[l] = node;
+    }
+    node->dead = false;
+    table->count++;
+    store->used += node_bytes(node);
+}
+
+static uint8_t draw_height(mem_store *store)
+{
+    store->level_bits ^= store->level_bits << 13; /* xorshift64 */
+    store->level_bits ^= store->level_bits >> 7;
+    store->level_bits ^= store->level_bits << 17;
+    uint8_t height = 1;
+    for (uint64_t bits = store->level_bits; (bits & 3) == 0 && height < HEIGHT_MAX; bits >>= 2)
+        height++;
+    return height;
+}
+
+static mem_node *lookup(mem_txn *txn, unsigned table, sh_slice key)
+{
+    mem_node **links[HEIGHT_MAX];
+    find(&store_of(&txn->base)->tables[table], key, false, links);
+    mem_node *node = *links[0];
+    return node && compare(node, key) == 0 ? node : NULL;
+}
+
+static sh_status reserve_undo(mem_txn *txn, sh_error *err)
+{
+    void *undo = txn->undo;
+    sh_status status = sh_array_reserve(&undo, &txn->cap, txn->n + 1, sizeof(mem_undo), UNDO_MAX);
+    txn->undo = undo;
+    if (status != SH_OK)
+        return sh_fail(err, status, "store: %zu writes in one transaction: no memory", txn->n);
+    return SH_OK;
+}
+
+static sh_status mem_put(sh_txn *base, unsigned t, sh_slice key, sh_slice value, sh_error *err)
+{
+    mem_txn *txn = (mem_txn *)base;
+    mem_store *store = store_of(base);
+    mem_table *table = &store->tables[t];
+    SH_TRY(reserve_undo(txn, err));
+    mem_node *old = lookup(txn, t, key);
+    uint8_t height = draw_height(store);
+    size_t bytes = sizeof(mem_node) + height * sizeof(mem_node *) + key.n + value.n;
+    uint64_t kept = base->kind == SH_TXN_RESERVE ? 0 : store->base.reserve_bytes;
+    if (store->used - (old ? node_bytes(old) : 0) + bytes > store->base.bytes_max - kept)
+        return sh_fail(err, SH_ERR_FULL,
+                       "store in memory: full: %llu bytes of %llu in use, %llu kept for deleting",
+                       (unsigned long long)store->used, (unsigned long long)store->base.bytes_max,
+                       (unsigned long long)kept);
+    mem_node *node = sh_calloc(1, bytes);
+    if (!node)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory for %zu bytes", bytes);
+    node->height = height;
+    node->key_n = (uint8_t)key.n;
+    node->value_n = (uint32_t)value.n;
+    uint8_t *to = (uint8_t *)(node->next + height);
+    memcpy(to, key.data, key.n);
+    if (value.n)
+        memcpy(to + key.n, value.data, value.n);
+    if (old)
+        take_out(store, table, old);
+    put_in(store, table, node);
+    txn->undo[txn->n++] = (mem_undo){t, old, node};
+    return SH_OK;
+}
+
+static sh_status mem_del(sh_txn *base, unsigned t, sh_slice key, sh_error *err)
+{
+    mem_txn *txn = (mem_txn *)base;
+    mem_node *node = lookup(txn, t, key);
+    if (!node)
+        return SH_OK;
+    SH_TRY(reserve_undo(txn, err));
+    take_out(store_of(base), &store_of(base)->tables[t], node);
+    txn->undo[txn->n++] = (mem_undo){t, node, NULL};
+    return SH_OK;
+}
+
+static void give(const mem_node *node, sh_slice *key, sh_slice *value)
+{
+    if (key)
+        *key = (sh_slice){node_key(node), node->key_n};
+    if (value)
+        *value = (sh_slice){node_key(node) + node->key_n, node->value_n};
+}
+
+static sh_status mem_get(sh_txn *base, unsigned t, sh_slice key, sh_slice *value)
+{
+    mem_node *node = lookup((mem_txn *)base, t, key);
+    if (!node)
+        return SH_ERR_NOT_FOUND;
+    give(node, NULL, value);
+    return SH_OK;
+}
+
+static uint64_t mem_count(sh_txn *base, unsigned t)
+{
+    return store_of(base)->tables[t].count;
+}
+
+/* ---- transactions ---- */
+
+static sh_status mem_begin(sh_store *base, int kind, sh_txn **out, sh_error *err)
+{
+    mem_store *store = (mem_store *)base;
+    mem_txn *txn = sh_calloc(1, sizeof(*txn));
+    if (!txn)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory for a transaction");
+    int users = atomic_load(&store->users);
+    do {
+        if (users < 0 || (users > 0 && kind != SH_TXN_READ)) {
+            free(txn);
+            return sh_fail(err, SH_ERR_LIMIT,
+                           "store in memory: %s transaction is open (one writer or any number of "
+                           "readers)",
+                           users < 0 ? "a write" : "a read");
+        }
+    } while (
+        !atomic_compare_exchange_weak(&store->users, &users, kind == SH_TXN_READ ? users + 1 : -1));
+    txn->base = (sh_txn){.store = base, .kind = kind};
+    *out = &txn->base;
+    return SH_OK;
+}
+
+static void end(mem_txn *txn)
+{
+    mem_store *store = store_of(&txn->base);
+    if (txn->base.kind == SH_TXN_READ)
+        atomic_fetch_sub(&store->users, 1);
+    else
+        atomic_store(&store->users, 0);
+    free(txn->undo);
+    free(txn);
+}
+
+static sh_status mem_commit(sh_txn *base, sh_error *err)
+{
+    (void)err; /* cannot fail */
+    mem_txn *txn = (mem_txn *)base;
+    for (size_t i = 0; i < txn->n; i++)
+        free(txn->undo[i].removed);
+    end(txn);
+    return SH_OK;
+}
+
+static void mem_abort(sh_txn *base)
+{
+    mem_txn *txn = (mem_txn *)base;
+    mem_store *store = store_of(base);
+    while (txn->n > 0) {
+        const mem_undo *u = &txn->undo[--txn->n];
+        mem_table *table = &store->tables[u->table];
+        if (u->added) {
+            take_out(store, table, u->added);
+            free(u->added);
+        }
+        if (u->removed)
+            put_in(store, table, u->removed);
+    }
+    end(txn);
+}
+
+/* ---- cursors ---- */
+
+static sh_status mem_cursor_open(sh_txn *txn, unsigned table, sh_cursor **out, sh_error *err)
+{
+    mem_cursor *cursor = sh_calloc(1, sizeof(*cursor));
+    if (!cursor)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory for a cursor");
+    cursor->base = (sh_cursor){.txn = txn, .table = table};
+    *out = &cursor->base;
+    return SH_OK;
+}
+
+static sh_status move(mem_cursor *cursor, mem_node *to, sh_slice *key, sh_slice *value)
+{
+    cursor->at = to;
+    if (!to)
+        return SH_ERR_NOT_FOUND;
+    give(to, key, value);
+    return SH_OK;
+}
+
+static mem_table *cursor_table(const mem_cursor *cursor)
+{
+    return &store_of(cursor->base.txn)->tables[cursor->base.table];
+}
+
+static sh_status mem_seek(sh_cursor *base, sh_slice from, sh_slice *key, sh_slice *value)
+{
+    mem_cursor *cursor = (mem_cursor *)base;
+    mem_table *table = cursor_table(cursor);
+    if (from.n == 0)
+        return move(cursor, table->head[0], key, value);
+    mem_node **links[HEIGHT_MAX];
+    find(table, from, false, links);
+    return move(cursor, *links[0], key, value);
+}
+
+static sh_status mem_next(sh_cursor *base, sh_slice *key, sh_slice *value)
+{
+    mem_cursor *cursor = (mem_cursor *)base;
+    mem_node *at = cursor->at;
+    if (!at)
+        return SH_ERR_NOT_FOUND;
+    if (!at->dead)
+        return move(cursor, at->next[0], key, value);
+    mem_node **links[HEIGHT_MAX];
+    find(cursor_table(cursor), (sh_slice){node_key(at), at->key_n}, true, links);
+    return move(cursor, *links[0], key, value);
+}
+
+static sh_status mem_last(sh_cursor *base, sh_slice *key, sh_slice *value)
+{
+    mem_cursor *cursor = (mem_cursor *)base;
+    mem_node **row = cursor_table(cursor)->head;
+    mem_node *last = NULL;
+    for (int l = HEIGHT_MAX - 1; l >= 0; l--)
+        while (row[l]) {
+            last = row[l];
+            row = last->next;
+        }
+    return move(cursor, last, key, value);
+}
+
+static void mem_cursor_close(sh_cursor *base)
+{
+    free(base);
+}
+
+/* ---- the store ---- */
+
+static void mem_close(sh_store *base)
+{
+    mem_store *store = (mem_store *)base;
+    SH_ASSERT(atomic_load(&store->users) == 0);
+    for (size_t t = 0; t < base->n_tables; t++)
+        for (mem_node *node = store->tables[t].head[0]; node;) {
+            mem_node *next = node->next[0];
+            free(node);
+            node = next;
+        }
+    free(store);
+}
+
+static sh_status mem_sync(sh_store *store, sh_error *err)
+{
+    (void)store;
+    (void)err;
+    return SH_OK;
+}
+
+static uint64_t mem_bytes_used(const sh_store *store)
+{
+    return ((const mem_store *)store)->used;
+}
+
+static const sh_store_backend memory_backend = {
+    .close = mem_close,
+    .sync = mem_sync,
+    .bytes_used = mem_bytes_used,
+    .begin = mem_begin,
+    .commit = mem_commit,
+    .abort = mem_abort,
+    .put = mem_put,
+    .del = mem_del,
+    .get = mem_get,
+    .count = mem_count,
+    .cursor_open = mem_cursor_open,
+    .seek = mem_seek,
+    .next = mem_next,
+    .last = mem_last,
+    .cursor_close = mem_cursor_close,
+};
+
+sh_status sh_store_open_memory(const sh_store_options *options, sh_store **out, sh_error *err)
+{
+    sh_store common = {0};
+    SH_TRY(sh_store_init(&common, &memory_backend, options, err));
+    mem_store *store = sh_calloc(1, sizeof(*store) + common.n_tables * sizeof(store->tables[0]));
+    if (!store)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory");
+    store->base = common;
+    store->level_bits = 0x9e3779b97f4a7c15u;
+    atomic_init(&store->users, 0);
+    *out = &store->base;
+    return SH_OK;
+}

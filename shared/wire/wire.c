@@ -1,0 +1,370 @@
+/*
+ * The messages' tables, the envelope around them, and the payloads. docs/protocol.md says the same
+ * in words.
+ *
+ * Envelope:  array [version, type, bin16 hash, bin body], hash = BLAKE2b-256(body)[0..16)
+ * Manifest:  array of its fields, then 64 bytes of Ed25519 signature over the array's bytes
+ */
+#include "shared/wire/wire.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "shared/wire/codec.h"
+
+#define HASH_BYTES      16 /* of the body, in the envelope */
+#define ENVELOPE_MAX    32 /* bytes around a body */
+#define BODY_MAX        (SH_WIRE_MESSAGE_MAX - ENVELOPE_MAX)
+#define PAYLOAD_VERSION 1
+
+/* Shorthands of the tables below. FIELD: what has no range; RANGE: what has one. */
+#define NAMED(label, T, member, how) .name = label, .kind = how, .offset = offsetof(T, member)
+#define FIELD(T, member, how)                                                                      \
+    {                                                                                              \
+        NAMED(#member, T, member, how)                                                             \
+    }
+#define RANGE(T, member, how, from, to)                                                            \
+    {                                                                                              \
+        NAMED(#member, T, member, how), .min = from, .max = to                                     \
+    }
+#define MSG_FIELD(m, member, how)                                                                  \
+    {                                                                                              \
+        NAMED(#member, sh_msg, m.member, how)                                                      \
+    }
+#define MSG_RANGE(m, member, how, from, to)                                                        \
+    {                                                                                              \
+        NAMED(#member, sh_msg, m.member, how), .min = from, .max = to                              \
+    }
+#define MSG_TEXT(m, member, slot)                                                                  \
+    {                                                                                              \
+        NAMED(#member, sh_msg, m.member, WIRE_TEXT), .max = SH_WIRE_TEXT_MAX,                      \
+                                                     .storage = offsetof(sh_msg, text[slot])       \
+    }
+#define U64(T, member)     RANGE(T, member, WIRE_U64, 0, UINT64_MAX)
+#define U32(T, member)     RANGE(T, member, WIRE_U32, 0, UINT32_MAX)
+#define MSG_U64(m, member) MSG_RANGE(m, member, WIRE_U64, 0, UINT64_MAX)
+#define MSG_U32(m, member) MSG_RANGE(m, member, WIRE_U32, 0, UINT32_MAX)
+#define VERSION_FIELD                                                                              \
+    {                                                                                              \
+        .name = "payload version", .kind = WIRE_CONST, .min = PAYLOAD_VERSION                      \
+    }
+
+/* ---- messages ---- */
+
+static const wire_field enrol_fields[] = {
+    MSG_U64(enrol, epoch), MSG_TEXT(enrol, agent, 0),    MSG_TEXT(enrol, kernel, 1),
+    MSG_U32(enrol, cores), MSG_U64(enrol, memory_bytes),
+};
+
+static const wire_field welcome_fields[] = {
+    MSG_FIELD(welcome, accepted, WIRE_BOOL),
+    MSG_TEXT(welcome, text, 0),
+};
+
+static const wire_field checkin_fields[] = {
+    MSG_U64(checkin, epoch),
+    MSG_U64(checkin, now_ms),
+    MSG_U64(checkin, active_version),
+    MSG_U64(checkin, confirmed_version),
+    MSG_U64(checkin, installing_version),
+    MSG_U32(checkin, training_round),
+    MSG_U64(checkin, examples),
+    MSG_U64(checkin, example_tokens),
+    MSG_U64(checkin, outbox_items),
+    MSG_U64(checkin, outbox_bytes),
+    MSG_U64(checkin, dropped[SH_CLASS_UPDATE]),
+    MSG_U64(checkin, dropped[SH_CLASS_ALARM]),
+    MSG_U64(checkin, dropped[SH_CLASS_WINDOW]),
+    MSG_U64(checkin, dropped[SH_CLASS_RECORD]),
+    MSG_U64(checkin, inferences),
+    MSG_U64(checkin, windows),
+    MSG_FIELD(checkin, drifting, WIRE_BOOL),
+};
+_Static_assert(SH_CLASSES == 4, "a class more is a field more");
+
+static const wire_field train_fields[] = {
+    U32(sh_train_plan, round),
+    U64(sh_train_plan, base_version),
+    FIELD(sh_train_plan, base_sha256, WIRE_HASH),
+    U64(sh_train_plan, a_seed),
+    U32(sh_train_plan, rank),
+    FIELD(sh_train_plan, alpha, WIRE_F32),
+    FIELD(sh_train_plan, lr, WIRE_F32),
+    FIELD(sh_train_plan, lr_final, WIRE_F32),
+    FIELD(sh_train_plan, clip, WIRE_F32),
+    U32(sh_train_plan, batch),
+    U32(sh_train_plan, context),
+    U32(sh_train_plan, passes_milli),
+    U32(sh_train_plan, steps_max),
+    U32(sh_train_plan, warmup),
+    U32(sh_train_plan, tokens_min),
+};
+static const wire_schema train_schema = WIRE_SCHEMA("message plan.train", train_fields, NULL);
+
+static const wire_field plan_fields[] = {
+    MSG_U64(plan, return_after_ms),
+    {NAMED("train", sh_msg, plan.train, WIRE_PLAN), .sub = &train_schema},
+    MSG_RANGE(plan, manifest, WIRE_BYTES, 0, SH_WIRE_MANIFEST_MAX),
+};
+
+static const wire_field item_fields[] = {
+    MSG_U64(item, epoch),
+    MSG_RANGE(item, cls, WIRE_U8, 0, SH_CLASSES - 1),
+    MSG_RANGE(item, seq, WIRE_U64, 1, UINT64_MAX),
+    MSG_RANGE(item, kind, WIRE_U8, SH_ITEM_UPDATE, SH_ITEM_TOMBSTONE),
+    MSG_RANGE(item, last_seq, WIRE_U64, 1, UINT64_MAX),
+    MSG_RANGE(item, payload, WIRE_BYTES, 0, SH_WIRE_ITEM_MAX),
+};
+
+static sh_status check_item(const void *record, sh_error *err)
+{
+    const sh_msg_item *item = &((const sh_msg *)record)->item;
+    bool tombstone = item->kind == SH_ITEM_TOMBSTONE;
+    if (item->last_seq < item->seq || (!tombstone && item->last_seq != item->seq))
+        return sh_fail(err, SH_ERR_INVALID,
+                       "message item: field last_seq is %llu, must be %s seq %llu",
+                       (unsigned long long)item->last_seq, tombstone ? "at least" : "equal to",
+                       (unsigned long long)item->seq);
+    if (tombstone && item->payload.n > 0)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "message item: field payload has %zu bytes, a tombstone has none",
+                       item->payload.n);
+    return SH_OK;
+}
+
+static const wire_field ack_fields[] = {
+    MSG_U64(ack, epoch),
+    MSG_RANGE(ack, cls, WIRE_U8, 0, SH_CLASSES - 1),
+    MSG_U64(ack, high_water),
+    MSG_FIELD(ack, bitmap, WIRE_BITMAP),
+};
+
+static const wire_field want_fields[] = {
+    {NAMED("chunk_hashes", sh_msg, want, WIRE_HASHES), .min = 1, .max = SH_WIRE_WANT_MAX},
+};
+
+static const wire_field chunk_fields[] = {
+    MSG_FIELD(chunk, hash, WIRE_HASH),
+    MSG_RANGE(chunk, bytes, WIRE_BYTES, 1, SH_CHUNK_BYTES),
+};
+
+static const wire_field error_fields[] = {
+    MSG_TEXT(error, code, 0),
+    MSG_TEXT(error, text, 1),
+    MSG_U64(error, retry_after_ms),
+};
+
+static const wire_schema messages[] = {
+    [SH_MSG_ENROL] = WIRE_SCHEMA("message enrol", enrol_fields, NULL),
+    [SH_MSG_WELCOME] = WIRE_SCHEMA("message welcome", welcome_fields, NULL),
+    [SH_MSG_CHECKIN] = WIRE_SCHEMA("message checkin", checkin_fields, NULL),
+    [SH_MSG_PLAN] = WIRE_SCHEMA("message plan", plan_fields, NULL),
+    [SH_MSG_ITEM] = WIRE_SCHEMA("message item", item_fields, check_item),
+    [SH_MSG_ACK] = WIRE_SCHEMA("message ack", ack_fields, NULL),
+    [SH_MSG_WANT] = WIRE_SCHEMA("message want", want_fields, NULL),
+    [SH_MSG_CHUNK] = WIRE_SCHEMA("message chunk", chunk_fields, NULL),
+    [SH_MSG_ERROR] = WIRE_SCHEMA("message error", error_fields, NULL),
+};
+
+const char *sh_msg_type_name(sh_msg_type type)
+{
+    if (type < SH_MSG_ENROL || type > SH_MSG_ERROR)
+        return "unknown";
+    return messages[type].name + strlen("message ");
+}
+
+/* ---- envelope ---- */
+
+typedef struct {
+    uint8_t type;
+    sh_bytes hash, body;
+} envelope;
+
+static const wire_field envelope_fields[] = {
+    {.name = "version", .kind = WIRE_CONST, .min = SH_WIRE_VERSION},
+    RANGE(envelope, type, WIRE_U8, SH_MSG_ENROL, SH_MSG_ERROR),
+    RANGE(envelope, hash, WIRE_BYTES, HASH_BYTES, HASH_BYTES),
+    RANGE(envelope, body, WIRE_BYTES, 0, BODY_MAX),
+};
+static const wire_schema envelope_schema = WIRE_SCHEMA("message", envelope_fields, NULL);
+
+sh_status sh_msg_encode(const sh_msg *msg, sh_buf *out, sh_error *err)
+{
+    SH_ASSERT(msg->type >= SH_MSG_ENROL && msg->type <= SH_MSG_ERROR);
+    sh_buf body;
+    sh_buf_init(&body, BODY_MAX);
+    sh_status status;
+    SH_GOTO(sh_wire_encode(&messages[msg->type], msg, &body, err));
+    sh_hash hash = sh_blake2b(body.data, body.len);
+    envelope e = {(uint8_t)msg->type, {hash.b, HASH_BYTES}, {body.data, body.len}};
+    status = sh_wire_encode(&envelope_schema, &e, out, err);
+cleanup:
+    sh_buf_release(&body);
+    return status;
+}
+
+sh_status sh_msg_decode(const void *bytes, size_t n, sh_msg *out, sh_error *err)
+{
+    if (n > SH_WIRE_MESSAGE_MAX)
+        return sh_fail(err, SH_ERR_LIMIT, "message: %zu bytes, at most %u", n, SH_WIRE_MESSAGE_MAX);
+    /* First of all the version: another one may have another envelope. */
+    uint64_t version = 0;
+    SH_TRY(sh_wire_peek_number("message", bytes, n, &version, err));
+    if (version != SH_WIRE_VERSION)
+        return sh_fail(err, SH_ERR_UNSUPPORTED,
+                       "message: protocol version %llu is not known here, only %d",
+                       (unsigned long long)version, SH_WIRE_VERSION);
+    envelope e;
+    SH_TRY(sh_wire_decode(&envelope_schema, bytes, n, &e, err));
+    sh_hash hash = sh_blake2b(e.body.data, e.body.n);
+    if (memcmp(hash.b, e.hash.data, HASH_BYTES) != 0)
+        return sh_fail(err, SH_ERR_CORRUPT, "%s: the body's hash is not the one in the envelope",
+                       messages[e.type].name);
+    sh_msg msg = {.type = e.type};
+    SH_TRY(sh_wire_decode(&messages[e.type], e.body.data, e.body.n, &msg, err));
+    *out = msg;
+    sh_wire_rebase_texts(&messages[e.type], out);
+    return SH_OK;
+}
+
+/* ---- payloads ---- */
+
+static const wire_field update_fields[] = {
+    VERSION_FIELD,
+    FIELD(sh_update_meta, blob, WIRE_BLOB),
+    U32(sh_update_meta, round),
+    U64(sh_update_meta, base_version),
+    FIELD(sh_update_meta, base_sha256, WIRE_HASH),
+    U64(sh_update_meta, a_seed),
+    U32(sh_update_meta, rank),
+    FIELD(sh_update_meta, alpha, WIRE_F32),
+    U64(sh_update_meta, samples),
+    U64(sh_update_meta, tokens_seen),
+    FIELD(sh_update_meta, heldout_before, WIRE_F64),
+    FIELD(sh_update_meta, heldout_after, WIRE_F64),
+};
+static const wire_schema update_schema = WIRE_SCHEMA("payload update", update_fields, NULL);
+
+sh_status sh_update_meta_encode(const sh_update_meta *meta, sh_buf *out, sh_error *err)
+{
+    return sh_wire_encode(&update_schema, meta, out, err);
+}
+
+sh_status sh_update_meta_decode(const void *bytes, size_t n, sh_update_meta *out, sh_error *err)
+{
+    sh_update_meta meta = {0};
+    SH_TRY(sh_wire_decode(&update_schema, bytes, n, &meta, err));
+    *out = meta;
+    return SH_OK;
+}
+
+static const wire_field alarm_fields[] = {
+    VERSION_FIELD,
+    U64(sh_alarm, window),
+    U64(sh_alarm, release_version),
+    U64(sh_alarm, inferences),
+    U32(sh_alarm, metric),
+    FIELD(sh_alarm, log_evalue, WIRE_F64),
+    FIELD(sh_alarm, effect, WIRE_F64),
+    U64(sh_alarm, at_ms),
+};
+static const wire_schema alarm_schema = WIRE_SCHEMA("payload alarm", alarm_fields, NULL);
+
+sh_status sh_alarm_encode(const sh_alarm *alarm, sh_buf *out, sh_error *err)
+{
+    return sh_wire_encode(&alarm_schema, alarm, out, err);
+}
+
+sh_status sh_alarm_decode(const void *bytes, size_t n, sh_alarm *out, sh_error *err)
+{
+    sh_alarm alarm = {0};
+    SH_TRY(sh_wire_decode(&alarm_schema, bytes, n, &alarm, err));
+    *out = alarm;
+    return SH_OK;
+}
+
+static const wire_field manifest_fields[] = {
+    {.name = "shoal-manifest", .kind = WIRE_MAGIC}, /* no other signed bytes begin with it */
+    VERSION_FIELD,
+    RANGE(sh_manifest, version, WIRE_U64, 1, UINT64_MAX),
+    U64(sh_manifest, parent),
+    U64(sh_manifest, created_ms),
+    FIELD(sh_manifest, model, WIRE_BLOB),
+    {NAMED("format", sh_manifest, format, WIRE_TEXT), .min = 1, .max = SH_WIRE_FORMAT_MAX,
+     .storage = offsetof(sh_manifest, format_text)},
+    FIELD(sh_manifest, suite_sha256, WIRE_HASH),
+    FIELD(sh_manifest, gate_loss_parent, WIRE_F64),
+    FIELD(sh_manifest, gate_loss, WIRE_F64),
+    U32(sh_manifest, updates_merged),
+};
+
+static sh_status check_manifest(const void *record, sh_error *err)
+{
+    const sh_manifest *manifest = record;
+    if (manifest->parent < manifest->version)
+        return SH_OK;
+    return sh_fail(err, SH_ERR_INVALID,
+                   "manifest: field parent is %llu, must be below version %llu",
+                   (unsigned long long)manifest->parent, (unsigned long long)manifest->version);
+}
+
+static const wire_schema manifest_schema = WIRE_SCHEMA("manifest", manifest_fields, check_manifest);
+
+sh_status sh_manifest_sign(const sh_manifest *manifest, const sh_sign_secret_key *sk, sh_buf *out,
+                           sh_error *err)
+{
+    size_t start = out->len;
+    SH_TRY(sh_wire_encode(&manifest_schema, manifest, out, err));
+    sh_signature sig = sh_sign(out->data + start, out->len - start, sk);
+    sh_status status = sh_buf_append(out, sig.b, sizeof(sig.b));
+    if (status != SH_OK) {
+        out->len = start;
+        return sh_fail(err, status, "manifest: no room in its buffer of at most %zu bytes",
+                       out->max);
+    }
+    return SH_OK;
+}
+
+sh_status sh_manifest_verify(const void *bytes, size_t n, const sh_sign_public_key *pk,
+                             sh_manifest *out, sh_error *err)
+{
+    sh_signature sig;
+    if (n > SH_WIRE_MANIFEST_MAX)
+        return sh_fail(err, SH_ERR_LIMIT, "manifest: %zu bytes, at most %u", n,
+                       SH_WIRE_MANIFEST_MAX);
+    if (n <= sizeof(sig.b))
+        return sh_fail(err, SH_ERR_INVALID, "manifest: %zu bytes are too few for a signature", n);
+    size_t signed_n = n - sizeof(sig.b);
+    memcpy(sig.b, (const uint8_t *)bytes + signed_n, sizeof(sig.b));
+    sh_status status = sh_sign_verify(bytes, signed_n, &sig, pk, err);
+    if (status != SH_OK) {
+        (void)sh_fail_in(err, "manifest");
+        return status;
+    }
+    sh_manifest manifest = {0};
+    SH_TRY(sh_wire_decode(&manifest_schema, bytes, signed_n, &manifest, err));
+    *out = manifest;
+    sh_wire_rebase_texts(&manifest_schema, out);
+    return SH_OK;
+}
+
+sh_status sh_blob_describe(const void *bytes, size_t n, sh_blob *out, uint8_t **chunk_hashes,
+                           sh_error *err)
+{
+    size_t chunks = n / SH_CHUNK_BYTES + (n % SH_CHUNK_BYTES != 0);
+    if (chunks > SH_BLOB_CHUNKS_MAX)
+        return sh_fail(err, SH_ERR_LIMIT, "blob: %zu bytes, at most %llu", n,
+                       (unsigned long long)SH_BLOB_CHUNKS_MAX * SH_CHUNK_BYTES);
+    uint8_t *hashes = sh_calloc(chunks, sizeof(sh_hash));
+    if (!hashes)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "blob: no memory for %zu chunk hashes", chunks);
+    for (size_t i = 0; i < chunks; i++) {
+        size_t from = i * SH_CHUNK_BYTES;
+        sh_hash hash =
+            sh_blake2b((const uint8_t *)bytes + from, SH_MIN(n - from, (size_t)SH_CHUNK_BYTES));
+        memcpy(hashes + i * sizeof(hash), hash.b, sizeof(hash));
+    }
+    *out = (sh_blob){sh_sha256(bytes, n), n, (uint32_t)chunks, hashes};
+    *chunk_hashes = hashes;
+    return SH_OK;
+}

@@ -1,0 +1,220 @@
+/*
+ * The protocol's messages: structs, and their bytes in MessagePack. docs/protocol.md is the
+ * grammar; this header and it change together.
+ *
+ * A message is one byte string: the array [version, type, hash, body], where hash is the first 16
+ * bytes of BLAKE2b-256 of body and body is a bin holding a MessagePack array of the type's fields.
+ * Decoding checks every count against the bytes left before anything is reserved (MessagePack
+ * itself has no size limit), the version, the hash, every limit below and that nothing is left
+ * over. Decoded slices point into the caller's bytes.
+ * The sender is never a field: it is the key that the transport authenticated.
+ */
+#ifndef SH_WIRE_WIRE_H
+#define SH_WIRE_WIRE_H
+
+#include "shared/base/buf.h"
+#include "shared/base/hash.h"
+
+#define SH_WIRE_VERSION      1
+#define SH_WIRE_MESSAGE_MAX  (1u << 20)
+#define SH_WIRE_TEXT_MAX     256
+#define SH_CHUNK_BYTES       65536u
+#define SH_BLOB_CHUNKS_MAX   4096u /* 256 MiB a blob */
+#define SH_WIRE_ITEM_MAX     (256u << 10)
+#define SH_WIRE_MANIFEST_MAX (160u << 10)
+#define SH_WIRE_FORMAT_MAX   15
+#define SH_WIRE_WANT_MAX     64u /* chunks asked for in one WANT */
+#define SH_ACK_BITMAP_WORDS  16u /* 1,024 sequences above the high-water mark */
+
+typedef enum {
+    SH_MSG_ENROL = 1, /* node: who I am and can do */
+    SH_MSG_WELCOME,   /* aggregator: accepted, or why not */
+    SH_MSG_CHECKIN,   /* node: state up */
+    SH_MSG_PLAN,      /* aggregator: plan down */
+    SH_MSG_ITEM,      /* node: one outbox item */
+    SH_MSG_ACK,       /* aggregator: what it has committed of a class */
+    SH_MSG_WANT,      /* both: send me these chunks */
+    SH_MSG_CHUNK,     /* both: a chunk */
+    SH_MSG_ERROR,     /* both: what was wrong with what you sent */
+} sh_msg_type;
+
+typedef enum { /* outbox classes, most precious first */
+               SH_CLASS_UPDATE = 0,
+               SH_CLASS_ALARM,
+               SH_CLASS_WINDOW,
+               SH_CLASS_RECORD,
+               SH_CLASSES
+} sh_class;
+
+typedef struct {
+    const void *data;
+    size_t n;
+} sh_bytes; /* borrowed */
+
+/* A blob by content: whole-file SHA-256 and the BLAKE2b-256 of each chunk of SH_CHUNK_BYTES (the
+ * last may be shorter). */
+typedef struct {
+    sh_hash sha256;
+    uint64_t bytes;
+    uint32_t n_chunks;
+    const uint8_t *chunk_hashes; /* [n_chunks * 32], borrowed */
+} sh_blob;
+
+typedef struct {
+    uint64_t epoch;
+    const char *agent, *kernel;
+    uint32_t cores;
+    uint64_t memory_bytes;
+} sh_msg_enrol;
+
+typedef struct {
+    bool accepted;
+    const char *text;
+} sh_msg_welcome;
+
+typedef struct {
+    uint64_t epoch, now_ms;
+    uint64_t active_version, confirmed_version; /* releases */
+    uint64_t installing_version;                /* 0: none */
+    uint32_t training_round;                    /* 0: idle */
+    uint64_t examples, example_tokens;          /* feedback that a training could use */
+    uint64_t outbox_items, outbox_bytes;
+    uint64_t dropped[SH_CLASSES]; /* items lost to quotas so far */
+    uint64_t inferences, windows;
+    bool drifting; /* an alarm stands */
+} sh_msg_checkin;
+
+typedef struct {
+    bool train;
+    uint32_t round;
+    uint64_t base_version;
+    sh_hash base_sha256;
+    uint64_t a_seed;
+    uint32_t rank;
+    float alpha, lr, lr_final, clip;
+    uint32_t batch, context, passes_milli, steps_max, warmup; /* passes_milli: 1000 is one pass */
+    uint32_t tokens_min; /* do not train on fewer target tokens */
+} sh_train_plan;
+
+typedef struct {
+    uint64_t return_after_ms;
+    sh_train_plan train;
+    sh_bytes manifest; /* signed manifest of the release to take; empty: stay */
+} sh_msg_plan;
+
+typedef enum {
+    SH_ITEM_UPDATE = 1, /* payload: sh_update_meta */
+    SH_ITEM_ALARM,      /* payload: sh_alarm */
+    SH_ITEM_WINDOW,     /* payload: stats' encoded window */
+    SH_ITEM_TOMBSTONE,  /* sequences seq .. last_seq were dropped by quota */
+} sh_item_kind;
+
+typedef struct {
+    uint64_t epoch;
+    uint8_t cls;       /* sh_class */
+    uint64_t seq;      /* from 1, without gaps within (epoch, class) */
+    uint8_t kind;      /* sh_item_kind */
+    uint64_t last_seq; /* tombstones; else = seq */
+    sh_bytes payload;
+} sh_msg_item;
+
+typedef struct {
+    uint64_t epoch;
+    uint8_t cls;
+    uint64_t high_water;                  /* every sequence <= this is committed */
+    uint64_t bitmap[SH_ACK_BITMAP_WORDS]; /* bit i: high_water + 1 + i is committed */
+} sh_msg_ack;
+
+typedef struct {
+    uint32_t n;
+    const uint8_t *chunk_hashes; /* [n * 32] */
+} sh_msg_want;
+
+typedef struct {
+    sh_hash hash;
+    sh_bytes bytes;
+} sh_msg_chunk;
+
+typedef struct {
+    const char *code, *text; /* code: a status name */
+    uint64_t retry_after_ms;
+} sh_msg_error;
+
+typedef struct {
+    sh_msg_type type;
+    union {
+        sh_msg_enrol enrol;
+        sh_msg_welcome welcome;
+        sh_msg_checkin checkin;
+        sh_msg_plan plan;
+        sh_msg_item item;
+        sh_msg_ack ack;
+        sh_msg_want want;
+        sh_msg_chunk chunk;
+        sh_msg_error error;
+    };
+    /* Storage of decoded texts: the text pointers of a copied sh_msg still point at the original.
+     */
+    char text[2][SH_WIRE_TEXT_MAX + 1];
+} sh_msg;
+
+/* Appends the message's bytes to out. SH_ERR_LIMIT when a field passes its limit, SH_ERR_INVALID
+ * when it breaks another rule: texts are UTF-8 of at most SH_WIRE_TEXT_MAX bytes without control
+ * characters, floats finite, sequences >= 1, a WANT and a chunk not empty, a tombstone's payload
+ * empty, a blob's n_chunks what its bytes need. Decoding checks the same rules. */
+SH_MUST_USE sh_status sh_msg_encode(const sh_msg *msg, sh_buf *out, sh_error *err);
+/* SH_ERR_INVALID, SH_ERR_UNSUPPORTED (version), SH_ERR_CORRUPT (hash), SH_ERR_LIMIT. */
+SH_MUST_USE sh_status sh_msg_decode(const void *bytes, size_t n, sh_msg *out, sh_error *err);
+const char *sh_msg_type_name(sh_msg_type type);
+
+/* ---- payloads ---- */
+typedef struct { /* one node's update: what the aggregator needs to know before it has the blob */
+    sh_blob blob;
+    uint32_t round;
+    uint64_t base_version;
+    sh_hash base_sha256;
+    uint64_t a_seed;
+    uint32_t rank;
+    float alpha;
+    uint64_t samples;                     /* target tokens trained on, once each */
+    uint64_t tokens_seen;                 /* over all passes */
+    double heldout_before, heldout_after; /* node's own held-out part, nats a token */
+} sh_update_meta;
+SH_MUST_USE sh_status sh_update_meta_encode(const sh_update_meta *meta, sh_buf *out, sh_error *err);
+SH_MUST_USE sh_status sh_update_meta_decode(const void *bytes, size_t n, sh_update_meta *out,
+                                            sh_error *err);
+
+typedef struct {
+    uint64_t window; /* index on the node */
+    uint64_t release_version, inferences;
+    uint32_t metric; /* stats' number */
+    double log_evalue, effect;
+    uint64_t at_ms;
+} sh_alarm;
+SH_MUST_USE sh_status sh_alarm_encode(const sh_alarm *alarm, sh_buf *out, sh_error *err);
+SH_MUST_USE sh_status sh_alarm_decode(const void *bytes, size_t n, sh_alarm *out, sh_error *err);
+
+/* A release's manifest: MessagePack of the fields, then its Ed25519 signature over those bytes.
+ * parent < version. */
+typedef struct {
+    uint64_t version, parent; /* monotonic; genesis is 1, its parent 0 */
+    uint64_t created_ms;
+    sh_blob model;        /* quantized GGUF */
+    const char *format;   /* "Q8_0"; decoded: points at format_text */
+    sh_hash suite_sha256; /* gate data */
+    double gate_loss_parent, gate_loss;
+    uint32_t updates_merged;
+    char format_text[SH_WIRE_FORMAT_MAX + 1];
+} sh_manifest;
+SH_MUST_USE sh_status sh_manifest_sign(const sh_manifest *manifest, const sh_sign_secret_key *sk,
+                                       sh_buf *out, sh_error *err);
+/* SH_ERR_AUTH when the signature is not pk's; nothing is read before that. */
+SH_MUST_USE sh_status sh_manifest_verify(const void *bytes, size_t n, const sh_sign_public_key *pk,
+                                         sh_manifest *out, sh_error *err);
+
+/* Fills chunk hashes (malloc'ed, the caller's) and SHA-256 of a blob's bytes. SH_ERR_LIMIT over
+ * SH_BLOB_CHUNKS_MAX chunks. */
+SH_MUST_USE sh_status sh_blob_describe(const void *bytes, size_t n, sh_blob *out,
+                                       uint8_t **chunk_hashes, sh_error *err);
+
+#endif

@@ -1,0 +1,48 @@
+/*
+ * Small models made in memory, without a file, and a plain double-precision forward pass to hold
+ * gradients against: written for clarity, it shares no code with the trainer.
+ */
+#ifndef SH_TESTS_TRAINER_SMALL_H
+#define SH_TESTS_TRAINER_SMALL_H
+
+#include "trainer/trainer.h"
+
+/* The weights are F32 and random; `type` other than F32 quantizes the matrices. Sizes that are no
+ * multiple of 16 try the ends of the vectorised loops. */
+sh_model *small_model(const sh_model_config *config, sh_type type, uint64_t seed);
+void small_model_free(sh_model **model);
+/* Dimensions of 12 to 20 with two layers; tied or not. */
+sh_model_config small_config(bool tied);
+/* Random A and B in all pairs. Pair i has rank ranks[i % n_ranks]; rank 0 leaves it out. */
+sh_adapter *small_adapter(const sh_model_config *config, const uint32_t *ranks, size_t n_ranks,
+                          uint64_t seed);
+/* n random sequences of `length` tokens; with masked, about half of them are targets. Free with
+ * small_data_free. */
+sh_train_data small_data(const sh_model_config *config, size_t n, uint32_t length, bool masked,
+                         uint64_t seed);
+void small_data_free(sh_train_data *data);
+
+/* All weights in double; tensors in the order of names. */
+typedef struct {
+    sh_model_config config;
+    double *token_embd, *output, *output_norm; /* output == token_embd when tied */
+    struct {
+        double *attn_norm, *ffn_norm, *m[SH_LAYER_MATRICES];
+    } layers[8];
+    struct {
+        char name[64];
+        double *values;
+        size_t n;
+    } tensors[96];
+    size_t n_tensors;
+    double *block;
+} reference;
+
+void reference_init(reference *r, const sh_model *model);
+/* Adds scale * B·A of an adapter given in double; a[i], b[i] of pair i (NULL: not adapted). */
+void reference_adapt(reference *r, const sh_adapter *shape, double *const *a, double *const *b);
+/* Mean loss over the targets. */
+double reference_loss(const reference *r, const sh_train_data *data);
+void reference_release(reference *r);
+
+#endif

@@ -1,0 +1,153 @@
+/*
+ * The element-wise loops against double precision, at lengths around the width of the vectors.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "shared/base/rng.h"
+#include "tests/trainer/util.h"
+#include "trainer/kernels.h"
+
+#define MOST 70
+
+static void fill(float *x, size_t n, float std, uint64_t seed)
+{
+    sh_rng rng;
+    sh_rng_init(&rng, seed, 0, 3);
+    for (size_t i = 0; i < n; i++)
+        x[i] = std * sh_rng_normal(&rng);
+}
+
+static void test_exp(void **state)
+{
+    (void)state;
+    enum { N = 1000 };
+    double worst = 0;
+    for (int block = 0; block < 175; block++) {
+        float x[N], y[N];
+        for (int i = 0; i < N; i++)
+            y[i] = x[i] = -87.3f + (float)block + (float)i / N;
+        tr_exp(y, N);
+        for (int i = 0; i < N; i++)
+            worst = fmax(worst, fabs((double)y[i] / exp((double)x[i]) - 1));
+    }
+    if (!(worst < 2e-7))
+        fail_msg("the relative error is %g, expected below 2e-7", worst);
+    float ends[] = {-INFINITY, -1000.0f, 1000.0f, INFINITY, NAN, 0.0f};
+    tr_exp(ends, SH_COUNT(ends));
+    must_be_near((double)ends[0], 0, 2e-38);
+    must_be_near((double)ends[1], 0, 2e-38);
+    assert_true(ends[2] > 1e38f && ends[3] > 1e38f);
+    assert_true(isnan(ends[4]));
+    assert_true(ends[5] == 1.0f);
+}
+
+static void test_softmax_and_cross_entropy(void **state)
+{
+    (void)state;
+    for (size_t n = 1; n <= MOST; n++) {
+        float x[MOST], p[MOST + 3], z[MOST];
+        double sum = 0, most = -1e9;
+        fill(x, n, 5.0f, n);
+        memcpy(p, x, sizeof(x));
+        memcpy(z, x, sizeof(x));
+        for (size_t i = 0; i < n; i++)
+            most = fmax(most, (double)x[i]);
+        for (size_t i = 0; i < n; i++)
+            sum += exp((double)x[i] - most);
+        tr_softmax(p, n, n + 3);
+        size_t target = n / 2;
+        double nll = tr_cross_entropy(z, n, target, 0.5f);
+        must_be_near(nll, log(sum) + most - (double)x[target], 1e-6);
+        for (size_t i = 0; i < n; i++) {
+            double expected = exp((double)x[i] - most) / sum;
+            must_be_near((double)p[i], expected, 1e-6);
+            must_be_near((double)z[i], 0.5 * (expected - (i == target)), 1e-6);
+        }
+        for (size_t i = n; i < n + 3; i++)
+            assert_true(p[i] == 0.0f);
+    }
+}
+
+static void test_swiglu(void **state)
+{
+    (void)state;
+    for (size_t n = 1; n <= MOST; n++) {
+        float g[MOST], u[MOST], h[MOST], d[MOST], dg[MOST], du[MOST];
+        fill(g, n, 4.0f, n);
+        fill(u, n, 1.0f, n + 100);
+        fill(d, n, 1.0f, n + 200);
+        g[0] = n % 2 ? 200.0f : -200.0f; /* beyond the range of the exponential */
+        memcpy(dg, g, sizeof(g));
+        memcpy(du, u, sizeof(u));
+        tr_swiglu(g, u, n, h);
+        tr_swiglu_backward(dg, du, d, n);
+        for (size_t i = 0; i < n; i++) {
+            double x = (double)g[i], q = 1 / (1 + exp(-x));
+            must_be_near((double)h[i], x * q * (double)u[i], 3e-6 + 1e-6 * fabs(x));
+            must_be_near((double)dg[i], (double)d[i] * (double)u[i] * q * (1 + x * (1 - q)), 1e-5);
+            must_be_near((double)du[i], (double)d[i] * x * q, 3e-6 + 1e-6 * fabs(x));
+        }
+    }
+}
+
+static void test_rope_turns_back(void **state)
+{
+    (void)state;
+    enum { HALF = 5, HEADS = 3 };
+    float x[2 * HALF * HEADS], y[2 * HALF * HEADS], c[HALF], s[HALF];
+    fill(x, SH_COUNT(x), 1.0f, 1);
+    memcpy(y, x, sizeof(x));
+    for (size_t i = 0; i < HALF; i++) {
+        c[i] = cosf((float)i + 1.0f);
+        s[i] = sinf((float)i + 1.0f);
+    }
+    tr_rope(y, c, s, HALF, HEADS, 1.0f);
+    must_be_near((double)y[2], (double)(x[2] * c[1] - x[3] * s[1]), 1e-6);
+    must_be_near((double)y[3], (double)(x[2] * s[1] + x[3] * c[1]), 1e-6);
+    tr_rope(y, c, s, HALF, HEADS, -1.0f);
+    for (size_t i = 0; i < SH_COUNT(x); i++)
+        must_be_near((double)y[i], (double)x[i], 1e-6);
+}
+
+static void test_fold_in_place(void **state)
+{
+    (void)state;
+    for (size_t n = 1; n <= MOST; n++) {
+        float w[MOST], a[3 * MOST], b[3] = {0.5f, -2.0f, 3.0f}, out[MOST];
+        fill(w, n, 1.0f, n);
+        fill(a, 3 * n, 1.0f, n + 1);
+        tr_fold_row(out, w, b, a, 3, n);
+        tr_fold_row(w, w, b, a, 3, n);
+        assert_memory_equal(w, out, n * sizeof(*w));
+        fill(w, n, 1.0f, n);
+        for (size_t i = 0; i < n; i++)
+            must_be_near((double)out[i],
+                         (double)(w[i] + 0.5f * a[i] - 2.0f * a[n + i] + 3.0f * a[2 * n + i]),
+                         1e-5);
+    }
+}
+
+static void test_sums(void **state)
+{
+    (void)state;
+    static float x[10007];
+    double expected = 0;
+    fill(x, SH_COUNT(x), 1.0f, 9);
+    for (size_t i = 0; i < SH_COUNT(x); i++)
+        expected += (double)x[i] * (double)x[i];
+    must_be_near(tr_sum_squares(x, SH_COUNT(x)), expected, 1e-6 * expected);
+    x[5000] = NAN;
+    assert_true(isnan(tr_sum_squares(x, SH_COUNT(x))));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_exp),           cmocka_unit_test(test_softmax_and_cross_entropy),
+        cmocka_unit_test(test_swiglu),        cmocka_unit_test(test_rope_turns_back),
+        cmocka_unit_test(test_fold_in_place), cmocka_unit_test(test_sums),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

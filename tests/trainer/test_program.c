@@ -1,0 +1,221 @@
+/*
+ * shoal-train from the outside: a model trained from nothing, an adapter on it, their losses; what
+ * it prints and how it exits. The path of the program is argument 1.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "shared/base/file.h"
+#include "shared/base/json.h"
+#include "shared/model/model.h"
+#include "tests/model/tiny.h"
+#include "tests/trainer/util.h"
+#include "trainer/trainer.h"
+
+static sh_error err;
+static const char *program;
+static char dir[] = "/tmp/shoal-train-test-XXXXXX";
+
+static const char *const files[] = {"vocab.gguf",   "text",        "model.gguf", "again.gguf",
+                                    "adapter.gguf", "broken.gguf", "f16.gguf"};
+
+static const char *path_of(const char *name)
+{
+    static char paths[8][128];
+    static size_t next;
+    char *path = paths[next++ % SH_COUNT(paths)];
+    snprintf(path, sizeof(paths[0]), "%s/%s", dir, name);
+    return path;
+}
+
+/* Runs the program in a shell with the folder as working directory; returns its exit status and
+ * what it printed on stdout. stderr goes to the folder's file "stderr". */
+static int run(const char *arguments, char *out, size_t bytes)
+{
+    char command[1024];
+    snprintf(command, sizeof(command), "cd '%s' && '%s' %s 2>stderr", dir, program, arguments);
+    FILE *pipe = popen(command, "r");
+    assert_non_null(pipe);
+    size_t n = fread(out, 1, bytes - 1, pipe);
+    out[n] = '\0';
+    int status = pclose(pipe);
+    assert_true(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+static void must_exit(const char *arguments, int expected)
+{
+    char out[4096];
+    uint8_t *text = NULL;
+    size_t n = 0;
+    int status = run(arguments, out, sizeof(out));
+    must_be_ok(sh_file_read(path_of("stderr"), 1 << 20, &text, &n, &err));
+    if (status != expected || n == 0)
+        fail_msg("'%s' exits with %d, expected %d and a line: %s", arguments, status, expected,
+                 (const char *)text);
+    free(text);
+}
+
+static json_t *run_json(const char *arguments)
+{
+    char out[8192];
+    json_error_t where;
+    int status = run(arguments, out, sizeof(out));
+    if (status != 0)
+        fail_msg("'%s' exits with %d", arguments, status);
+    json_t *j = json_loads(out, 0, &where);
+    if (!j)
+        fail_msg("'%s' prints no JSON: %s", arguments, out);
+    return j;
+}
+
+static double number_of(const json_t *j, const char *key)
+{
+    const json_t *value = json_object_get(j, key);
+    if (!json_is_number(value))
+        fail_msg("no number '%s'", key);
+    return json_number_value(value);
+}
+
+#define FULL                                                                                       \
+    "full --vocab vocab.gguf --data text --heldout text --width 32 --layers 2 --heads 4 "          \
+    "--kv-heads 2 --ffn 64 --context-length 64 --context 16 --batch 4 --warmup 2 --lr 0.01 "
+
+static void test_full(void **state)
+{
+    (void)state;
+    json_t *j = run_json(FULL "--steps 40 --save-every 7 --type F32 --out model.gguf --json");
+    assert_true(number_of(j, "loss_last") < number_of(j, "loss_first") - 0.5);
+    assert_true(number_of(j, "tokens_per_s") > 0);
+    must_be_near(number_of(j, "tokens_seen"), 40 * 4 * 16, 0);
+    assert_true(json_is_string(json_object_get(j, "blas_core")));
+
+    /* The file holds what was trained, for the trainer and for the model library. */
+    json_t *e = run_json("eval --model model.gguf --data text --context 16 --json");
+    must_be_near(number_of(e, "mean_nll"), number_of(j, "heldout_loss"), 1e-9);
+    sh_model *model = NULL;
+    must_be_ok(sh_model_open(path_of("model.gguf"), &model, &err));
+    assert_int_equal(model->config.width, 32);
+    assert_int_equal(model->config.n_kv_heads, 2);
+    assert_int_equal(model->config.context, 64);
+    assert_int_equal(model->config.vocab, tiny_vocab());
+    assert_true(model->config.tied_output);
+
+    /* Saving again gives the same bytes; half precision nearly the same loss. */
+    sh_full *full = NULL;
+    uint8_t *bytes[2] = {0};
+    size_t n[2];
+    must_be_ok(sh_full_from_model(model, &full, &err));
+    must_be_ok(sh_full_save(full, SH_TYPE_F32, path_of("again.gguf"), &err));
+    must_be_ok(sh_full_save(full, SH_TYPE_F16, path_of("f16.gguf"), &err));
+    must_be_ok(sh_file_read(path_of("model.gguf"), SIZE_MAX, &bytes[0], &n[0], &err));
+    must_be_ok(sh_file_read(path_of("again.gguf"), SIZE_MAX, &bytes[1], &n[1], &err));
+    assert_int_equal(n[0], n[1]);
+    assert_memory_equal(bytes[0], bytes[1], n[0]);
+    must_fail(sh_full_save(full, SH_TYPE_Q6_K, path_of("again.gguf"), &err), SH_ERR_UNSUPPORTED);
+    json_t *h = run_json("eval --model f16.gguf --data text --context 16 --json");
+    must_be_near(number_of(h, "mean_nll"), number_of(e, "mean_nll"), 1e-3);
+
+    free(bytes[0]);
+    free(bytes[1]);
+    sh_full_destroy(&full);
+    sh_model_close(&model);
+    json_decref(j);
+    json_decref(e);
+    json_decref(h);
+}
+
+static void test_full_is_deterministic(void **state)
+{
+    (void)state;
+    json_t *a = run_json(FULL "--steps 3 --out again.gguf --json --threads 1");
+    json_t *b = run_json(FULL "--steps 3 --out again.gguf --json --threads 2");
+    json_t *c = run_json(FULL "--steps 3 --out again.gguf --json --seed 2");
+    must_be_near(number_of(a, "heldout_loss"), number_of(b, "heldout_loss"), 0);
+    assert_true(number_of(a, "heldout_loss") != number_of(c, "heldout_loss"));
+    json_decref(a);
+    json_decref(b);
+    json_decref(c);
+}
+
+static void test_lora(void **state)
+{
+    (void)state;
+    json_t *base = run_json("eval --model model.gguf --data text --context 16 --json");
+    json_t *j = run_json("lora --base model.gguf --data text --heldout text --rank 4 --alpha 8 "
+                         "--batch 4 --context 16 --steps 30 --out adapter.gguf --json");
+    json_t *e = run_json("eval --model model.gguf --lora adapter.gguf --data text --context 16 "
+                         "--json");
+    assert_true(number_of(j, "heldout_loss") < number_of(base, "mean_nll") - 0.01);
+    must_be_near(number_of(e, "mean_nll"), number_of(j, "heldout_loss"), 1e-5);
+    json_decref(base);
+    json_decref(j);
+    json_decref(e);
+}
+
+static void test_errors(void **state)
+{
+    (void)state;
+    char out[8192];
+    must_exit("", 2);
+    must_exit("full", 2);
+    must_exit("lora --base model.gguf --data text --rnak 3 --out a.gguf", 2);
+    must_exit("lora --base model.gguf --data text --rank 0 --out a.gguf", 2);
+    must_exit("lora --base broken.gguf --data text --out a.gguf", 2);
+    must_exit("lora --base absent.gguf --data text --out a.gguf", 2);
+    must_exit("eval --model model.gguf --data text --context 65", 2);
+    must_exit("eval --model model.gguf --data text --lora model.gguf", 2);
+    must_exit(FULL "--steps 1 --heads 3 --out a.gguf", 2);
+    must_exit(FULL "--steps 1 --type Q9_9 --out a.gguf", 2);
+    must_exit(FULL "--steps 1 --out absent/a.gguf", 2);
+    assert_int_equal(run("lora --help", out, sizeof(out)), 0);
+    assert_non_null(strstr(out, "--rank"));
+    assert_int_equal(run("--help", out, sizeof(out)), 0);
+    assert_non_null(strstr(out, "usage"));
+}
+
+static int prepare(void **state)
+{
+    (void)state;
+    static const char line[] = "the quick brown fox jumps over the lazy dog and the cat sat. ";
+    static char text[60 * sizeof(line)];
+    tiny_options o = tiny_defaults(1);
+    size_t n = 0;
+    for (int i = 0; i < 60; i++, n += sizeof(line) - 1)
+        memcpy(text + n, line, sizeof(line) - 1);
+    if (!mkdtemp(dir))
+        return 1;
+    must_be_ok(tiny_write(&o, path_of("vocab.gguf"), &err));
+    must_be_ok(sh_file_write_atomic(path_of("text"), text, n, &err));
+    must_be_ok(sh_file_write_atomic(path_of("broken.gguf"), "GGUFnot", 7, &err));
+    return 0;
+}
+
+static int clean(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < SH_COUNT(files); i++)
+        unlink(path_of(files[i]));
+    unlink(path_of("stderr"));
+    return rmdir(dir);
+}
+
+int main(int argc, char **argv)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_full), /* leaves the model that others use */
+        cmocka_unit_test(test_full_is_deterministic),
+        cmocka_unit_test(test_lora),
+        cmocka_unit_test(test_errors),
+    };
+    if (argc != 2) {
+        fprintf(stderr, "usage: %s SHOAL-TRAIN\n", argv[0]);
+        return 2;
+    }
+    program = argv[1];
+    return cmocka_run_group_tests(tests, prepare, clean);
+}

@@ -1,0 +1,539 @@
+/*
+ * The training loop: determinism, masks, AdamW with clipping and schedule against plain double
+ * arithmetic, refusals, and running out of memory at every place.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/trainer/small.h"
+#include "tests/trainer/util.h"
+#include "trainer/train.h"
+
+static sh_error err;
+
+static const uint32_t rank_3[] = {3};
+
+typedef struct {
+    sh_model_config config;
+    sh_model *model;
+    sh_train_data data;
+    sh_adapter *adapter;
+} setup;
+
+static setup setup_make(size_t n, uint32_t length, bool masked)
+{
+    setup s = {.config = small_config(true)};
+    s.model = small_model(&s.config, SH_TYPE_F32, 21);
+    s.data = small_data(&s.config, n, length, masked, 22);
+    s.adapter = small_adapter(&s.config, rank_3, 1, 23);
+    return s;
+}
+
+static void setup_release(setup *s)
+{
+    sh_adapter_destroy(&s->adapter);
+    small_data_free(&s->data);
+    small_model_free(&s->model);
+}
+
+static sh_train_options options_of(uint32_t batch, uint32_t steps)
+{
+    return (sh_train_options){.lr = 0.01f,
+                              .batch = batch,
+                              .steps = steps,
+                              .lr_final = 1.0f,
+                              .shuffle_seed = 5,
+                              .clip = 1.0f};
+}
+
+static bool same_adapter(const sh_adapter *x, const sh_adapter *y)
+{
+    for (size_t i = 0; i < (size_t)x->n_layers * SH_LAYER_MATRICES; i++) {
+        const sh_lora_pair *p = &x->pairs[i], *q = &y->pairs[i];
+        if (memcmp(p->a, q->a, (size_t)p->rank * p->in * sizeof(float)) != 0 ||
+            memcmp(p->b, q->b, (size_t)p->rank * p->out * sizeof(float)) != 0)
+            return false;
+    }
+    return true;
+}
+
+/* Sequences of 90 inputs: two a micro-batch, so that 7 are four and the last is half full. */
+static void test_lora_threads(void **state)
+{
+    (void)state;
+    sh_adapter *trained[4] = {0};
+    sh_train_result results[4];
+    setup s = setup_make(9, 91, true);
+    for (unsigned threads = 0; threads < 4; threads++) {
+        sh_train_options o = options_of(7, 3);
+        o.threads = threads;
+        trained[threads] = small_adapter(&s.config, rank_3, 1, 23);
+        must_be_ok(sh_lora_train(s.model, trained[threads], &s.data, &o, &results[threads], &err));
+        if (!same_adapter(trained[0], trained[threads]))
+            fail_msg("%u threads give another adapter than one", threads);
+        assert_true(results[threads].loss_last == results[0].loss_last);
+    }
+    assert_false(same_adapter(trained[0], s.adapter));
+    double one = 0, three = 0;
+    must_be_ok(sh_train_evaluate(s.model, trained[0], &s.data, 1, &one, &err));
+    must_be_ok(sh_train_evaluate(s.model, trained[0], &s.data, 3, &three, &err));
+    if (one != three)
+        fail_msg("evaluation: %.17g with one thread, %.17g with three", one, three);
+    for (unsigned i = 0; i < 4; i++)
+        sh_adapter_destroy(&trained[i]);
+    setup_release(&s);
+}
+
+static void test_full_threads(void **state)
+{
+    (void)state;
+    setup s = setup_make(9, 91, false);
+    sh_full *full[2] = {0};
+    const float *grads[2];
+    double loss[2];
+    size_t n = 0;
+    for (unsigned i = 0; i < 2; i++) {
+        sh_train_options o = options_of(8, 3);
+        sh_train_result result;
+        o.threads = i + 1;
+        must_be_ok(sh_full_from_model(s.model, &full[i], &err));
+        must_be_ok(sh_full_train(full[i], &s.data, &o, &result, &err));
+        must_be_ok(sh_full_gradient(full[i], &s.data, &loss[i], &err));
+        grads[i] = sh_full_grad(full[i], "token_embd.weight", &n);
+        assert_non_null(grads[i]);
+    }
+    assert_memory_equal(grads[0], grads[1], n * sizeof(float));
+    if (loss[0] != loss[1])
+        fail_msg("loss %.17g with one thread, %.17g with two", loss[0], loss[1]);
+    assert_null(sh_full_grad(full[0], "blk.9.attn_q.weight", &n));
+    sh_full_destroy(&full[0]);
+    sh_full_destroy(&full[1]);
+    setup_release(&s);
+}
+
+static void test_order_of_data(void **state)
+{
+    (void)state;
+    setup s = setup_make(6, 9, false);
+    sh_adapter *trained[3] = {0};
+    const uint64_t seeds[3] = {5, 5, 6};
+    for (size_t i = 0; i < 3; i++) {
+        sh_train_options o = options_of(2, 3);
+        sh_train_result result;
+        o.shuffle_seed = seeds[i];
+        trained[i] = small_adapter(&s.config, rank_3, 1, 23);
+        must_be_ok(sh_lora_train(s.model, trained[i], &s.data, &o, &result, &err));
+        assert_int_equal(result.tokens_seen, 3 * 2 * 8);
+    }
+    assert_true(same_adapter(trained[0], trained[1]));
+    assert_false(same_adapter(trained[0], trained[2]));
+    for (size_t i = 0; i < 3; i++)
+        sh_adapter_destroy(&trained[i]);
+    setup_release(&s);
+}
+
+/* The losses of a mask and of its complement make up the loss of all; tokens after the last target
+ * do not matter. */
+static void test_masks(void **state)
+{
+    (void)state;
+    setup s = setup_make(3, 12, true);
+    size_t total = s.data.n * s.data.length, counts[2] = {0};
+    uint8_t *mask = sh_calloc(total, 1), *rest = sh_calloc(total, 1);
+    int32_t *tokens = sh_calloc(total, sizeof(*tokens));
+    double loss[3];
+    assert_true(mask && rest && tokens);
+    for (size_t i = 0; i < total; i++) {
+        mask[i] = i % s.data.length < 8 && s.data.mask[i];
+        rest[i] = !mask[i];
+        tokens[i] = i % s.data.length < 8 ? s.data.tokens[i] : 1;
+        if (i % s.data.length > 0)
+            counts[mask[i]]++;
+    }
+    sh_train_data part = s.data, other = s.data, whole = s.data, changed = s.data;
+    part.mask = mask;
+    other.mask = rest;
+    whole.mask = NULL;
+    changed.mask = mask;
+    changed.tokens = tokens;
+    must_be_ok(sh_train_evaluate(s.model, NULL, &part, 1, &loss[0], &err));
+    must_be_ok(sh_train_evaluate(s.model, NULL, &other, 1, &loss[1], &err));
+    must_be_ok(sh_train_evaluate(s.model, NULL, &whole, 1, &loss[2], &err));
+    must_be_near((loss[0] * (double)counts[1] + loss[1] * (double)counts[0]) /
+                     (double)(counts[0] + counts[1]),
+                 loss[2], 1e-6);
+
+    sh_adapter *grads[2] = {small_adapter(&s.config, rank_3, 1, 1),
+                            small_adapter(&s.config, rank_3, 1, 2)};
+    must_be_ok(sh_lora_gradient(s.model, s.adapter, &part, grads[0], &loss[0], &err));
+    must_be_ok(sh_lora_gradient(s.model, s.adapter, &changed, grads[1], &loss[1], &err));
+    must_be_near(loss[0], loss[1], 0);
+    assert_true(same_adapter(grads[0], grads[1]));
+    sh_adapter_destroy(&grads[0]);
+    sh_adapter_destroy(&grads[1]);
+    free(mask);
+    free(rest);
+    free(tokens);
+    setup_release(&s);
+}
+
+/* A batch whose sequences are masked out whole: a step without a gradient, not a division by 0. */
+static void test_empty_batch(void **state)
+{
+    (void)state;
+    setup s = setup_make(2, 6, false);
+    uint8_t mask[12] = {0};
+    sh_train_options o = options_of(1, 2);
+    sh_train_result result;
+    mask[8] = 1; /* only the second sequence has a target */
+    s.data.mask = mask;
+    o.shuffle_seed = 0;
+    must_be_ok(sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err));
+    must_be_near(result.loss_first, 0, 0);
+    assert_true(result.loss_last > 0);
+    assert_int_equal(result.tokens_seen, 1);
+    s.data.mask = NULL;
+    setup_release(&s);
+}
+
+/* ---- AdamW by hand ---- */
+
+typedef struct {
+    double *p, *m, *v;
+    const float *g;
+    size_t n;
+} hand_tensor;
+
+static void hand_step(hand_tensor *t, size_t n_tensors, const sh_train_options *o, uint32_t step)
+{
+    double norm = 0, lr = tr_learning_rate(o, step), k = (double)step + 1;
+    for (size_t i = 0; i < n_tensors; i++)
+        for (size_t j = 0; j < t[i].n; j++)
+            norm += (double)t[i].g[j] * (double)t[i].g[j];
+    norm = sqrt(norm);
+    double shrink = norm > (double)o->clip ? (double)o->clip / (norm + 1e-6) : 1;
+    for (size_t i = 0; i < n_tensors; i++) {
+        for (size_t j = 0; j < t[i].n; j++) {
+            double g = shrink * (double)t[i].g[j];
+            t[i].m[j] = 0.9 * t[i].m[j] + 0.1 * g;
+            t[i].v[j] = 0.999 * t[i].v[j] + 0.001 * g * g;
+            double m = t[i].m[j] / (1 - pow(0.9, k)), v = t[i].v[j] / (1 - pow(0.999, k));
+            t[i].p[j] -= lr * (double)o->weight_decay * t[i].p[j];
+            t[i].p[j] -= lr * m / (sqrt(v) + 1e-8);
+        }
+    }
+}
+
+enum { PAIRS = 2 * SH_LAYER_MATRICES, TENSORS = 2 * PAIRS, HAND_STEPS = 6 };
+
+static hand_tensor hand_make(const float *p, const float *g, size_t n)
+{
+    hand_tensor t = {.p = sh_calloc(n, sizeof(double)),
+                     .m = sh_calloc(n, sizeof(double)),
+                     .v = sh_calloc(n, sizeof(double)),
+                     .g = g,
+                     .n = n};
+    assert_true(t.p && t.m && t.v);
+    for (size_t i = 0; i < n; i++)
+        t.p[i] = (double)p[i];
+    return t;
+}
+
+static void test_adamw(void **state)
+{
+    (void)state;
+    setup s = setup_make(4, 9, true);
+    sh_adapter *mine = small_adapter(&s.config, rank_3, 1, 23);
+    sh_adapter *grad = small_adapter(&s.config, rank_3, 1, 1);
+    hand_tensor t[TENSORS];
+    sh_train_options o = options_of(4, HAND_STEPS);
+    sh_train_result result;
+    o.warmup = 2;
+    o.lr_final = 0.1f;
+    o.clip = 0.05f;
+    o.weight_decay = 0.1f;
+    o.shuffle_seed = 0;
+    for (size_t i = 0; i < PAIRS; i++) {
+        const sh_lora_pair *p = &mine->pairs[i], *g = &grad->pairs[i];
+        t[2 * i] = hand_make(p->a, g->a, (size_t)p->rank * p->in);
+        t[2 * i + 1] = hand_make(p->b, g->b, (size_t)p->rank * p->out);
+    }
+    for (uint32_t step = 0; step < HAND_STEPS; step++) {
+        double loss;
+        must_be_ok(sh_lora_gradient(s.model, mine, &s.data, grad, &loss, &err));
+        hand_step(t, TENSORS, &o, step);
+        for (size_t i = 0; i < TENSORS; i++) {
+            float *values = i % 2 ? mine->pairs[i / 2].b : mine->pairs[i / 2].a;
+            for (size_t j = 0; j < t[i].n; j++)
+                values[j] = (float)t[i].p[j];
+        }
+    }
+    must_be_ok(sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err));
+    for (size_t i = 0; i < TENSORS; i++) {
+        const float *values = i % 2 ? s.adapter->pairs[i / 2].b : s.adapter->pairs[i / 2].a;
+        for (size_t j = 0; j < t[i].n; j++)
+            must_be_near((double)values[j], t[i].p[j], 2e-5);
+        free(t[i].p);
+        free(t[i].m);
+        free(t[i].v);
+    }
+    sh_adapter_destroy(&mine);
+    sh_adapter_destroy(&grad);
+    setup_release(&s);
+}
+
+static void test_learning_rate(void **state)
+{
+    (void)state;
+    sh_train_options o = {.lr = 1.0f, .steps = 14, .warmup = 4, .lr_final = 0.5f};
+    must_be_near(tr_learning_rate(&o, 0), 0.25, 1e-12);
+    must_be_near(tr_learning_rate(&o, 3), 1.0, 1e-12);
+    must_be_near(tr_learning_rate(&o, 4), 1.0, 1e-12);
+    must_be_near(tr_learning_rate(&o, 9), 0.75, 1e-12);
+    must_be_near(tr_learning_rate(&o, 13), 0.55, 1e-12);
+    o.lr_final = 1.0f;
+    must_be_near(tr_learning_rate(&o, 13), 1.0, 1e-12);
+}
+
+/* ---- A0 ---- */
+
+static void test_initialize(void **state)
+{
+    (void)state;
+    sh_model_config config = small_config(true);
+    sh_adapter *x = NULL, *y = NULL, *z = NULL;
+    must_be_ok(sh_lora_initialize(&config, 7, 4, 8.0f, &x, &err));
+    must_be_ok(sh_lora_initialize(&config, 7, 4, 8.0f, &y, &err));
+    must_be_ok(sh_lora_initialize(&config, 8, 4, 8.0f, &z, &err));
+    assert_true(same_adapter(x, y));
+    assert_false(same_adapter(x, z));
+    double squares = 0;
+    size_t n = 0;
+    for (size_t i = 0; i < PAIRS; i++) {
+        const sh_lora_pair *p = &x->pairs[i];
+        for (size_t j = 0; j < (size_t)p->rank * p->in; j++, n++)
+            squares += (double)p->a[j] * (double)p->a[j] * (double)p->in; /* of variance 1 */
+        for (size_t j = 0; j < (size_t)p->rank * p->out; j++)
+            assert_true(p->b[j] == 0.0f);
+    }
+    must_be_near(squares / (double)n, 1.0, 5 * sqrt(2.0 / (double)n));
+    assert_true(x->pairs[0].a[0] != x->pairs[1].a[0]);
+    sh_adapter_destroy(&x);
+    sh_adapter_destroy(&y);
+    sh_adapter_destroy(&z);
+    must_fail(sh_lora_initialize(&config, 7, 0, 8.0f, &x, &err), SH_ERR_INVALID);
+    must_fail(sh_lora_initialize(&config, 7, 4, NAN, &x, &err), SH_ERR_INVALID);
+    assert_null(x);
+}
+
+/* ---- quantized base ---- */
+
+/* Training sees exactly the values that the bytes stand for. */
+static void test_quantized_base(void **state)
+{
+    (void)state;
+    sh_model_config config = small_config(false);
+    config.width = 32;
+    config.head_size = 8;
+    config.ffn = 64;
+    sh_model *quantized = small_model(&config, SH_TYPE_Q8_0, 31);
+    sh_model *plain = small_model(&config, SH_TYPE_F32, 31);
+    sh_train_data data = small_data(&config, 2, 9, false, 32);
+    sh_adapter *adapter = small_adapter(&config, rank_3, 1, 33);
+    sh_adapter *grads[2] = {small_adapter(&config, rank_3, 1, 1),
+                            small_adapter(&config, rank_3, 1, 2)};
+    double loss[3];
+    must_be_ok(sh_lora_gradient(plain, adapter, &data, grads[0], &loss[2], &err));
+    sh_matrix *pairs[2 * SH_LAYER_MATRICES + 2][2];
+    for (size_t i = 0; i < 2 * SH_LAYER_MATRICES; i++) {
+        pairs[i][0] = &quantized->layers[i / SH_LAYER_MATRICES].m[i % SH_LAYER_MATRICES];
+        pairs[i][1] = &plain->layers[i / SH_LAYER_MATRICES].m[i % SH_LAYER_MATRICES];
+    }
+    pairs[2 * SH_LAYER_MATRICES][0] = &quantized->token_embd;
+    pairs[2 * SH_LAYER_MATRICES][1] = &plain->token_embd;
+    pairs[2 * SH_LAYER_MATRICES + 1][0] = &quantized->output;
+    pairs[2 * SH_LAYER_MATRICES + 1][1] = &plain->output;
+    for (size_t i = 0; i < SH_COUNT(pairs); i++) {
+        const sh_matrix *q = pairs[i][0];
+        float *values = (float *)(uintptr_t)pairs[i][1]->data;
+        sh_row_dequantize(q->type, q->data, values, (size_t)q->out * q->in);
+    }
+    must_be_ok(sh_lora_gradient(quantized, adapter, &data, grads[0], &loss[0], &err));
+    must_be_ok(sh_lora_gradient(plain, adapter, &data, grads[1], &loss[1], &err));
+    assert_true(same_adapter(grads[0], grads[1]));
+    must_be_near(loss[0], loss[1], 0);
+    assert_true(loss[0] != loss[2]); /* the quantized model is another one */
+    for (size_t i = 0; i < 2; i++)
+        sh_adapter_destroy(&grads[i]);
+    sh_adapter_destroy(&adapter);
+    small_data_free(&data);
+    small_model_free(&quantized);
+    small_model_free(&plain);
+}
+
+/* ---- refusals ---- */
+
+static bool stop_at_two(void *arg, uint32_t step, double loss)
+{
+    assert_true(isfinite(loss));
+    *(uint32_t *)arg = step;
+    return step < 2;
+}
+
+static void test_cancel(void **state)
+{
+    (void)state;
+    setup s = setup_make(4, 9, false);
+    sh_adapter *before = small_adapter(&s.config, rank_3, 1, 23);
+    uint32_t last = 0;
+    sh_train_options o = options_of(2, 10);
+    sh_train_result result = {.loss_first = -1};
+    o.progress = stop_at_two;
+    o.progress_arg = &last;
+    must_fail(sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err), SH_ERR_CANCELLED);
+    assert_int_equal(last, 2);
+    assert_true(same_adapter(before, s.adapter)); /* untouched on error */
+    assert_true(result.loss_first == -1);
+    sh_adapter_destroy(&before);
+    setup_release(&s);
+}
+
+static void must_say(const char *part)
+{
+    if (!strstr(err.text, part))
+        fail_msg("the error does not say '%s': %s", part, err.text);
+}
+
+static void test_not_finite(void **state)
+{
+    (void)state;
+    setup s = setup_make(4, 9, false);
+    sh_train_options o = options_of(2, 3);
+    sh_train_result result;
+    sh_lora_pair *pair = &s.adapter->pairs[SH_LAYER_MATRICES + SH_ATTN_V];
+    /* With B = 0 the loss is finite, but x·Aᵀ is not, nor is the gradient of B. */
+    memset(pair->b, 0, (size_t)pair->rank * pair->out * sizeof(float));
+    for (size_t i = 0; i < pair->in; i++)
+        pair->a[i] = i % 2 ? 3e38f : -3e38f;
+    must_fail(sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err), SH_ERR_INVALID);
+    must_say("blk.1.attn_v.weight.lora_b");
+    must_say("step 1");
+
+    float *weight = (float *)(uintptr_t)s.model->layers[1].m[SH_FFN_UP].data;
+    weight[3] = NAN;
+    pair->a[0] = 0;
+    for (size_t i = 0; i < pair->in; i++)
+        pair->a[i] = 0;
+    must_fail(sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err), SH_ERR_INVALID);
+    must_say("blk.1.ffn_up.weight is not finite");
+    double nll = 0;
+    must_fail(sh_train_evaluate(s.model, NULL, &s.data, 1, &nll, &err), SH_ERR_INVALID);
+
+    sh_full *full = NULL;
+    must_be_ok(sh_full_from_model(s.model, &full, &err));
+    must_fail(sh_full_train(full, &s.data, &o, &result, &err), SH_ERR_INVALID);
+    must_say("blk.1.ffn_up.weight is not finite");
+    sh_full_destroy(&full);
+    setup_release(&s);
+}
+
+static void test_mismatch(void **state)
+{
+    (void)state;
+    setup s = setup_make(2, 9, false);
+    sh_train_options o = options_of(2, 3);
+    sh_train_result result;
+    double loss;
+    sh_model_config wider = s.config, deeper = s.config;
+    wider.ffn = 24;
+    deeper.n_layers = 3;
+    sh_adapter *others[2] = {small_adapter(&wider, rank_3, 1, 1),
+                             small_adapter(&deeper, rank_3, 1, 1)};
+    for (size_t i = 0; i < 2; i++) {
+        must_fail(sh_lora_train(s.model, others[i], &s.data, &o, &result, &err), SH_ERR_MISMATCH);
+        must_fail(sh_train_evaluate(s.model, others[i], &s.data, 1, &loss, &err), SH_ERR_MISMATCH);
+        must_fail(sh_lora_gradient(s.model, s.adapter, &s.data, others[i], &loss, &err),
+                  SH_ERR_MISMATCH);
+        sh_adapter_destroy(&others[i]);
+    }
+    sh_adapter *rank_2 = small_adapter(&s.config, (const uint32_t[]){2}, 1, 1);
+    must_fail(sh_lora_gradient(s.model, s.adapter, &s.data, rank_2, &loss, &err), SH_ERR_MISMATCH);
+    sh_adapter_destroy(&rank_2);
+    setup_release(&s);
+}
+
+static void test_bad_data(void **state)
+{
+    (void)state;
+    setup s = setup_make(2, 9, false);
+    sh_train_options o = options_of(2, 3);
+    sh_train_result result;
+    uint8_t mask[18] = {1, 0, 0, 0, 0, 0, 0, 0, 0, 1}; /* first tokens are no targets */
+    int32_t tokens[18] = {0};
+    const struct {
+        sh_train_data data;
+        sh_status status;
+    } bad[] = {
+        {{.tokens = tokens, .n = 0, .length = 9}, SH_ERR_INVALID},
+        {{.tokens = tokens, .n = 2, .length = 1}, SH_ERR_INVALID},
+        {{.tokens = tokens, .mask = mask, .n = 2, .length = 9}, SH_ERR_INVALID},
+        {{.tokens = tokens, .n = 2, .length = s.config.context + 2}, SH_ERR_LIMIT},
+    };
+    for (size_t i = 0; i < SH_COUNT(bad); i++)
+        must_fail(sh_lora_train(s.model, s.adapter, &bad[i].data, &o, &result, &err),
+                  bad[i].status);
+    sh_train_data outside = {.tokens = tokens, .n = 2, .length = 9};
+    tokens[11] = (int32_t)s.config.vocab;
+    must_fail(sh_lora_train(s.model, s.adapter, &outside, &o, &result, &err), SH_ERR_INVALID);
+    must_say("token 23 of sequence 1");
+    tokens[11] = -1;
+    must_fail(sh_lora_train(s.model, s.adapter, &outside, &o, &result, &err), SH_ERR_INVALID);
+    o.steps = 0;
+    must_fail(sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err), SH_ERR_INVALID);
+    o = options_of(2, 3);
+    o.lr = NAN;
+    must_fail(sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err), SH_ERR_INVALID);
+    setup_release(&s);
+}
+
+/* Every allocation in turn fails: an error, nothing lost, nothing changed. */
+static void test_no_memory(void **state)
+{
+    (void)state;
+    setup s = setup_make(9, 91, false);
+    sh_adapter *before = small_adapter(&s.config, rank_3, 1, 23);
+    sh_train_options o = options_of(8, 1);
+    sh_train_result result;
+    sh_status status = SH_ERR_NO_MEMORY;
+    size_t n = 0;
+    o.threads = 2;
+    while (status != SH_OK && n < 1000) {
+        (void)sh_alloc_fail_after(++n);
+        status = sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err);
+        (void)sh_alloc_fail_after(0);
+        if (status != SH_OK) {
+            assert_int_equal(status, SH_ERR_NO_MEMORY);
+            assert_true(same_adapter(before, s.adapter));
+        }
+    }
+    if (n < 10 || n >= 1000)
+        fail_msg("training succeeded when allocation %zu was to fail", n);
+    sh_adapter_destroy(&before);
+    setup_release(&s);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_lora_threads),   cmocka_unit_test(test_full_threads),
+        cmocka_unit_test(test_order_of_data),  cmocka_unit_test(test_masks),
+        cmocka_unit_test(test_empty_batch),    cmocka_unit_test(test_adamw),
+        cmocka_unit_test(test_learning_rate),  cmocka_unit_test(test_initialize),
+        cmocka_unit_test(test_quantized_base), cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_not_finite),     cmocka_unit_test(test_mismatch),
+        cmocka_unit_test(test_bad_data),       cmocka_unit_test(test_no_memory),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,215 @@
+#include <math.h>
+#include <stdlib.h>
+
+#include "shared/math/blas.h"
+#include "shared/math/pool.h"
+#include "trainer/kernels.h"
+#include "trainer/train.h"
+
+typedef struct {
+    tr_work *work;
+    float *grad; /* NULL when every batch is one micro-batch */
+    double loss_sum;
+} slot;
+
+struct tr_batcher {
+    tr_batcher_options o;
+    size_t micro; /* sequences of a micro-batch */
+    size_t n_slots, n_grad;
+    slot *slots;
+    sh_pool *pool; /* NULL with one slot */
+
+    /* of the call that runs */
+    const uint32_t *index;
+    size_t n, first; /* sequences; first micro-batch of the wave */
+    float scale, *grad;
+};
+
+sh_status tr_batcher_create(const tr_batcher_options *options, tr_batcher **out, sh_error *err)
+{
+    sh_status status = SH_OK;
+    size_t positions = options->data->length - 1;
+    unsigned threads = SH_MAX(1u, options->threads);
+    tr_batcher *b = sh_calloc(1, sizeof(*b));
+    if (!b)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a batch");
+    b->o = *options;
+    b->micro = SH_MIN(SH_MAX((size_t)1, TR_MICRO_ROWS / positions), options->batch);
+    size_t n_micro = (options->batch + b->micro - 1) / b->micro;
+    b->n_slots = SH_MIN((size_t)threads, n_micro);
+    b->n_grad = options->mode == TR_GRAD_FULL   ? options->net->layout.n
+                : options->mode == TR_GRAD_LORA ? options->net->n_lora
+                                                : 0;
+    b->slots = sh_calloc(b->n_slots, sizeof(*b->slots));
+    if (!b->slots) {
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a batch");
+        goto cleanup;
+    }
+    for (size_t i = 0; i < b->n_slots; i++) {
+        SH_GOTO(tr_work_create(options->net, b->micro, positions, options->mode != TR_LOSS_ONLY,
+                               &b->slots[i].work, err));
+        if (b->n_grad == 0 || n_micro == 1)
+            continue;
+        b->slots[i].grad = sh_alloc_aligned(b->n_grad * sizeof(float));
+        if (!b->slots[i].grad) {
+            status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for gradients");
+            goto cleanup;
+        }
+    }
+    sh_blas_init();
+    if (b->n_slots > 1)
+        SH_GOTO(sh_pool_create((unsigned)b->n_slots - 1, &b->pool, err)); /* the caller works too */
+    *out = b;
+    b = NULL;
+cleanup:
+    tr_batcher_destroy(&b);
+    return status;
+}
+
+void tr_batcher_destroy(tr_batcher **batcher)
+{
+    tr_batcher *b = *batcher;
+    if (!b)
+        return;
+    if (b->pool)
+        sh_pool_destroy(&b->pool);
+    for (size_t i = 0; b->slots && i < b->n_slots; i++) {
+        tr_work_destroy(&b->slots[i].work);
+        free(b->slots[i].grad);
+    }
+    free(b->slots);
+    free(b);
+    *batcher = NULL;
+}
+
+static void run_micro(void *arg, size_t i)
+{
+    tr_batcher *b = arg;
+    slot *s = &b->slots[i];
+    size_t micro = b->first + i, at = micro * b->micro;
+    tr_forward(b->o.net, s->work, b->o.data, b->index + at, SH_MIN(b->micro, b->n - at));
+    float *grad = micro == 0 ? b->grad : s->grad;
+    tr_grads grads = {.weights = b->o.mode == TR_GRAD_FULL ? grad : NULL,
+                      .lora = b->o.mode == TR_GRAD_LORA ? grad : NULL};
+    s->loss_sum = tr_backward(b->o.net, s->work, b->scale, b->grad ? &grads : NULL);
+}
+
+static uint64_t count_targets(const sh_train_data *data, const uint32_t *index, size_t n)
+{
+    uint64_t count = 0;
+    for (size_t s = 0; s < n; s++)
+        for (size_t i = 1; i < data->length; i++)
+            count += !data->mask || data->mask[(size_t)index[s] * data->length + i];
+    return count;
+}
+
+tr_batch_loss tr_batcher_run(tr_batcher *b, const uint32_t *index, size_t n, float *grad)
+{
+    SH_ASSERT(n > 0 && n <= b->o.batch && (grad != NULL) == (b->n_grad > 0));
+    tr_batch_loss loss = {.n_targets = count_targets(b->o.data, index, n)};
+    size_t n_micro = (n + b->micro - 1) / b->micro;
+    b->index = index;
+    b->n = n;
+    b->grad = grad;
+    b->scale = loss.n_targets > 0 ? 1.0f / (float)loss.n_targets : 0.0f;
+    for (b->first = 0; b->first < n_micro; b->first += b->n_slots) {
+        size_t wave = SH_MIN(b->n_slots, n_micro - b->first);
+        if (wave == 1)
+            run_micro(b, 0);
+        else
+            sh_pool_for(b->pool, run_micro, b, wave);
+        for (size_t i = 0; i < wave; i++) {
+            loss.loss_sum += b->slots[i].loss_sum;
+            if (grad && b->first + i > 0)
+                tr_add(grad, b->slots[i].grad, b->n_grad);
+        }
+    }
+    return loss;
+}
+
+sh_status tr_data_check(const sh_model_config *config, const sh_train_data *data, sh_error *err)
+{
+    if (data->n == 0 || data->n > UINT32_MAX || data->length < 2)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "training data: %zu sequences of %u tokens; need at least one of two tokens",
+                       data->n, data->length);
+    uint32_t longest = SH_MIN(config->context, (uint32_t)SH_CONTEXT_MAX);
+    if (data->length - 1 > longest)
+        return sh_fail(err, SH_ERR_LIMIT,
+                       "training data: sequences of %u inputs, but the model's context is %u",
+                       data->length - 1, longest);
+    bool any = false;
+    for (size_t i = 0; i < data->n * data->length; i++) {
+        if (data->tokens[i] < 0 || (uint32_t)data->tokens[i] >= config->vocab)
+            return sh_fail(err, SH_ERR_INVALID,
+                           "training data: token %d of sequence %zu is outside the vocabulary of "
+                           "%u",
+                           data->tokens[i], i / data->length, config->vocab);
+        any = any || (i % data->length > 0 && (!data->mask || data->mask[i]));
+    }
+    if (!any)
+        return sh_fail(err, SH_ERR_INVALID, "training data: the mask leaves no target");
+    return SH_OK;
+}
+
+#define EVALUATE_BATCH 64 /* micro-batches a call, to keep all workers busy */
+
+sh_status tr_evaluate(const tr_net *net, const sh_train_data *data, unsigned threads,
+                      double *mean_nll, sh_error *err)
+{
+    sh_status status = SH_OK;
+    tr_batcher *batcher = NULL;
+    size_t batch =
+        SH_MIN(data->n, EVALUATE_BATCH * SH_MAX((size_t)1, TR_MICRO_ROWS / (data->length - 1)));
+    tr_batch_loss sum = {0};
+    uint32_t *index = sh_calloc(data->n, sizeof(*index));
+    if (!index) {
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu sequences", data->n);
+        goto cleanup;
+    }
+    for (size_t i = 0; i < data->n; i++)
+        index[i] = (uint32_t)i;
+    SH_GOTO(tr_batcher_create(
+        &(tr_batcher_options){
+            .net = net, .data = data, .mode = TR_LOSS_ONLY, .batch = batch, .threads = threads},
+        &batcher, err));
+    for (size_t at = 0; at < data->n; at += batch) {
+        tr_batch_loss loss = tr_batcher_run(batcher, index + at, SH_MIN(batch, data->n - at), NULL);
+        sum.loss_sum += loss.loss_sum;
+        sum.n_targets += loss.n_targets;
+    }
+    double mean = sum.loss_sum / (double)sum.n_targets;
+    if (!isfinite(mean)) {
+        status = sh_fail(err, SH_ERR_INVALID, "evaluation: the loss is not finite");
+        goto cleanup;
+    }
+    *mean_nll = mean;
+cleanup:
+    tr_batcher_destroy(&batcher);
+    free(index);
+    return status;
+}
+
+sh_status tr_gradient(const tr_net *net, const sh_train_data *data, tr_mode mode, float *grad,
+                      double *loss, sh_error *err)
+{
+    sh_status status = SH_OK;
+    tr_batcher *batcher = NULL;
+    uint32_t *index = sh_calloc(data->n, sizeof(*index));
+    if (!index) {
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu sequences", data->n);
+        goto cleanup;
+    }
+    for (size_t i = 0; i < data->n; i++)
+        index[i] = (uint32_t)i;
+    SH_GOTO(tr_batcher_create(
+        &(tr_batcher_options){
+            .net = net, .data = data, .mode = mode, .batch = data->n, .threads = 1},
+        &batcher, err));
+    tr_batch_loss sum = tr_batcher_run(batcher, index, data->n, grad);
+    *loss = sum.loss_sum / (double)sum.n_targets;
+cleanup:
+    tr_batcher_destroy(&batcher);
+    free(index);
+    return status;
+}

@@ -1,0 +1,236 @@
+/*
+ * Full training: every weight in F32, GGUF in and out.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "trainer/train.h"
+
+#define PURPOSE_WEIGHTS 0x66756c6cu /* names this use of the generator */
+#define INIT_STD        0.02f       /* Radford et al. 2019 (GPT-2), also for the scaled outputs */
+
+struct sh_full {
+    tr_net *net;
+    float *grad;         /* layout.n; of the last sh_full_gradient */
+    const sh_gguf *keys; /* tokenizer and other keys to write */
+    sh_gguf *owned;      /* keys, when they are ours to close */
+};
+
+static sh_status full_create(const sh_model_config *config, sh_full **out, sh_error *err)
+{
+    sh_status status = SH_OK;
+    sh_full *full = sh_calloc(1, sizeof(*full));
+    if (!full)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a model to train");
+    if (config->context < 2 || config->context > SH_CONTEXT_MAX) {
+        status = sh_fail(err, SH_ERR_INVALID, "model shape: a context of %u is not in [2, %d]",
+                         config->context, SH_CONTEXT_MAX);
+        goto cleanup;
+    }
+    SH_GOTO(tr_net_create(config, config->context, &full->net, err));
+    full->grad = sh_alloc_aligned(full->net->layout.n * sizeof(float));
+    if (!full->grad) {
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for gradients");
+        goto cleanup;
+    }
+    *out = full;
+    full = NULL;
+cleanup:
+    sh_full_destroy(&full);
+    return status;
+}
+
+void sh_full_destroy(sh_full **full)
+{
+    if (!*full)
+        return;
+    tr_net_destroy(&(*full)->net);
+    free((*full)->grad);
+    sh_gguf_close(&(*full)->owned);
+    free(*full);
+    *full = NULL;
+}
+
+sh_status sh_full_from_model(const sh_model *model, sh_full **out, sh_error *err)
+{
+    sh_full *full = NULL;
+    SH_TRY(full_create(&model->config, &full, err));
+    tr_net_dequantize(full->net, model);
+    full->keys = model->gguf;
+    *out = full;
+    return SH_OK;
+}
+
+static void randomize(tr_net *net, uint64_t seed)
+{
+    float out_std = INIT_STD / sqrtf(2.0f * (float)net->config.n_layers);
+    for (size_t i = 0; i < tr_tensor_count(net); i++) {
+        tr_tensor t = tr_tensor_at(net, i);
+        bool to_residual = strstr(t.name, ".attn_output.") || strstr(t.name, ".ffn_down.");
+        sh_rng rng;
+        sh_rng_init(&rng, seed, i, PURPOSE_WEIGHTS);
+        for (size_t j = 0; j < t.rows * t.row; j++)
+            net->weights[t.at + j] =
+                t.is_norm ? 1.0f : (to_residual ? out_std : INIT_STD) * sh_rng_normal(&rng);
+    }
+}
+
+sh_status sh_full_random(const sh_model_config *config, const char *vocab_gguf, uint64_t seed,
+                         sh_full **out, sh_error *err)
+{
+    sh_status status = SH_OK;
+    sh_full *full = NULL;
+    size_t n_tokens = 0;
+    SH_GOTO(full_create(config, &full, err));
+    SH_GOTO(sh_gguf_open(vocab_gguf, &full->owned, err));
+    full->keys = full->owned;
+    SH_GOTO(sh_gguf_get_array_count(full->keys, "tokenizer.ggml.tokens", &n_tokens, err));
+    if (n_tokens != config->vocab) {
+        status =
+            sh_fail(err, SH_ERR_MISMATCH, "model shape: a vocabulary of %u, but %s has %zu tokens",
+                    config->vocab, vocab_gguf, n_tokens);
+        goto cleanup;
+    }
+    randomize(full->net, seed);
+    *out = full;
+    full = NULL;
+cleanup:
+    sh_full_destroy(&full);
+    return status;
+}
+
+sh_status sh_full_gradient(sh_full *full, const sh_train_data *data, double *loss, sh_error *err)
+{
+    SH_TRY(tr_data_check(&full->net->config, data, err));
+    return tr_gradient(full->net, data, TR_GRAD_FULL, full->grad, loss, err);
+}
+
+const float *sh_full_grad(const sh_full *full, const char *tensor, size_t *n)
+{
+    for (size_t i = 0; i < tr_tensor_count(full->net); i++) {
+        tr_tensor t = tr_tensor_at(full->net, i);
+        if (strcmp(t.name, tensor) != 0)
+            continue;
+        *n = t.rows * t.row;
+        return full->grad + t.at;
+    }
+    return NULL;
+}
+
+sh_status sh_full_train(sh_full *full, const sh_train_data *data, const sh_train_options *options,
+                        sh_train_result *result, sh_error *err)
+{
+    SH_TRY(tr_data_check(&full->net->config, data, err));
+    return tr_train(
+        &(tr_trainee){.net = full->net, .params = full->net->weights, .mode = TR_GRAD_FULL}, data,
+        options, result, err);
+}
+
+sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data, unsigned threads,
+                           double *mean_nll, sh_error *err)
+{
+    SH_TRY(tr_data_check(&full->net->config, data, err));
+    return tr_evaluate(full->net, data, threads, mean_nll, err);
+}
+
+/* ---- GGUF ---- */
+
+/* general.file_type of llama.cpp (enum llama_ftype). */
+static uint32_t file_type(sh_type type)
+{
+    switch (type) {
+    case SH_TYPE_F32:
+        return 0;
+    case SH_TYPE_F16:
+        return 1;
+    case SH_TYPE_Q4_0:
+        return 2;
+    default:
+        return 7; /* Q8_0, the last type that we write */
+    }
+}
+
+static sh_status write_keys(const sh_full *full, sh_type type, sh_gguf_writer *w, sh_error *err)
+{
+    static const char *const ours[] = {"general.architecture",
+                                       "general.file_type",
+                                       "general.name",
+                                       "llama.context_length",
+                                       "llama.embedding_length",
+                                       "llama.block_count",
+                                       "llama.feed_forward_length",
+                                       "llama.attention.head_count",
+                                       "llama.attention.head_count_kv",
+                                       "llama.attention.layer_norm_rms_epsilon",
+                                       "llama.rope.dimension_count",
+                                       "llama.rope.freq_base",
+                                       "llama.vocab_size",
+                                       NULL};
+    const sh_model_config *c = &full->net->config;
+    const uint32_t numbers[] = {c->context, c->width,   c->n_layers,
+                                c->ffn,     c->n_heads, c->n_kv_heads};
+    SH_TRY(sh_gguf_writer_set_string(w, "general.architecture", "llama"));
+    SH_TRY(sh_gguf_writer_set_u32(w, "general.file_type", file_type(type)));
+    for (size_t i = 0; i < SH_COUNT(numbers); i++) /* llama.context_length is ours[3] */
+        SH_TRY(sh_gguf_writer_set_u32(w, ours[3 + i], numbers[i]));
+    SH_TRY(sh_gguf_writer_set_f32(w, "llama.attention.layer_norm_rms_epsilon", c->norm_eps));
+    SH_TRY(sh_gguf_writer_set_u32(w, "llama.rope.dimension_count", c->head_size));
+    SH_TRY(sh_gguf_writer_set_f32(w, "llama.rope.freq_base", c->rope_base));
+    SH_TRY(sh_gguf_writer_set_u32(w, "llama.vocab_size", c->vocab));
+    return sh_gguf_writer_copy_keys(w, full->keys, ours, err);
+}
+
+/* Encodes tensor t at bytes, which has room, and adds it. */
+static sh_status add_tensor(const sh_full *full, const tr_tensor *t, sh_type type, uint8_t *bytes,
+                            sh_gguf_writer *w, sh_error *err)
+{
+    const uint64_t ne[2] = {t->row, t->rows};
+    const float *values = full->net->weights + t->at;
+    if (t->is_norm)
+        return sh_gguf_writer_add_tensor(w, t->name, SH_TYPE_F32, ne, 1, values, err);
+    size_t row_bytes = sh_type_row_bytes(type, t->row);
+    for (size_t r = 0; r < t->rows; r++)
+        sh_row_quantize(type, values + r * t->row, bytes + r * row_bytes, t->row);
+    return sh_gguf_writer_add_tensor(w, t->name, type, ne, 2, bytes, err);
+}
+
+sh_status sh_full_save(const sh_full *full, sh_type type, const char *path, sh_error *err)
+{
+    sh_status status = SH_OK;
+    sh_gguf_writer *w = NULL;
+    uint8_t *bytes = NULL;
+    size_t total = 0;
+    const sh_type_info *info = sh_type_get(type);
+    if (!info || !info->can_write)
+        return sh_fail(err, SH_ERR_UNSUPPORTED, "cannot write weights of type %s",
+                       info ? info->name : "unknown");
+    if (!full->keys)
+        return sh_fail(err, SH_ERR_INVALID, "a model without a GGUF file has no keys to save");
+    for (size_t i = 0; i < tr_tensor_count(full->net); i++) {
+        tr_tensor t = tr_tensor_at(full->net, i);
+        size_t row_bytes = sh_type_row_bytes(type, t.row);
+        if (!t.is_norm && row_bytes == 0)
+            return sh_fail(err, SH_ERR_INVALID, "%s: rows of %zu values do not fit %s", t.name,
+                           t.row, info->name);
+        total += t.is_norm ? 0 : t.rows * row_bytes;
+    }
+    bytes = sh_alloc_aligned(total);
+    if (!bytes) {
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory to encode %zu bytes of weights", total);
+        goto cleanup;
+    }
+    SH_GOTO(sh_gguf_writer_create(&w, err));
+    SH_GOTO(write_keys(full, type, w, err));
+    total = 0;
+    for (size_t i = 0; i < tr_tensor_count(full->net); i++) {
+        tr_tensor t = tr_tensor_at(full->net, i);
+        SH_GOTO(add_tensor(full, &t, type, bytes + total, w, err));
+        total += t.is_norm ? 0 : t.rows * sh_type_row_bytes(type, t.row);
+    }
+    SH_GOTO(sh_gguf_writer_save(w, path, err));
+cleanup:
+    sh_gguf_writer_destroy(&w);
+    free(bytes);
+    return status;
+}

@@ -1,0 +1,259 @@
+#include "trainer/kernels.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Sanitizers instrument the resolvers that choose a clone, which run before the sanitizer does:
+ * such builds, and other compilers, take the baseline. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) &&                             \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* 16 lanes of any alignment. Not every compiler vectorises a float sum that must keep its order;
+ * with explicit lanes the order is ours and the same for every width of the machine's vectors. */
+#define LANES 16
+typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
+
+INLINE float lanes_sum(const lanes *v)
+{
+    float s[LANES];
+    memcpy(s, v, sizeof(s));
+    for (size_t width = LANES / 2; width > 0; width /= 2)
+        for (size_t i = 0; i < width; i++)
+            s[i] += s[i + width];
+    return s[0];
+}
+
+/* Cephes' expf: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r, then n into the exponent. */
+INLINE float exp_one(float x)
+{
+    const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    float clamped = x < -87.3f ? -87.3f : x;
+    clamped = clamped > 88.3f ? 88.3f : clamped;
+    float shifted = clamped * 1.44269504f + round;
+    float n = shifted - round;
+    float r = clamped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof(bits));
+    bits = (bits - 0x4B400000u + 127u) << 23; /* the bits of 2^n; 0x4B400000 are those of round */
+    float power;
+    memcpy(&power, &bits, sizeof(power));
+    return p * power;
+}
+
+CLONES void tr_exp(float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = exp_one(x[i]);
+}
+
+CLONES void tr_add(float *restrict y, const float *restrict x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] += x[i];
+}
+
+CLONES void tr_scale(float *y, float s, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] *= s;
+}
+
+INLINE float dot(const float *a, const float *b, size_t n)
+{
+    lanes sum = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        sum += *(const lanes *)(a + i) * *(const lanes *)(b + i);
+    float s = lanes_sum(&sum);
+    for (; i < n; i++)
+        s += a[i] * b[i];
+    return s;
+}
+
+#define SUM_BLOCK 4096 /* values summed in float before the sum goes on in double */
+
+CLONES double tr_sum_squares(const float *x, size_t n)
+{
+    double s = 0;
+    for (size_t i = 0; i < n; i += SUM_BLOCK)
+        s += (double)dot(x + i, x + i, SH_MIN(n - i, (size_t)SUM_BLOCK));
+    return s;
+}
+
+CLONES float tr_rmsnorm(const float *restrict x, const float *restrict w, float eps, size_t n,
+                        float *restrict y)
+{
+    float r = 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
+    for (size_t i = 0; i < n; i++)
+        y[i] = x[i] * r * w[i];
+    return r;
+}
+
+/* With y_i = x_i r w_i and dr/dx_j = -r^3 x_j / n:
+ * dx_j = r w_j dy_j - x_j r^3 / n * sum_i(dy_i w_i x_i). */
+CLONES void tr_rmsnorm_backward(float *restrict dx, const float *restrict dy,
+                                const float *restrict x, const float *restrict w, float r, size_t n)
+{
+    lanes sum = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        sum += *(const lanes *)(dy + i) * *(const lanes *)(w + i) * *(const lanes *)(x + i);
+    float s = lanes_sum(&sum);
+    for (; i < n; i++)
+        s += dy[i] * w[i] * x[i];
+    float along = r * r * r / (float)n * s;
+    for (size_t j = 0; j < n; j++)
+        dx[j] += r * w[j] * dy[j] - along * x[j];
+}
+
+CLONES void tr_rmsnorm_backward_weight(float *restrict dw, const float *restrict dy,
+                                       const float *restrict x, float r, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        dw[i] += dy[i] * x[i] * r;
+}
+
+CLONES void tr_rope(float *restrict x, const float *restrict cosines, const float *restrict sines,
+                    size_t half, size_t heads, float direction)
+{
+    for (size_t h = 0; h < heads; h++, x += 2 * half) {
+        for (size_t i = 0; i < half; i++) {
+            float a = x[2 * i], b = x[2 * i + 1], c = cosines[i], s = direction * sines[i];
+            x[2 * i] = a * c - b * s;
+            x[2 * i + 1] = a * s + b * c;
+        }
+    }
+}
+
+INLINE float maximum(const float *x, size_t n)
+{
+    float most[LANES];
+    for (size_t l = 0; l < LANES; l++)
+        most[l] = x[0];
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t l = 0; l < LANES; l++)
+            most[l] = x[i + l] > most[l] ? x[i + l] : most[l];
+    float m = most[0];
+    for (size_t l = 1; l < LANES; l++)
+        m = most[l] > m ? most[l] : m;
+    for (; i < n; i++)
+        m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+/* x = exp(x - most); returns the sum. */
+INLINE float exp_all(float *x, size_t n, float most)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = exp_one(x[i] - most);
+    lanes sum = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        sum += *(const lanes *)(x + i);
+    float s = lanes_sum(&sum);
+    for (; i < n; i++)
+        s += x[i];
+    return s;
+}
+
+CLONES void tr_softmax(float *x, size_t n, size_t width)
+{
+    float inverse = 1.0f / exp_all(x, n, maximum(x, n));
+    for (size_t i = 0; i < n; i++)
+        x[i] *= inverse;
+    memset(x + n, 0, (width - n) * sizeof(*x));
+}
+
+CLONES void tr_softmax_backward(float *restrict dp, const float *restrict p, size_t n)
+{
+    float s = dot(dp, p, n);
+    for (size_t i = 0; i < n; i++)
+        dp[i] = p[i] * (dp[i] - s);
+}
+
+/* e^-g goes through memory: in one loop gcc 12 turns exp_one's clamps into paths, divides on each
+ * for every lane, and on those that are thrown away meets denormals, which are slow. */
+#define SIGMOID_BLOCK 256
+
+/* silu(g) = g q, q = 1 / (1 + e^-g). */
+CLONES void tr_swiglu(const float *restrict gate, const float *restrict up, size_t n,
+                      float *restrict h)
+{
+    for (size_t i = 0; i < n; i++)
+        h[i] = exp_one(-gate[i]);
+    for (size_t i = 0; i < n; i++)
+        h[i] = gate[i] / (1.0f + h[i]) * up[i];
+}
+
+/* silu'(g) = q (1 + g (1 - q)). */
+CLONES void tr_swiglu_backward(float *restrict gate, float *restrict up, const float *restrict dh,
+                               size_t n)
+{
+    float e[SIGMOID_BLOCK];
+    for (size_t at = 0; at < n; at += SIGMOID_BLOCK) {
+        size_t m = SH_MIN(n - at, (size_t)SIGMOID_BLOCK);
+        for (size_t i = 0; i < m; i++)
+            e[i] = exp_one(-gate[at + i]);
+        for (size_t i = 0; i < m; i++) {
+            float g = gate[at + i], q = 1.0f / (1.0f + e[i]), d = dh[at + i];
+            gate[at + i] = d * up[at + i] * q * (1.0f + g * (1.0f - q));
+            up[at + i] = d * g * q;
+        }
+    }
+}
+
+CLONES double tr_cross_entropy(float *z, size_t n, size_t target, float scale)
+{
+    float most = maximum(z, n);
+    double of_target = (double)z[target] - (double)most;
+    float sum = exp_all(z, n, most);
+    float factor = scale / sum;
+    for (size_t i = 0; i < n; i++)
+        z[i] *= factor;
+    z[target] -= scale;
+    return log((double)sum) - of_target;
+}
+
+CLONES void tr_fold_row(float *out, const float *w, const float *b, const float *a, size_t rank,
+                        size_t n)
+{
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        lanes sum = *(const lanes *)(w + i);
+        for (size_t k = 0; k < rank; k++)
+            sum += b[k] * *(const lanes *)(a + k * n + i);
+        *(lanes *)(out + i) = sum;
+    }
+    for (; i < n; i++) {
+        float sum = w[i];
+        for (size_t k = 0; k < rank; k++)
+            sum += b[k] * a[k * n + i];
+        out[i] = sum;
+    }
+}
+
+CLONES void tr_adamw_update(const tr_adamw *c, float *restrict p, const float *restrict g,
+                            float *restrict m, float *restrict v, size_t n)
+{
+    const tr_adamw k = *c;
+    for (size_t i = 0; i < n; i++) {
+        m[i] = k.beta1 * m[i] + (1.0f - k.beta1) * g[i];
+        v[i] = k.beta2 * v[i] + (1.0f - k.beta2) * g[i] * g[i];
+        float step = m[i] / (sqrtf(v[i]) / k.sqrt_correction + k.eps);
+        p[i] = p[i] * k.decay - k.step_size * step;
+    }
+}

@@ -1,0 +1,273 @@
+/*
+ * The training loop: order of the data, learning rate, clipping, AdamW.
+ */
+#include "trainer/train.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "trainer/kernels.h"
+
+#define PURPOSE_ORDER 0x74726f72u /* names this use of the generator */
+#define CLIP_EPSILON  1e-6        /* torch.nn.utils.clip_grad_norm_ */
+
+double tr_learning_rate(const sh_train_options *o, uint32_t step)
+{
+    if (step < o->warmup)
+        return (double)o->lr * (step + 1.0) / (double)o->warmup;
+    double left = (double)(o->steps - step) / (double)SH_MAX(1u, o->steps - o->warmup);
+    return (double)o->lr * ((double)o->lr_final + (1.0 - (double)o->lr_final) * left);
+}
+
+/* ---- order of the data ---- */
+
+typedef struct {
+    uint32_t *order;
+    size_t n, at;
+    uint64_t seed, pass;
+} sampler;
+
+static void sampler_next(sampler *s, uint32_t *index, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (s->at == s->n)
+            s->at = 0;
+        if (s->at == 0 && s->seed != 0) {
+            sh_rng rng;
+            sh_rng_init(&rng, s->seed, s->pass++, PURPOSE_ORDER);
+            sh_rng_shuffle(&rng, s->order, s->n);
+        }
+        index[i] = s->order[s->at++];
+    }
+}
+
+/* ---- naming what is not finite ---- */
+
+static void name_full(const tr_net *net, size_t at, char *out, size_t bytes)
+{
+    for (size_t i = 0; i < tr_tensor_count(net); i++) {
+        tr_tensor t = tr_tensor_at(net, i);
+        if (at >= t.at && at < t.at + t.rows * t.row)
+            snprintf(out, bytes, "%s", t.name);
+    }
+}
+
+static void name_lora(const tr_net *net, size_t at, char *out, size_t bytes)
+{
+    for (size_t i = 0; i < (size_t)net->config.n_layers * SH_LAYER_MATRICES; i++) {
+        size_t g, part, layer = i / SH_LAYER_MATRICES, matrix = i % SH_LAYER_MATRICES;
+        tr_matrix_group(matrix, &g, &part);
+        const tr_group *group = &net->groups[g];
+        const tr_lora *l = &net->lora[layer * TR_GROUPS + g];
+        size_t a = l->a + l->at[part] * group->in, b = l->b[part];
+        size_t out_p = group->part_at[part + 1] - group->part_at[part];
+        bool in_a = at >= a && at < a + l->rank[part] * group->in;
+        bool in_b = at >= b && at < b + l->rank[part] * out_p;
+        if (in_a || in_b)
+            snprintf(out, bytes, "blk.%zu.%s.weight.lora_%s", layer, sh_layer_matrix_names[matrix],
+                     in_a ? "a" : "b");
+    }
+}
+
+static bool find_not_finite(const float *x, size_t n, size_t *at)
+{
+    for (*at = 0; *at < n; (*at)++)
+        if (!isfinite(x[*at]))
+            return true;
+    return false;
+}
+
+#define TENSOR_NAME_BYTES (SH_GGUF_NAME_MAX + 16)
+
+/* The loss is not finite: a parameter may be, or a weight of the base. */
+static sh_status loss_not_finite(const tr_trainee *t, size_t n, uint32_t step, sh_error *err)
+{
+    char name[TENSOR_NAME_BYTES] = "no weight";
+    size_t at;
+    if (t->mode == TR_GRAD_LORA && find_not_finite(t->params, n, &at))
+        name_lora(t->net, at, name, sizeof(name));
+    else if (find_not_finite(t->net->weights, t->net->layout.n, &at))
+        name_full(t->net, at, name, sizeof(name));
+    return sh_fail(err, SH_ERR_INVALID,
+                   "training: the loss is not finite at step %u (%s is not finite); a lower "
+                   "learning rate or clipping may help",
+                   step, name);
+}
+
+static sh_status grad_not_finite(const tr_trainee *t, const float *grad, size_t n, uint32_t step,
+                                 sh_error *err)
+{
+    char name[TENSOR_NAME_BYTES] = "the norm of all";
+    size_t at;
+    if (find_not_finite(grad, n, &at) && t->mode == TR_GRAD_LORA)
+        name_lora(t->net, at, name, sizeof(name));
+    else if (at < n)
+        name_full(t->net, at, name, sizeof(name));
+    return sh_fail(err, SH_ERR_INVALID,
+                   "training: the gradient of %s is not finite at step %u; a lower learning rate "
+                   "or clipping may help",
+                   name, step);
+}
+
+/* ---- optimizer ---- */
+
+typedef struct {
+    float *grad, *m, *v;
+    size_t n;
+    uint32_t step; /* updates made */
+} optimizer;
+
+/* Matrices decay, norms do not: a norm's weight is a scale around 1. */
+static void update_full(const tr_net *net, const tr_adamw *c, float *p, const optimizer *o)
+{
+    const tr_layout *l = &net->layout;
+    tr_adamw no_decay = *c;
+    no_decay.decay = 1.0f;
+    tr_adamw_update(c, p, o->grad, o->m, o->v, l->output_norm);
+    size_t at = l->output_norm;
+    tr_adamw_update(&no_decay, p + at, o->grad + at, o->m + at, o->v + at, l->layers - at);
+    for (size_t i = 0; i < net->config.n_layers; i++) {
+        at = l->layers + i * l->layer_stride;
+        size_t norms = l->group[0], rest = at + norms;
+        tr_adamw_update(&no_decay, p + at, o->grad + at, o->m + at, o->v + at, norms);
+        tr_adamw_update(c, p + rest, o->grad + rest, o->m + rest, o->v + rest,
+                        l->layer_stride - norms);
+    }
+}
+
+static sh_status update(const tr_trainee *t, optimizer *o, const sh_train_options *options,
+                        sh_error *err)
+{
+    double norm = sqrt(tr_sum_squares(o->grad, o->n));
+    if (!isfinite(norm))
+        return grad_not_finite(t, o->grad, o->n, o->step + 1, err);
+    if (options->clip > 0 && norm > (double)options->clip)
+        tr_scale(o->grad, (float)((double)options->clip / (norm + CLIP_EPSILON)), o->n);
+    double beta1 = options->beta1 > 0 ? (double)options->beta1 : 0.9;
+    double beta2 = options->beta2 > 0 ? (double)options->beta2 : 0.999;
+    double lr = tr_learning_rate(options, o->step);
+    o->step++;
+    tr_adamw c = {
+        .beta1 = (float)beta1,
+        .beta2 = (float)beta2,
+        .eps = options->eps > 0 ? options->eps : 1e-8f,
+        .step_size = (float)(lr / (1.0 - pow(beta1, o->step))),
+        .sqrt_correction = (float)sqrt(1.0 - pow(beta2, o->step)),
+        .decay = (float)(1.0 - lr * (double)options->weight_decay),
+    };
+    if (t->mode == TR_GRAD_FULL)
+        update_full(t->net, &c, t->params, o);
+    else
+        tr_adamw_update(&c, t->params, o->grad, o->m, o->v, o->n);
+    return SH_OK;
+}
+
+/* ---- the loop ---- */
+
+static sh_status options_check(const sh_train_options *o, sh_error *err)
+{
+    const float reals[] = {o->lr,   o->beta1,        o->beta2,   o->eps,
+                           o->clip, o->weight_decay, o->lr_final};
+    for (size_t i = 0; i < SH_COUNT(reals); i++)
+        if (!isfinite(reals[i]) || reals[i] < 0)
+            return sh_fail(err, SH_ERR_INVALID,
+                           "training options: lr, betas, eps, clip, decay and lr_final must be "
+                           "finite and not negative");
+    if (o->beta1 >= 1 || o->beta2 >= 1)
+        return sh_fail(err, SH_ERR_INVALID, "training options: betas must be below 1");
+    if (o->batch == 0 || o->steps == 0 || o->threads > TR_THREADS_MAX)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "training options: need a batch, steps and at most %d threads",
+                       TR_THREADS_MAX);
+    return SH_OK;
+}
+
+static double seconds_now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+typedef struct {
+    tr_batcher *batcher;
+    uint32_t *batch; /* [n_batch] */
+    size_t n_batch;
+    sampler sampler;
+    optimizer optimizer;
+} loop;
+
+static void loop_release(loop *l)
+{
+    tr_batcher_destroy(&l->batcher);
+    free(l->batch);
+    free(l->sampler.order);
+    free(l->optimizer.grad);
+    free(l->optimizer.m);
+    free(l->optimizer.v);
+}
+
+/* On error the caller releases what there is. */
+static sh_status loop_init(loop *l, const tr_trainee *t, const sh_train_data *data,
+                           const sh_train_options *options, sh_error *err)
+{
+    size_t n = t->mode == TR_GRAD_FULL ? t->net->layout.n : t->net->n_lora;
+    l->n_batch = SH_MIN((size_t)options->batch, data->n);
+    l->batch = sh_calloc(l->n_batch, sizeof(*l->batch));
+    l->sampler = (sampler){.order = sh_calloc(data->n, sizeof(*l->sampler.order)),
+                           .n = data->n,
+                           .seed = options->shuffle_seed};
+    l->optimizer = (optimizer){.grad = sh_alloc_aligned(n * sizeof(float)),
+                               .m = sh_alloc_aligned(n * sizeof(float)),
+                               .v = sh_alloc_aligned(n * sizeof(float)),
+                               .n = n};
+    if (!l->batch || !l->sampler.order || !l->optimizer.grad || !l->optimizer.m || !l->optimizer.v)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory to train %zu parameters", n);
+    for (size_t i = 0; i < data->n; i++)
+        l->sampler.order[i] = (uint32_t)i;
+    return tr_batcher_create(&(tr_batcher_options){.net = t->net,
+                                                   .data = data,
+                                                   .mode = t->mode,
+                                                   .batch = l->n_batch,
+                                                   .threads = options->threads},
+                             &l->batcher, err);
+}
+
+sh_status tr_train(const tr_trainee *t, const sh_train_data *data, const sh_train_options *options,
+                   sh_train_result *result, sh_error *err)
+{
+    sh_status status = SH_OK;
+    loop l = {0};
+    sh_train_result r = {0};
+    double start = seconds_now();
+    SH_GOTO(options_check(options, err));
+    SH_GOTO(loop_init(&l, t, data, options, err));
+    for (uint32_t step = 0; step < options->steps; step++) {
+        if (t->mode == TR_GRAD_LORA)
+            tr_net_fold(t->net, t->params);
+        sampler_next(&l.sampler, l.batch, l.n_batch);
+        tr_batch_loss sum = tr_batcher_run(l.batcher, l.batch, l.n_batch, l.optimizer.grad);
+        /* A batch that is masked out whole teaches nothing, but counts as a step. */
+        double loss = sum.n_targets > 0 ? sum.loss_sum / (double)sum.n_targets : 0.0;
+        if (!isfinite(loss)) {
+            status = loss_not_finite(t, l.optimizer.n, step + 1, err);
+            goto cleanup;
+        }
+        SH_GOTO(update(t, &l.optimizer, options, err));
+        r.tokens_seen += sum.n_targets;
+        r.loss_last = loss;
+        if (step == 0)
+            r.loss_first = loss;
+        if (options->progress && !options->progress(options->progress_arg, step + 1, loss)) {
+            status = sh_fail(err, SH_ERR_CANCELLED, "training: cancelled after step %u", step + 1);
+            goto cleanup;
+        }
+    }
+    r.seconds = seconds_now() - start;
+    *result = r;
+cleanup:
+    loop_release(&l);
+    return status;
+}

@@ -1,0 +1,63 @@
+/*
+ * Gradients of whole batches, and the training loop that LoRA and full training share. Internal
+ * to trainer/.
+ *
+ * A batch is cut into micro-batches whose size depends on the sequence length alone; workers take
+ * them in waves and their gradients are added in micro-batch order, so the sum does not depend on
+ * the number of workers.
+ */
+#ifndef SH_TRAINER_TRAIN_H
+#define SH_TRAINER_TRAIN_H
+
+#include "trainer/network.h"
+
+#define TR_MICRO_ROWS  256 /* positions of a micro-batch, or one sequence if that is longer */
+#define TR_THREADS_MAX 256
+
+typedef enum { TR_LOSS_ONLY, TR_GRAD_LORA, TR_GRAD_FULL } tr_mode;
+
+typedef struct tr_batcher tr_batcher;
+
+typedef struct {
+    const tr_net *net;         /* borrowed */
+    const sh_train_data *data; /* borrowed */
+    tr_mode mode;
+    size_t batch; /* sequences a call of tr_batcher_run, at most */
+    unsigned threads;
+} tr_batcher_options;
+SH_MUST_USE sh_status tr_batcher_create(const tr_batcher_options *options, tr_batcher **out,
+                                        sh_error *err);
+void tr_batcher_destroy(tr_batcher **batcher);
+typedef struct {
+    double loss_sum;
+    uint64_t n_targets;
+} tr_batch_loss;
+/* Loss of sequences index[0, n), and in grad (NULL when TR_LOSS_ONLY) the gradient of its mean. */
+tr_batch_loss tr_batcher_run(tr_batcher *batcher, const uint32_t *index, size_t n, float *grad);
+
+/* SH_ERR_INVALID: empty, a token outside the vocabulary, no target at all; SH_ERR_LIMIT: longer
+ * than the model's context. */
+SH_MUST_USE sh_status tr_data_check(const sh_model_config *config, const sh_train_data *data,
+                                    sh_error *err);
+
+/* Mean loss over all of data; net as it stands (folded). */
+SH_MUST_USE sh_status tr_evaluate(const tr_net *net, const sh_train_data *data, unsigned threads,
+                                  double *mean_nll, sh_error *err);
+/* Loss and gradient of all of data as one batch. */
+SH_MUST_USE sh_status tr_gradient(const tr_net *net, const sh_train_data *data, tr_mode mode,
+                                  float *grad, double *loss, sh_error *err);
+/* The loop: params are the flat LoRA vector or net's own weights, and hold the result of the last
+ * step also on error. */
+typedef struct {
+    tr_net *net;
+    float *params;
+    tr_mode mode;
+} tr_trainee;
+SH_MUST_USE sh_status tr_train(const tr_trainee *trainee, const sh_train_data *data,
+                               const sh_train_options *options, sh_train_result *result,
+                               sh_error *err);
+
+/* Learning rate of a step (from 0): linear warm-up, then linear decay to lr * lr_final. */
+double tr_learning_rate(const sh_train_options *options, uint32_t step);
+
+#endif

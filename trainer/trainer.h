@@ -1,0 +1,96 @@
+/*
+ * Training: LoRA on a frozen, quantized base, and full training of small models. Backward pass by
+ * hand; GEMMs in OpenBLAS (one thread a caller); loss is token cross-entropy over masked-in
+ * targets. LoRA: Hu et al. 2021 (arXiv:2106.09685); AdamW: Loshchilov & Hutter 2019
+ * (arXiv:1711.05101).
+ *
+ * Deterministic: same data, options and BLAS core give the same bytes, for any `threads` (the
+ * batch is cut into micro-batches that do not depend on it; their gradients are added in order).
+ * Threads: independent trainings may run at once. No globals, no exit, no printing.
+ */
+#ifndef SH_TRAINER_H
+#define SH_TRAINER_H
+
+#include "shared/base/rng.h"
+#include "shared/model/model.h"
+
+#define SH_LORA_RANK_MAX 1024
+
+/* Sequences of one length T + 1: inputs [0, T), targets [1, T]. mask[i] != 0: token i is a target
+ * (mask NULL: all are). tokens and mask are [n, length], length = T + 1, row-major. */
+typedef struct {
+    const int32_t *tokens;
+    const uint8_t *mask;
+    size_t n;
+    uint32_t length;
+} sh_train_data;
+
+typedef struct {
+    uint64_t a_seed; /* A0 ~ normal / sqrt(in) from this alone: every node's is the same; B0 = 0 */
+    uint32_t rank;
+    float alpha;
+    float lr, beta1, beta2, eps, weight_decay; /* 0 for betas, eps: 0.9, 0.999, 1e-8 */
+    float clip;                                /* global gradient norm; 0: none */
+    uint32_t batch;                            /* sequences a step */
+    uint32_t steps;        /* optimizer steps; the data is gone through in shuffled passes */
+    uint32_t warmup;       /* steps of linear warm-up */
+    float lr_final;        /* linear decay from lr to lr * lr_final over the steps (1: constant) */
+    uint64_t shuffle_seed; /* 0: the order of the data, pass after pass */
+    unsigned threads;      /* 0: 1 */
+    /* Called after each step; a false return cancels (SH_ERR_CANCELLED). May be NULL. */
+    bool (*progress)(void *arg, uint32_t step, double loss);
+    void *progress_arg;
+} sh_train_options;
+
+typedef struct {
+    double loss_first, loss_last; /* of a batch, before its update */
+    uint64_t tokens_seen;         /* target tokens */
+    double seconds;               /* CPU-independent callers ignore this */
+} sh_train_result;
+
+/* The adapter of a plan before training: A0 from a_seed, B = 0, all seven matrices. */
+SH_MUST_USE sh_status sh_lora_initialize(const sh_model_config *config, uint64_t a_seed,
+                                         uint32_t rank, float alpha, sh_adapter **out,
+                                         sh_error *err);
+/* Trains adapter in place (its own rank and alpha count, not those of options); on error it is as
+ * before. base of any readable type. SH_ERR_INVALID names tensor and step when a
+ * loss or gradient is not finite. */
+SH_MUST_USE sh_status sh_lora_train(const sh_model *base, sh_adapter *adapter,
+                                    const sh_train_data *data, const sh_train_options *options,
+                                    sh_train_result *result, sh_error *err);
+/* Mean NLL over the targets of data. adapter may be NULL. Float forward pass of the trainer. */
+SH_MUST_USE sh_status sh_train_evaluate(const sh_model *base, const sh_adapter *adapter,
+                                        const sh_train_data *data, unsigned threads,
+                                        double *mean_nll, sh_error *err);
+
+/* One batch's loss and gradients, for tests and for optimizers of the caller's own:
+ * grad has the adapter's shapes, and is overwritten. */
+SH_MUST_USE sh_status sh_lora_gradient(const sh_model *base, const sh_adapter *adapter,
+                                       const sh_train_data *data, sh_adapter *grad, double *loss,
+                                       sh_error *err);
+
+/* ---- full training: every weight, in F32 ---- */
+/* Weights and gradients of one model; sh_full_train begins with a fresh optimizer, and what it has
+ * trained stays when it fails or is cancelled. sh_full_save may be called from its progress. */
+typedef struct sh_full sh_full;
+/* From a model (weights dequantized to F32; it must outlive the sh_full, which saves its keys) or
+ * at random from a shape (normal, std 0.02, output projections scaled by 1/sqrt(2 * layers)) with
+ * the tokenizer and keys of vocab_gguf. */
+SH_MUST_USE sh_status sh_full_from_model(const sh_model *model, sh_full **out, sh_error *err);
+SH_MUST_USE sh_status sh_full_random(const sh_model_config *config, const char *vocab_gguf,
+                                     uint64_t seed, sh_full **out, sh_error *err);
+void sh_full_destroy(sh_full **full);
+SH_MUST_USE sh_status sh_full_gradient(sh_full *full, const sh_train_data *data, double *loss,
+                                       sh_error *err);
+/* Gradient of a tensor after sh_full_gradient: "blk.0.attn_q.weight"; NULL when unknown. */
+const float *sh_full_grad(const sh_full *full, const char *tensor, size_t *n);
+SH_MUST_USE sh_status sh_full_train(sh_full *full, const sh_train_data *data,
+                                    const sh_train_options *options, sh_train_result *result,
+                                    sh_error *err);
+SH_MUST_USE sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data,
+                                       unsigned threads, double *mean_nll, sh_error *err);
+/* Writes GGUF with matrices of `type` and F32 norms. */
+SH_MUST_USE sh_status sh_full_save(const sh_full *full, sh_type type, const char *path,
+                                   sh_error *err);
+
+#endif
