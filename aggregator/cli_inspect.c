@@ -26,7 +26,7 @@ static const sh_command inspect_command = {
     SH_COUNT(inspect_table),
     "Prints the metadata of a GGUF model or adapter. For a model that this program cannot run it "
     "says why on standard error and exits with 2.",
-    "shoal model inspect -m models/base.gguf",
+    "shoal model inspect -m models/shoal-base-2.6m-f16.gguf",
 };
 
 /* What is said of a file beside its own keys. */

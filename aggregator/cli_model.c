@@ -48,7 +48,7 @@ static const sh_command perplexity_command = {
     SH_COUNT(perplexity_table),
     "Perplexity of a text, as llama-perplexity measures it: the text is cut into chunks, each is "
     "evaluated alone, and the tokens of its second half are scored.",
-    "shoal model perplexity -m models/base.gguf -f text.txt -c 256",
+    "shoal model perplexity -m models/shoal-base-2.6m-f16.gguf -f text.txt -c 256",
 };
 
 typedef struct {
@@ -200,7 +200,7 @@ static const sh_command tokenize_command = {
     tokenize_table,
     SH_COUNT(tokenize_table),
     "Token ids of the bytes on standard input, one a line.",
-    "printf 'the sea' | shoal model tokenize -m models/base.gguf --json",
+    "printf 'the sea' | shoal model tokenize -m models/shoal-base-2.6m-f16.gguf --json",
 };
 
 static sh_status print_tokens(const int32_t *tokens, size_t n, bool json, sh_error *err)
@@ -280,7 +280,7 @@ static const sh_command generate_command = {
     SH_COUNT(generate_table),
     "Goes on from a prompt; prints what comes after it. Stops at the model's end token, after N "
     "tokens, or when the context is full.",
-    "shoal model generate -m models/base.gguf -p 'The sea' -n 32 --temp 0",
+    "shoal model generate -m models/shoal-base-2.6m-f16.gguf -p 'The sea' -n 32 --temp 0",
 };
 
 /* A run of generate: tokens and text so far. */
@@ -445,7 +445,7 @@ static const sh_command quantize_command = {
     quantize_table,
     SH_COUNT(quantize_table),
     "Writes a model with its matrices in another type. The file is there whole or not at all.",
-    "shoal model quantize -m models/base.gguf --type Q8_0 -o base-q8.gguf",
+    "shoal model quantize -m models/shoal-base-2.6m-f16.gguf --type Q8_0 -o base-q8.gguf",
 };
 
 static sh_status print_quantized(const quantize_options *o, sh_error *err)

@@ -52,8 +52,8 @@ static sh_status run(golden *g, const json_t *c, sh_error *err)
     SH_GOTO(sh_adapter_open(adapter_path, &model->config, &grad, err)); /* for its shapes */
     SH_GOTO(safetensors_need(&file, "tokens", SAFE_I32, &tokens, err));
     SH_GOTO(safetensors_scalar(&file, "loss", &expected, err));
-    sh_train_data data = {.tokens = tokens->data, .n = tokens->shape[0],
-                          .length = (uint32_t)tokens->shape[1]};
+    sh_train_data data = {
+        .tokens = tokens->data, .n = tokens->shape[0], .length = (uint32_t)tokens->shape[1]};
     SH_GOTO(sh_lora_gradient(model, adapter, &data, grad, &loss, err));
     golden_close_f64(g, "loss", loss, expected, 0, LOSS_RELATIVE);
     for (size_t i = 0; i < (size_t)grad->n_layers * SH_LAYER_MATRICES; i++)

@@ -69,10 +69,9 @@ static sh_status check_final(golden *g, const safetensors *file, const sh_adapte
         const safetensor *a, *b;
         SH_TRY(pair_tensor(file, i, ".A_final", &a, err));
         SH_TRY(pair_tensor(file, i, ".B_final", &b, err));
-        if (!golden_check(g,
-                          a->n == (size_t)pair->rank * pair->in &&
-                              b->n == (size_t)pair->rank * pair->out,
-                          "%s: %zu values, %s: %zu", a->name, a->n, b->name, b->n))
+        if (!golden_check(
+                g, a->n == (size_t)pair->rank * pair->in && b->n == (size_t)pair->rank * pair->out,
+                "%s: %zu values, %s: %zu", a->name, a->n, b->name, b->n))
             continue;
         golden_close_norm(g, a->name, pair->a, a->data, a->n, A_RELATIVE);
         golden_close_norm(g, b->name, pair->b, b->data, b->n, B_RELATIVE);
@@ -122,7 +121,8 @@ static sh_status run(golden *g, const json_t *c, sh_error *err)
         goto cleanup;
     }
     /* Batch by batch in the file's order: one pass that is not shuffled. */
-    sh_train_data data = {.tokens = tokens->data, .n = tokens->shape[0] * tokens->shape[1],
+    sh_train_data data = {.tokens = tokens->data,
+                          .n = tokens->shape[0] * tokens->shape[1],
                           .length = (uint32_t)tokens->shape[2]};
     sh_train_options options = {.lr = real_of(adamw, "lr"),
                                 .beta1 = real_of(adamw, "beta1"),
@@ -138,8 +138,7 @@ static sh_status run(golden *g, const json_t *c, sh_error *err)
     for (size_t i = 0; i < losses->n; i++) {
         char what[40];
         snprintf(what, sizeof(what), "loss of step %zu", i + 1);
-        golden_close_f64(g, what, t.losses[i], value_at(losses, i),
-                         LOSS_ABSOLUTE, 0);
+        golden_close_f64(g, what, t.losses[i], value_at(losses, i), LOSS_ABSOLUTE, 0);
     }
     SH_GOTO(check_final(g, &file, adapter, err));
     golden_note(g, "%zu steps, loss %.7f at the last", losses->n, result.loss_last);

@@ -12,9 +12,9 @@
 #include <string.h>
 
 #include "aggregator/merge.h"
-#include "golden.h"
 #include "shared/base/buf.h"
 #include "shared/math/blas.h"
+#include "tests/golden/golden.h"
 
 #define UPDATES_MAX 64
 #define TOLERANCE   1e-5

@@ -1,0 +1,322 @@
+/* The coordinator's frame: create from the store, step, actions, status. */
+#include "aggregator/coordinator.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "aggregator/coordinator_internal.h"
+
+const char *const sh_coord_tables[SH_COORD_TABLES] = {
+    [SH_COORD_T_META] = "meta",   [SH_COORD_T_NODE] = "node",
+    [SH_COORD_T_INBOX] = "inbox", [SH_COORD_T_UPDATE] = "update",
+    [SH_COORD_T_ALARM] = "alarm", [SH_COORD_T_WINDOW] = "window",
+    [SH_COORD_T_CHUNK] = "chunk", [SH_COORD_T_RELEASE] = "release",
+    [SH_COORD_T_AUDIT] = "audit",
+};
+
+const char *sh_reason_name(sh_reason reason)
+{
+    static const char *const names[SH_REASONS] = {
+        [SH_REASON_NONE] = "none",
+        [SH_REASON_NORM] = "norm",
+        [SH_REASON_DIRECTION] = "direction",
+        [SH_REASON_STALE] = "stale",
+        [SH_REASON_BASE] = "base",
+        [SH_REASON_BAD_BLOB] = "bad-blob",
+        [SH_REASON_NOT_FINITE] = "not-finite",
+        [SH_REASON_GATE] = "gate",
+        [SH_REASON_CLOSED] = "closed",
+        [SH_REASON_REVOKED] = "revoked",
+    };
+    return (unsigned)reason < SH_REASONS ? names[reason] : "unknown";
+}
+
+/* ---- actions ---- */
+
+void sh_coord_actions_clear(sh_coord_actions *actions)
+{
+    for (size_t i = 0; i < actions->n; i++) {
+        sh_buf_release(&actions->items[i].message);
+        free(actions->items[i].job.inputs);
+    }
+    actions->n = 0;
+}
+
+static sh_coord_action *add_action(coord_step *s, sh_coord_action_kind kind)
+{
+    SH_ASSERT(s->actions->n < SH_COORD_ACTIONS_MAX); /* every path is bounded below this */
+    sh_coord_action *action = &s->actions->items[s->actions->n++];
+    *action = (sh_coord_action){.kind = kind};
+    return action;
+}
+
+void coord_note(coord_step *s, sh_coord_note note, const sh_hash *node, uint64_t number)
+{
+    if (s->notes >= COORD_NOTES_MAX) /* notes are for the log; rows and counters have it all */
+        return;
+    s->notes++;
+    sh_coord_action *action = add_action(s, SH_COORD_NOTE);
+    action->note = note;
+    action->number = number;
+    if (node != NULL)
+        action->node = *node;
+}
+
+sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg)
+{
+    sh_buf bytes;
+    sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
+    sh_status status = sh_msg_encode(msg, &bytes, s->err);
+    if (status != SH_OK) {
+        sh_buf_release(&bytes);
+        return status;
+    }
+    sh_coord_action *action = add_action(s, SH_COORD_SEND);
+    action->node = *node;
+    action->message = bytes;
+    return SH_OK;
+}
+
+sh_status coord_send_error(coord_step *s, const sh_hash *node, sh_status code, const char *text)
+{
+    char cut[SH_WIRE_TEXT_MAX];
+    size_t n = strnlen(text, sizeof cut - 1);
+    memcpy(cut, text, n);
+    cut[n] = '\0';
+    sh_msg msg = {.type = SH_MSG_ERROR,
+                  .error = {.code = sh_status_name(code),
+                            .text = cut,
+                            .retry_after_ms = s->c->options.checkin_ms}};
+    return coord_send(s, node, &msg);
+}
+
+sh_status coord_set_timer(coord_step *s, uint64_t at_ms)
+{
+    add_action(s, SH_COORD_SET_TIMER)->at_ms = at_ms;
+    return SH_OK;
+}
+
+sh_status coord_start_job(coord_step *s)
+{
+    sh_coord *c = s->c;
+    const coord_candidate *candidate = &c->candidate;
+    bool merge = c->state.phase == PHASE_MERGING;
+    sh_coord_job job = {.id = c->state.next_job++,
+                        .kind = merge ? SH_COORD_MERGE : SH_COORD_GATE,
+                        .candidate = candidate->number,
+                        .parent_version = candidate->parent_version,
+                        .parent_model = c->kept[0].manifest.model.sha256,
+                        .master = c->kept[0].master,
+                        .server_scale = candidate->scale,
+                        .norm_factor_max = c->options.norm_factor_max,
+                        .cosine_min = c->options.cosine_min};
+    if (merge) {
+        job.n_inputs = candidate->n_inputs;
+        job.inputs = sh_calloc(candidate->n_inputs, sizeof *job.inputs);
+        if (job.inputs == NULL)
+            return sh_fail(s->err, SH_ERR_NO_MEMORY, "coordinator: no memory for a job");
+        memcpy(job.inputs, candidate->inputs, candidate->n_inputs * sizeof *job.inputs);
+    } else {
+        job.candidate_model = candidate->sha256;
+    }
+    add_action(s, SH_COORD_START_JOB)->job = job;
+    c->job_id = job.id;
+    c->retry_at_ms = 0;
+    c->dirty = true;
+    return SH_OK;
+}
+
+/* ---- create ---- */
+
+static sh_status check_options(const sh_coord_options *o, sh_error *err)
+{
+    if (o->buffer == 0 || o->buffer > SH_COORD_BUFFER_MAX)
+        return sh_fail(err, SH_ERR_INVALID, "coordinator: a buffer of %u updates is not in 1 to %u",
+                       o->buffer, SH_COORD_BUFFER_MAX);
+    if (!(o->staleness_discount > 0 && o->staleness_discount <= 1))
+        return sh_fail(err, SH_ERR_INVALID,
+                       "coordinator: a staleness discount of %g is not in "
+                       "(0, 1]",
+                       (double)o->staleness_discount);
+    if (!isfinite(o->server_scale) || o->server_scale <= 0)
+        return sh_fail(err, SH_ERR_INVALID, "coordinator: a server scale of %g is not above 0",
+                       (double)o->server_scale);
+    if (o->chunk_budget == 0 || o->checkin_ms == 0)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "coordinator: the chunk budget and the time between "
+                       "check-ins must be above 0");
+    if (isnan(o->gate_overall_max) || isnan(o->gate_slice_max))
+        return sh_fail(err, SH_ERR_INVALID, "coordinator: the gate's limits are not numbers");
+    return SH_OK;
+}
+
+typedef struct {
+    sh_coord *c;
+    sh_error *err;
+} loading;
+
+static sh_status load_node(void *arg, const sh_node_row *row)
+{
+    sh_coord *c = ((loading *)arg)->c;
+    if (!row->revoked) {
+        c->enrolled++;
+        c->drifting += row->checkin.drifting;
+    }
+    return SH_OK;
+}
+
+static sh_status load_update(void *arg, const sh_update_row *row)
+{
+    loading *l = arg;
+    sh_coord *c = l->c;
+    if (row->verdict != SH_VERDICT_PENDING)
+        return SH_OK;
+    if (sh_array_reserve((void **)&c->pending, &c->pending_cap, c->n_pending + 1,
+                         sizeof *c->pending, SH_COORD_BUFFER_MAX) != SH_OK)
+        return sh_fail(l->err, SH_ERR_NO_MEMORY, "coordinator: no memory for the buffer");
+    c->pending[c->n_pending++] = row->id; /* rows come in the order of their keys */
+    return SH_OK;
+}
+
+static sh_status load_all(sh_coord *c, sh_txn *txn, const sh_genesis *genesis, sh_error *err)
+{
+    loading l = {.c = c, .err = err};
+    SH_TRY(coord_releases_load(c, txn, err));
+    if (genesis != NULL) {
+        sh_release_row row;
+        SH_TRY(coord_candidate_row_get(txn, 0, &row, err));
+        free(row.merged);
+        sh_hash sha256 = sh_sha256(genesis->model.data, genesis->model.n);
+        if (!sh_hash_equal(&sha256, &row.sha256))
+            return sh_fail(err, SH_ERR_MISMATCH,
+                           "coordinator: the store began with another model "
+                           "than this genesis release");
+    }
+    SH_TRY(coord_waiting_load(c, txn, err));
+    SH_TRY(sh_coord_each_node(txn, load_node, &l, err));
+    return sh_coord_each_update(txn, load_update, &l, err);
+}
+
+static sh_status begin(coord_step *s, const sh_genesis *genesis)
+{
+    sh_coord *c = s->c;
+    bool found = false;
+    SH_TRY(coord_state_load(c, s->txn, &found, s->err));
+    if (found) {
+        SH_TRY(load_all(c, s->txn, genesis, s->err));
+        c->state.round_at_ms = SH_MIN(c->state.round_at_ms, s->now_ms); /* a clock set back */
+    } else {
+        if (genesis == NULL)
+            return sh_fail(s->err, SH_ERR_NOT_FOUND,
+                           "coordinator: the store is empty and no genesis release is given");
+        c->state.seed = sh_rng_u64(&c->rng);
+        c->state.next_candidate = 1;
+        c->state.next_job = 1;
+        c->state.server_scale = c->options.server_scale;
+        SH_TRY(coord_genesis(s, genesis));
+    }
+    SH_TRY(coord_begin_rounds(s));
+    if (c->state.phase != PHASE_IDLE)
+        SH_TRY(coord_start_job(s)); /* what a crash forgot */
+    else
+        SH_TRY(coord_advance(s));
+    return c->dirty ? coord_state_save(c, s->txn, s->err) : SH_OK;
+}
+
+sh_status sh_coord_create(const sh_coord_options *options, const sh_genesis *genesis,
+                          uint64_t now_ms, const sh_rng *rng, sh_txn *txn,
+                          sh_coord_actions *actions, sh_coord **out, sh_error *err)
+{
+    SH_TRY(check_options(options, err));
+    sh_coord *c = sh_calloc(1, sizeof *c);
+    if (c == NULL)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "coordinator: no memory");
+    c->options = *options;
+    c->rng = *rng;
+    coord_step s = {.c = c, .txn = txn, .actions = actions, .now_ms = now_ms, .err = err};
+    sh_status status = begin(&s, genesis);
+    if (status != SH_OK) {
+        sh_coord_destroy(&c);
+        return status;
+    }
+    *out = c;
+    return SH_OK;
+}
+
+void sh_coord_destroy(sh_coord **coord)
+{
+    sh_coord *c = *coord;
+    if (c == NULL)
+        return;
+    coord_candidate_release(&c->candidate);
+    for (size_t i = 0; i < COORD_RELEASES_KEPT; i++)
+        coord_release_release(&c->kept[i]);
+    for (size_t i = 0; i < c->n_waiting; i++)
+        free(c->waiting[i].payload);
+    free(c->waiting);
+    free(c->pending);
+    free(c);
+    *coord = NULL;
+}
+
+/* ---- step ---- */
+
+static sh_status on_timer(coord_step *s)
+{
+    sh_coord *c = s->c;
+    if (c->retry_at_ms == 0 || c->state.phase == PHASE_IDLE || c->job_id != 0)
+        return SH_OK;
+    if (s->now_ms < c->retry_at_ms)
+        return coord_set_timer(s, c->retry_at_ms);
+    return coord_start_job(s);
+}
+
+sh_status sh_coord_step(sh_coord *coord, const sh_coord_event *event, sh_txn *txn,
+                        sh_coord_actions *actions, sh_error *err)
+{
+    coord_step s = {
+        .c = coord, .txn = txn, .actions = actions, .now_ms = event->now_ms, .err = err};
+    switch (event->kind) {
+    case SH_COORD_TIMER:
+        SH_TRY(on_timer(&s));
+        break;
+    case SH_COORD_MESSAGE:
+        SH_TRY(coord_on_message(&s, &event->node, event->message));
+        break;
+    case SH_COORD_GONE:
+        coord_on_gone(coord, &event->node);
+        break;
+    case SH_COORD_JOB_DONE:
+        SH_TRY(coord_on_job(&s, &event->result));
+        break;
+    case SH_COORD_COMMAND:
+        SH_TRY(coord_on_command(&s, event));
+        break;
+    }
+    return coord->dirty ? coord_state_save(coord, txn, err) : SH_OK;
+}
+
+sh_coord_status sh_coord_get_status(const sh_coord *c)
+{
+    const coord_state *state = &c->state;
+    sh_coord_status status = {.version = state->version,
+                              .releases = state->releases,
+                              .candidates_refused = state->candidates_refused,
+                              .enrolled = c->enrolled,
+                              .round = state->round,
+                              .buffered = (uint32_t)c->n_pending,
+                              .updates_in = state->updates_in,
+                              .updates_merged = state->updates_merged,
+                              .merging = state->phase == PHASE_MERGING,
+                              .gating = state->phase == PHASE_GATING,
+                              .rounds_begun = state->rounds_begun,
+                              .paused = state->paused,
+                              .closing = state->closing,
+                              .closed = state->closed,
+                              .drifting = c->drifting,
+                              .server_scale = state->server_scale,
+                              .bad_messages = state->bad_messages};
+    memcpy(status.updates_refused, state->updates_refused, sizeof status.updates_refused);
+    return status;
+}

@@ -1,0 +1,293 @@
+/*
+ * The coordinator core: a state machine that enrols nodes, plans rounds, takes in updates, has them
+ * merged and gated, and publishes releases. It does no I/O; the contract with the shell is the node
+ * core's (edge-node/node.h): one step, one write transaction; actions after its commit; each job
+ * ends in one JOB_DONE, and jobs that a crash forgot are started again by create.
+ *
+ * Rounds are buffered and asynchronous: when `buffer` complete updates are in (and no merge runs),
+ * they are merged into the full-precision master as one exact sum, the result is quantized and the
+ * bytes are gated. A refused candidate leaves master and release as they were; a buffer that was
+ * merged with a raised server scale is merged again at scale 1, otherwise its updates are refused
+ * with reason "gate".
+ */
+#ifndef SH_AGGREGATOR_COORDINATOR_H
+#define SH_AGGREGATOR_COORDINATOR_H
+
+#include "shared/base/rng.h"
+#include "shared/store/store.h"
+#include "shared/wire/wire.h"
+
+#define SH_COORD_ACTIONS_MAX 256
+#define SH_COORD_NODES_MAX   100000u
+#define SH_COORD_BUFFER_MAX  1024u /* updates a merge */
+
+enum {
+    SH_COORD_T_META,    /* "state" */
+    SH_COORD_T_NODE,    /* key -> enrolled node: epochs, last check-in */
+    SH_COORD_T_INBOX,   /* (node, epoch, class) -> high-water mark and bitmap; see shared/sync */
+    SH_COORD_T_UPDATE,  /* (node, epoch, seq) -> sh_update_row */
+    SH_COORD_T_ALARM,   /* (node, epoch, seq) -> alarm payload */
+    SH_COORD_T_WINDOW,  /* (node, epoch, seq) -> window payload */
+    SH_COORD_T_CHUNK,   /* BLAKE2b -> bytes */
+    SH_COORD_T_RELEASE, /* version -> signed manifest and gate row; candidates that were refused too
+                         */
+    SH_COORD_T_AUDIT,   /* seq -> decision, hash-chained */
+    SH_COORD_TABLES
+};
+extern const char *const sh_coord_tables[SH_COORD_TABLES];
+
+typedef struct {
+    sh_sign_public_key release_pk;
+    sh_sign_secret_key release_sk;
+    bool enrol_any;           /* accept any authenticated key (simulation) */
+    uint32_t buffer;          /* updates that make a round */
+    uint32_t staleness_max;   /* releases that an update's base may be behind */
+    float staleness_discount; /* weight factor a release behind, in (0, 1] */
+    float server_scale;       /* of the merged delta; 1 is the plain average */
+    float norm_factor_max;    /* refuse a ΔW whose norm is over this times the round's median */
+    float cosine_min; /* refuse a ΔW whose cosine to the mean of the others is below this */
+    double gate_overall_max, gate_slice_max; /* allowed loss increase, nats: overall, any slice */
+    sh_train_plan train;   /* hyperparameters of the plans; round, base, seed are filled in */
+    uint32_t drifting_min; /* nodes that must report drift before rounds begin */
+    uint32_t rounds_max;   /* 0: no end */
+    uint64_t round_ms_max; /* a round that brought no merge for this long begins anew, so that nodes
+                              train again; its updates stay in the buffer. 0: never */
+    uint64_t checkin_ms;   /* when nodes come back, with jitter */
+    uint64_t chunk_budget; /* chunks a node gets a message: flow control */
+} sh_coord_options;
+
+typedef enum { SH_VERDICT_PENDING, SH_VERDICT_MERGED, SH_VERDICT_REFUSED } sh_verdict;
+typedef enum {
+    SH_REASON_NONE,
+    SH_REASON_NORM,
+    SH_REASON_DIRECTION,
+    SH_REASON_STALE,
+    SH_REASON_BASE,
+    SH_REASON_BAD_BLOB,
+    SH_REASON_NOT_FINITE,
+    SH_REASON_GATE,
+    SH_REASON_CLOSED,
+    SH_REASON_REVOKED, /* its node's key was revoked before the merge */
+    SH_REASONS
+} sh_reason;
+const char *sh_reason_name(sh_reason reason); /* "norm", "direction", ... */
+
+typedef struct {
+    sh_hash node;
+    uint64_t epoch, seq;
+} sh_update_id;
+
+/* ---- jobs ---- */
+typedef enum { SH_COORD_MERGE = 1, SH_COORD_GATE } sh_coord_job_kind;
+
+typedef struct {
+    sh_update_id id;
+    sh_hash sha256;
+    double weight;       /* samples x staleness discount, not normalized */
+    double norm, cosine; /* filled by the job */
+    sh_reason reason;    /* filled by the job: NONE is merged */
+} sh_merge_input;
+
+/* MERGE: read the blobs from the store (SH_COORD_T_CHUNK by the rows' metadata), judge each, sum
+ * the good ones exactly, add scale times the sum to the master, write the new master and the
+ * quantized candidate beside the old ones (content-addressed files: running it twice is harmless).
+ * GATE: losses of parent, candidate and adapter form on the operator's suites. */
+typedef struct {
+    uint64_t id;
+    sh_coord_job_kind kind;
+    uint64_t candidate; /* serial number of the candidate */
+    uint64_t parent_version;
+    sh_hash parent_model, master; /* files by SHA-256 */
+    float server_scale, norm_factor_max, cosine_min;
+    sh_merge_input *inputs; /* owned by the action */
+    uint32_t n_inputs;
+    sh_hash candidate_model; /* GATE */
+} sh_coord_job;
+
+#define SH_GATE_SLICES_MAX 64
+typedef struct {
+    uint64_t id;
+    sh_status status;
+    const char *text;
+    /* MERGE */
+    const sh_merge_input *inputs; /* the job's, with verdicts */
+    uint32_t n_inputs;
+    sh_hash new_master;
+    sh_blob candidate;        /* SHA-256 and length; chunk_hashes may be NULL */
+    sh_bytes candidate_bytes; /* the quantized file, borrowed during the step: put as chunks */
+    const char *format;
+    uint32_t adapter_rank;
+    double adapter_discarded; /* energy share */
+    /* GATE */
+    sh_hash suite;
+    double loss_parent, loss_candidate,
+        loss_adapter_form; /* Q(W), Q(W+ΔW), Q(W)+ΔW; nats a token */
+    uint32_t n_slices;
+    double slice_parent[SH_GATE_SLICES_MAX], slice_candidate[SH_GATE_SLICES_MAX];
+} sh_coord_job_result;
+
+/* ---- events and actions ---- */
+typedef enum {
+    SH_COORD_TIMER,
+    SH_COORD_MESSAGE, /* from an authenticated key */
+    SH_COORD_GONE,    /* a peer's connection ended: its transfers stop */
+    SH_COORD_JOB_DONE,
+    SH_COORD_COMMAND,
+} sh_coord_event_kind;
+typedef enum { /* operator commands */
+               SH_COMMAND_PAUSE = 1,
+               SH_COMMAND_RESUME,
+               SH_COMMAND_ROLLBACK /* number: version; message: its model's bytes, needed only when
+                                      the store does not hold its chunks any more */
+               ,
+               SH_COMMAND_SERVER_SCALE /* real: until a candidate made with it is refused */,
+               SH_COMMAND_ENROL /* node */,
+               SH_COMMAND_REVOKE /* node */,
+               SH_COMMAND_CLOSE /* no more training; merge what is in, then only acknowledge */
+} sh_coord_command;
+
+typedef struct {
+    sh_coord_event_kind kind;
+    uint64_t now_ms;
+    sh_hash node; /* MESSAGE, GONE; ENROL, REVOKE */
+    sh_bytes message;
+    sh_coord_job_result result;
+    sh_coord_command command;
+    uint64_t number;
+    double real;
+} sh_coord_event;
+
+typedef enum {
+    SH_COORD_SEND = 1,
+    SH_COORD_SET_TIMER,
+    SH_COORD_START_JOB,
+    SH_COORD_NOTE
+} sh_coord_action_kind;
+typedef enum {
+    SH_CNOTE_ENROLLED = 1,
+    SH_CNOTE_UPDATE_IN,
+    SH_CNOTE_MERGE_STARTED,
+    SH_CNOTE_GATE_STARTED,
+    SH_CNOTE_RELEASED,
+    SH_CNOTE_CANDIDATE_REFUSED,
+    SH_CNOTE_UPDATE_REFUSED,
+    SH_CNOTE_ROUNDS_BEGIN,
+    SH_CNOTE_CLOSED,
+    SH_CNOTE_JOB_FAILED,
+    SH_CNOTE_BAD_MESSAGE,
+    SH_CNOTE_ROLLED_BACK,
+    SH_CNOTE_COMMAND_REFUSED, /* number: the command; nothing was changed */
+} sh_coord_note;
+
+typedef struct {
+    sh_coord_action_kind kind;
+    sh_hash node;
+    sh_buf message;
+    uint64_t at_ms;
+    sh_coord_job job;
+    sh_coord_note note;
+    uint64_t number;
+} sh_coord_action;
+typedef struct {
+    sh_coord_action items[SH_COORD_ACTIONS_MAX];
+    size_t n;
+} sh_coord_actions;
+void sh_coord_actions_clear(sh_coord_actions *actions);
+
+typedef struct sh_coord sh_coord;
+/* The genesis release: its model file is in the shell's blob folder, its chunks are put into the
+ * store by the first create. master is the SHA-256 of the full-precision file. */
+typedef struct {
+    sh_bytes model; /* bytes of the quantized GGUF */
+    const char *format;
+    sh_hash master;
+} sh_genesis;
+SH_MUST_USE sh_status sh_coord_create(const sh_coord_options *options, const sh_genesis *genesis,
+                                      uint64_t now_ms, const sh_rng *rng, sh_txn *txn,
+                                      sh_coord_actions *actions, sh_coord **out, sh_error *err);
+void sh_coord_destroy(sh_coord **coord);
+SH_MUST_USE sh_status sh_coord_step(sh_coord *coord, const sh_coord_event *event, sh_txn *txn,
+                                    sh_coord_actions *actions, sh_error *err);
+
+typedef struct {
+    uint64_t version;  /* current release */
+    uint64_t releases; /* published after the genesis, rollbacks included */
+    uint64_t candidates_refused, enrolled;
+    uint32_t round;    /* 0: rounds have not begun */
+    uint32_t buffered; /* complete updates that wait for a decision, those being merged included */
+    uint64_t updates_in; /* update items accounted for: merged + refused + buffered */
+    uint64_t updates_merged, updates_refused[SH_REASONS];
+    bool merging, gating, rounds_begun, paused;
+    bool closing, closed; /* CLOSE was given; and nothing waits for a decision any more */
+    uint32_t drifting;    /* enrolled nodes whose last check-in reported drift */
+    float server_scale;
+    uint64_t bad_messages;
+} sh_coord_status;
+sh_coord_status sh_coord_get_status(const sh_coord *coord);
+
+/* ---- rows that reports and the audit read ---- */
+typedef struct {
+    sh_update_id id;
+    sh_update_meta meta; /* chunk_hashes borrowed from the transaction */
+    sh_verdict verdict;
+    sh_reason reason;
+    uint64_t candidate; /* of the last merge that used it, 0: none */
+    uint64_t version;   /* of the release that it went into, 0: none */
+    double norm, cosine;
+} sh_update_row;
+SH_MUST_USE sh_status sh_coord_each_update(sh_txn *txn,
+                                           sh_status (*fn)(void *arg, const sh_update_row *row),
+                                           void *arg, sh_error *err);
+/* Appends the update's bytes (its chunks, checked against its SHA-256) to out, for a merge job.
+ * SH_ERR_NOT_FOUND, SH_ERR_CORRUPT: hand the job empty bytes, its verdict is then "bad-blob". */
+SH_MUST_USE sh_status sh_coord_read_update(sh_txn *txn, const sh_update_id *id, sh_buf *out,
+                                           sh_error *err);
+
+/* A candidate that was decided: genesis is candidate 0, version 1; rollbacks have numbers, too. */
+typedef struct {
+    uint64_t candidate, version; /* version 0: refused by the gate */
+    uint64_t parent;
+    uint64_t at_ms;
+    sh_hash sha256, new_master, suite;
+    uint64_t bytes;
+    char format[16];
+    double loss_parent, loss_candidate, loss_adapter_form;
+    double worst_slice; /* largest increase of a slice's loss */
+    uint32_t updates, adapter_rank;
+    double adapter_discarded;
+    float server_scale;
+    char verdict[64]; /* "released", "refused: loss 3.2 over parent's 2.9 + 0.0" */
+    uint32_t n_merged;
+    sh_update_id *merged; /* [n_merged], valid during the call */
+} sh_release_row;
+SH_MUST_USE sh_status sh_coord_each_candidate(sh_txn *txn,
+                                              sh_status (*fn)(void *arg, const sh_release_row *row),
+                                              void *arg, sh_error *err);
+
+typedef struct {
+    sh_hash key;
+    bool revoked;
+    uint64_t enrolled_ms, last_ms; /* last_ms: of the last check-in, 0: none */
+    sh_msg_checkin checkin;        /* the last one */
+    uint32_t n_epochs;
+    char agent[64], kernel[64];
+} sh_node_row;
+SH_MUST_USE sh_status sh_coord_each_node(sh_txn *txn,
+                                         sh_status (*fn)(void *arg, const sh_node_row *row),
+                                         void *arg, sh_error *err);
+/* SH_COORD_T_ALARM or SH_COORD_T_WINDOW; payload as the node sent it (sh_alarm, encoded window). */
+SH_MUST_USE sh_status sh_coord_each_item(sh_txn *txn, unsigned table,
+                                         sh_status (*fn)(void *arg, const sh_update_id *id,
+                                                         sh_bytes payload),
+                                         void *arg, sh_error *err);
+/* The audit log in order; checks the chain as it goes (SH_ERR_CORRUPT names the broken entry). fn
+ * may be NULL. */
+SH_MUST_USE sh_status sh_coord_each_audit(sh_txn *txn,
+                                          sh_status (*fn)(void *arg, uint64_t seq, uint64_t at_ms,
+                                                          const char *text),
+                                          void *arg, sh_error *err);
+/* The signed manifest of a release (in the store's memory). SH_ERR_NOT_FOUND. */
+SH_MUST_USE sh_status sh_coord_get_manifest(sh_txn *txn, uint64_t version, sh_bytes *manifest,
+                                            sh_error *err);
+
+#endif

@@ -1,0 +1,241 @@
+/*
+ * Messages of nodes. The sender is the key that the transport authenticated; a message that is
+ * wrong is answered, counted and noted, and never ends the step with an error.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "aggregator/coordinator_internal.h"
+
+#define PURPOSE_A_SEED 0x61305f73u /* stream of rng that the rounds' seeds of A come from */
+
+sh_status coord_bad_message(coord_step *s, const sh_hash *node, sh_status code, const char *text)
+{
+    s->c->state.bad_messages++;
+    coord_note(s, SH_CNOTE_BAD_MESSAGE, node, (uint64_t)code);
+    return coord_send_error(s, node, code, text);
+}
+
+/* ---- who may speak ---- */
+
+static sh_status send_welcome(coord_step *s, const sh_hash *node, bool accepted, const char *text)
+{
+    sh_msg msg = {.type = SH_MSG_WELCOME, .welcome = {.accepted = accepted, .text = text}};
+    return coord_send(s, node, &msg);
+}
+
+/* Adds an epoch that the row does not know; false when the key has had too many stores. */
+static bool add_epoch(coord_node *node, uint64_t epoch, bool *changed)
+{
+    for (uint32_t i = 0; i < node->row.n_epochs; i++)
+        if (node->epochs[i] == epoch)
+            return true;
+    if (node->row.n_epochs >= COORD_EPOCHS_MAX)
+        return false;
+    node->epochs[node->row.n_epochs++] = epoch;
+    *changed = true;
+    return true;
+}
+
+static void copy_text(char *out, size_t out_bytes, const char *text)
+{
+    (void)snprintf(out, out_bytes, "%s", text == NULL ? "" : text);
+}
+
+static sh_status on_enrol(coord_step *s, const sh_hash *key, const sh_msg_enrol *enrol)
+{
+    sh_coord *c = s->c;
+    coord_node node = {0};
+    sh_status status = coord_node_get(s->txn, key, &node, s->err);
+    bool is_new = status == SH_ERR_NOT_FOUND, changed = false;
+    if (status != SH_OK && !is_new)
+        return status;
+    if (is_new && !c->options.enrol_any)
+        return send_welcome(s, key, false, "this key is not enrolled: ask the operator");
+    if (!is_new && node.row.revoked)
+        return send_welcome(s, key, false, "this key is revoked");
+    if (is_new) {
+        if (sh_txn_count(s->txn, SH_COORD_T_NODE) >= SH_COORD_NODES_MAX)
+            return send_welcome(s, key, false, "the fleet is full");
+        node.row.key = *key;
+        node.row.enrolled_ms = s->now_ms;
+    }
+    if (!add_epoch(&node, enrol->epoch, &changed))
+        return send_welcome(s, key, false, "this key has had too many stores: use a new one");
+    copy_text(node.row.agent, sizeof node.row.agent, enrol->agent);
+    copy_text(node.row.kernel, sizeof node.row.kernel, enrol->kernel);
+    SH_TRY(coord_node_put(s->txn, &node, s->err));
+    if (is_new) {
+        c->enrolled++;
+        coord_note(s, SH_CNOTE_ENROLLED, key, c->enrolled);
+    }
+    return send_welcome(s, key, true, "welcome");
+}
+
+/* ---- check-in ---- */
+
+/* The same seed for every node of a round, whenever it asks: A0 is shared. */
+static uint64_t round_seed(const sh_coord *c)
+{
+    sh_rng rng;
+    sh_rng_init(&rng, c->state.seed, c->state.round, PURPOSE_A_SEED);
+    return sh_rng_u64(&rng);
+}
+
+static bool training_is_on(const sh_coord *c)
+{
+    const coord_state *state = &c->state;
+    return state->rounds_begun && !state->paused && !state->closing &&
+           (c->options.rounds_max == 0 || state->round <= c->options.rounds_max);
+}
+
+static sh_status send_plan(coord_step *s, const sh_hash *key, const sh_msg_checkin *checkin)
+{
+    sh_coord *c = s->c;
+    const coord_release *current = &c->kept[0];
+    double jitter = 0.75 + 0.5 * sh_rng_unit(&c->rng);
+    sh_msg msg = {.type = SH_MSG_PLAN};
+    msg.plan.return_after_ms = (uint64_t)((double)c->options.checkin_ms * jitter);
+    msg.plan.train = c->options.train;
+    msg.plan.train.train = training_is_on(c);
+    msg.plan.train.round = c->state.round;
+    msg.plan.train.base_version = current->version;
+    msg.plan.train.base_sha256 = current->manifest.model.sha256;
+    msg.plan.train.a_seed = round_seed(c);
+    if (checkin->active_version < current->version)
+        msg.plan.manifest = (sh_bytes){current->bytes, current->n};
+    return coord_send(s, key, &msg);
+}
+
+static sh_status on_checkin(coord_step *s, coord_node *node, const sh_msg_checkin *checkin)
+{
+    sh_coord *c = s->c;
+    bool changed = false;
+    if (!add_epoch(node, checkin->epoch, &changed))
+        return coord_bad_message(s, &node->row.key, SH_ERR_LIMIT,
+                                 "this key has had too many stores: use a new one");
+    c->drifting += checkin->drifting;
+    c->drifting -= node->row.checkin.drifting;
+    node->row.checkin = *checkin;
+    node->row.last_ms = s->now_ms;
+    SH_TRY(coord_node_put(s->txn, node, s->err));
+    SH_TRY(coord_begin_rounds(s));
+    coord_renew_round(s);
+    return send_plan(s, &node->row.key, checkin);
+}
+
+/* ---- items ---- */
+
+sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item, bool send)
+{
+    sh_msg msg = {.type = SH_MSG_ACK};
+    SH_TRY(sh_inbox_mark(s->txn, SH_COORD_T_INBOX, node, item, &msg.ack, s->err));
+    return send ? coord_send(s, node, &msg) : SH_OK;
+}
+
+/* Keeps an alarm or window, and of each (node, epoch) only the last ones. */
+static sh_status keep_item(coord_step *s, unsigned table, const sh_update_id *id, sh_bytes payload)
+{
+    uint8_t key[COORD_ID_BYTES];
+    coord_id_put(key, id);
+    SH_TRY(sh_txn_put(s->txn, table, key, sizeof key, payload.data, payload.n, s->err));
+    if (id->seq <= COORD_NODE_ITEMS_MAX)
+        return SH_OK;
+    sh_update_id old = *id;
+    old.seq -= COORD_NODE_ITEMS_MAX;
+    coord_id_put(key, &old);
+    return sh_txn_del(s->txn, table, key, sizeof key, s->err);
+}
+
+static sh_status take_item(coord_step *s, const sh_update_id *id, const sh_msg_item *item)
+{
+    const sh_hash *node = &id->node;
+    sh_alarm alarm;
+    bool good = false;
+    switch ((sh_item_kind)item->kind) {
+    case SH_ITEM_UPDATE:
+        if (item->cls == SH_CLASS_UPDATE)
+            return coord_on_update(s, id, item->payload);
+        break;
+    case SH_ITEM_ALARM:
+        good = item->cls == SH_CLASS_ALARM &&
+               sh_alarm_decode(item->payload.data, item->payload.n, &alarm, NULL) == SH_OK;
+        if (good)
+            SH_TRY(keep_item(s, SH_COORD_T_ALARM, id, item->payload));
+        break;
+    case SH_ITEM_WINDOW:
+        good = item->cls == SH_CLASS_WINDOW && item->payload.n > 0 &&
+               item->payload.n <= COORD_WINDOW_BYTES_MAX;
+        if (good)
+            SH_TRY(keep_item(s, SH_COORD_T_WINDOW, id, item->payload));
+        break;
+    case SH_ITEM_TOMBSTONE:
+        if (item->cls == SH_CLASS_UPDATE)
+            SH_TRY(coord_waiting_forget(s, node, item->epoch, item->seq, item->last_seq));
+        good = true;
+        break;
+    }
+    /* What cannot be read now cannot be read later: it is acknowledged, or it came for ever. */
+    SH_TRY(coord_mark(s, node, item, true));
+    return good ? SH_OK : coord_bad_message(s, node, SH_ERR_INVALID, "the item is not readable");
+}
+
+static sh_status on_item(coord_step *s, coord_node *node, const sh_msg_item *item)
+{
+    const sh_hash *key = &node->row.key;
+    sh_inbox_verdict verdict = SH_INBOX_NEW;
+    sh_status status = sh_inbox_check(s->txn, SH_COORD_T_INBOX, key, item, &verdict, s->err);
+    if (status == SH_ERR_INVALID || status == SH_ERR_LIMIT)
+        return coord_bad_message(s, key, status, "the item's sequences are no range");
+    SH_TRY(status);
+    if (verdict != SH_INBOX_NEW) { /* a duplicate, or too far ahead of what is committed */
+        sh_msg msg = {.type = SH_MSG_ACK};
+        SH_TRY(sh_inbox_get_ack(s->txn, SH_COORD_T_INBOX, key, item->epoch, item->cls, &msg.ack,
+                                s->err));
+        return coord_send(s, key, &msg);
+    }
+    bool changed = false;
+    if (!add_epoch(node, item->epoch, &changed))
+        return coord_bad_message(s, key, SH_ERR_LIMIT,
+                                 "this key has had too many stores: use a new one");
+    if (changed)
+        SH_TRY(coord_node_put(s->txn, node, s->err));
+    sh_update_id id = {.node = *key, .epoch = item->epoch, .seq = item->seq};
+    return take_item(s, &id, item);
+}
+
+sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message)
+{
+    sh_msg msg;
+    sh_error why = {0};
+    sh_status status = sh_msg_decode(message.data, message.n, &msg, &why);
+    if (status == SH_ERR_NO_MEMORY)
+        return sh_fail(s->err, status, "%s", why.text);
+    if (status != SH_OK)
+        return coord_bad_message(s, key, status, why.text);
+    if (msg.type == SH_MSG_ENROL)
+        return on_enrol(s, key, &msg.enrol);
+    coord_node node;
+    status = coord_node_get(s->txn, key, &node, s->err);
+    if (status == SH_ERR_NOT_FOUND)
+        return coord_send_error(s, key, SH_ERR_AUTH, "this key is not enrolled: send ENROL first");
+    SH_TRY(status);
+    if (node.row.revoked)
+        return coord_send_error(s, key, SH_ERR_AUTH, "this key is revoked");
+    switch (msg.type) {
+    case SH_MSG_CHECKIN:
+        return on_checkin(s, &node, &msg.checkin);
+    case SH_MSG_ITEM:
+        return on_item(s, &node, &msg.item);
+    case SH_MSG_WANT:
+        return coord_on_want(s, key, &msg.want);
+    case SH_MSG_CHUNK:
+        return coord_on_chunk(s, key, &msg.chunk);
+    case SH_MSG_ERROR: /* answering an error with an error would never end */
+        s->c->state.bad_messages++;
+        coord_note(s, SH_CNOTE_BAD_MESSAGE, key, 0);
+        return SH_OK;
+    default:
+        return coord_bad_message(s, key, SH_ERR_INVALID, "nodes do not send this type of message");
+    }
+}

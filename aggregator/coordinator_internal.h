@@ -1,0 +1,237 @@
+/*
+ * What the coordinator's files share: its state, the codecs of its rows, and who does what.
+ *   coordinator.c         create, step, actions, status
+ *   coordinator_state.c   META rows: state, the candidate in progress, updates on their way up
+ *   coordinator_codec.c   bytes of rows
+ *   coordinator_rows.c    NODE, UPDATE, RELEASE, AUDIT rows and the readers of them
+ *   coordinator_inbox.c   messages of nodes
+ *   coordinator_blob.c    chunks up and down, and which chunks are alive
+ *   coordinator_round.c   buffer, merge, gate
+ *   coordinator_release.c genesis, publishing, rollback
+ *   coordinator_command.c operator commands
+ *
+ * Everything persisted is written in the step's transaction; memory holds copies of it only, so
+ * that create after a crash makes the same coordinator.
+ */
+#ifndef SH_AGGREGATOR_COORDINATOR_INTERNAL_H
+#define SH_AGGREGATOR_COORDINATOR_INTERNAL_H
+
+#include "aggregator/coordinator.h"
+#include "shared/sync/sync.h"
+
+#define COORD_NOTES_MAX         128   /* notes a step; the rest of the actions is for the others */
+#define COORD_WAITING_MAX       1024u /* updates whose chunks are on their way up */
+#define COORD_WAITING_NODE_MAX  4u    /* of one node */
+#define COORD_EPOCHS_MAX        16u   /* stores that one key may have had */
+#define COORD_RELEASES_KEPT     2u    /* releases whose chunks the store holds */
+#define COORD_NODE_ITEMS_MAX    1024u /* alarms, windows kept of one (node, epoch) */
+#define COORD_WINDOW_BYTES_MAX  8192u
+#define COORD_WEIGHT_FACTOR_MAX 4.0 /* an update's samples count at most this times the median */
+#define COORD_UPDATE_BYTES_MIN  (1u << 20) /* an update may have this size or */
+#define COORD_UPDATE_FACTOR_MAX 4u         /* this times the model's, whichever is more */
+#define COORD_SAMPLES_MAX       (UINT64_C(1) << 40)
+#define COORD_RETRY_MIN_MS      5000u /* of a failed job, doubled each time */
+#define COORD_RETRY_MAX_MS      300000u
+#define COORD_ID_BYTES          48u /* node, epoch, seq */
+#define COORD_ROW_BYTES_MAX     (1u << 20)
+#define COORD_AUDIT_TEXT_MAX    256u
+
+typedef enum { PHASE_IDLE, PHASE_MERGING, PHASE_GATING } coord_phase;
+
+typedef struct { /* META "candidate": what is being merged or gated */
+    uint64_t number, parent_version;
+    float scale;
+    sh_merge_input *inputs; /* owned */
+    uint32_t n_inputs;
+    sh_hash new_master, sha256; /* after the merge */
+    uint64_t bytes;
+    char format[16];
+    uint32_t rank;
+    double discarded;
+    uint8_t *chunks; /* [n_chunks * 32] of the candidate's bytes in the store; owned */
+    uint32_t n_chunks;
+} coord_candidate;
+
+typedef struct { /* an update whose chunks are not all here; META "w" + id -> item payload */
+    sh_update_id id;
+    uint8_t *payload; /* owned */
+    size_t payload_n;
+    sh_update_meta meta;  /* chunk_hashes in payload */
+    uint32_t outstanding; /* chunks asked for and not yet come */
+    uint64_t order;       /* of arrival: the oldest makes room */
+} coord_waiting;
+
+typedef struct {
+    uint64_t version;
+    sh_manifest manifest; /* chunk_hashes in bytes */
+    sh_hash master;
+    uint8_t *bytes; /* the signed manifest; owned */
+    size_t n;
+} coord_release;
+
+typedef struct { /* META "state" */
+    uint64_t seed;
+    uint64_t version, next_candidate, next_job;
+    uint32_t round;
+    uint64_t round_at_ms; /* when it began */
+    bool rounds_begun, paused, closing, closed;
+    float server_scale;
+    coord_phase phase;
+    uint64_t releases, candidates_refused, bad_messages;
+    uint64_t updates_in, updates_merged, updates_refused[SH_REASONS];
+    uint64_t audit_seq;
+    sh_hash audit_head;
+} coord_state;
+
+struct sh_coord {
+    sh_coord_options options;
+    sh_rng rng;
+    coord_state state;
+    bool dirty; /* state must be written in this step */
+    coord_candidate candidate;
+    coord_release kept[COORD_RELEASES_KEPT]; /* [0] is the current release */
+    sh_update_id *pending;                   /* sorted; complete, undecided */
+    size_t n_pending, pending_cap;
+    coord_waiting *waiting;
+    size_t n_waiting, waiting_cap;
+    uint64_t waiting_order;
+    uint64_t enrolled;
+    uint32_t drifting;
+    uint64_t job_id; /* running; 0: none */
+    uint64_t retry_at_ms;
+    uint32_t retries;
+};
+
+/* What a step works with. */
+typedef struct {
+    sh_coord *c;
+    sh_txn *txn;
+    sh_coord_actions *actions;
+    uint64_t now_ms;
+    size_t notes;
+    sh_error *err;
+} coord_step;
+
+/* ---- coordinator.c ---- */
+void coord_note(coord_step *s, sh_coord_note note, const sh_hash *node, uint64_t number);
+sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg);
+sh_status coord_send_error(coord_step *s, const sh_hash *node, sh_status code, const char *text);
+sh_status coord_set_timer(coord_step *s, uint64_t at_ms);
+sh_status coord_start_job(coord_step *s); /* of the current phase */
+
+/* ---- coordinator_state.c ---- */
+sh_status coord_state_load(sh_coord *c, sh_txn *txn, bool *found, sh_error *err);
+sh_status coord_state_save(sh_coord *c, sh_txn *txn, sh_error *err);
+sh_status coord_candidate_save(coord_step *s);
+sh_status coord_candidate_drop(coord_step *s);
+sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, sh_error *err);
+sh_status coord_waiting_save(coord_step *s, const coord_waiting *w);
+sh_status coord_waiting_delete(coord_step *s, const sh_update_id *id);
+void coord_candidate_release(coord_candidate *candidate);
+
+/* ---- coordinator_rows.c ---- */
+void coord_id_put(uint8_t out[COORD_ID_BYTES], const sh_update_id *id);
+bool coord_id_get(sh_slice key, sh_update_id *id);
+int coord_id_compare(const void *a, const void *b);
+
+typedef struct {
+    sh_node_row row;
+    uint64_t epochs[COORD_EPOCHS_MAX];
+} coord_node;
+sh_status coord_node_get(sh_txn *txn, const sh_hash *key, coord_node *node, sh_error *err);
+sh_status coord_node_put(sh_txn *txn, const coord_node *node, sh_error *err);
+
+/* meta_bytes: the encoded sh_update_meta, empty when it was not readable. */
+sh_status coord_update_put(sh_txn *txn, const sh_update_row *row, sh_bytes meta_bytes,
+                           sh_error *err);
+sh_status coord_update_get(sh_txn *txn, const sh_update_id *id, sh_update_row *row, sh_error *err);
+/* Changes verdict, reason, candidate, version, norm and cosine of a row that is there. */
+sh_status coord_update_set(sh_txn *txn, const sh_update_row *row, sh_error *err);
+
+sh_status coord_candidate_row_put(sh_txn *txn, const sh_release_row *row, sh_error *err);
+/* row->merged is malloc'ed (free it) or NULL. */
+sh_status coord_candidate_row_get(sh_txn *txn, uint64_t candidate, sh_release_row *row,
+                                  sh_error *err);
+sh_status coord_manifest_put(sh_txn *txn, uint64_t version, uint64_t candidate, sh_bytes manifest,
+                             sh_error *err);
+/* SH_ERR_NOT_FOUND without text. */
+sh_status coord_manifest_get(sh_txn *txn, uint64_t version, uint64_t *candidate, sh_slice *manifest,
+                             sh_error *err);
+sh_status coord_audit(coord_step *s, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* ---- coordinator_inbox.c ---- */
+sh_status coord_on_message(coord_step *s, const sh_hash *node, sh_bytes message);
+/* Counts and notes what a peer did wrong, and tells it. */
+sh_status coord_bad_message(coord_step *s, const sh_hash *node, sh_status code, const char *text);
+/* Marks the item as committed with this step; the acknowledgement goes out after the commit. */
+sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item, bool send);
+
+/* ---- coordinator_blob.c ---- */
+/* Takes, refuses or waits for the chunks of an update item that is new. */
+sh_status coord_on_update(coord_step *s, const sh_update_id *id, sh_bytes payload);
+sh_status coord_on_chunk(coord_step *s, const sh_hash *node, const sh_msg_chunk *chunk);
+sh_status coord_on_want(coord_step *s, const sh_hash *node, const sh_msg_want *want);
+void coord_on_gone(sh_coord *c, const sh_hash *node);
+/* Forgets the waiting updates of a node whose sequences lie in the range. */
+sh_status coord_waiting_forget(coord_step *s, const sh_hash *node, uint64_t epoch, uint64_t first,
+                               uint64_t last);
+/* Refuses the waiting updates of node (NULL: all); acknowledged when they come again. */
+sh_status coord_waiting_refuse(coord_step *s, const sh_hash *node, sh_reason reason);
+/* Deletes those of the n chunks (32-byte names) that no kept release, pending or waiting update
+ * has. */
+sh_status coord_chunks_drop(coord_step *s, const uint8_t *hashes, size_t n);
+/* Puts a candidate's bytes as chunks and notes their names; deletes those of the one before. */
+sh_status coord_candidate_put_chunks(coord_step *s, sh_bytes bytes, const sh_hash *sha256);
+sh_status coord_candidate_drop_chunks(coord_step *s);
+
+/* ---- coordinator_round.c ---- */
+sh_status coord_base_reason(coord_step *s, const sh_update_meta *meta, sh_reason *reason);
+/* A row for a whole update that goes into the buffer; for one that is refused as it comes. */
+sh_status coord_take(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes);
+sh_status coord_refuse(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes,
+                       sh_reason reason);
+sh_status coord_advance(coord_step *s); /* starts a merge if one is due */
+sh_status coord_on_job(coord_step *s, const sh_coord_job_result *result);
+sh_status coord_begin_rounds(coord_step *s);
+void coord_renew_round(coord_step *s); /* when it is past round_ms_max */
+/* Drops the merge or gate under way; its inputs stay in the buffer. */
+sh_status coord_abandon(coord_step *s);
+/* Refuses the buffered updates of a node whose key was revoked. */
+sh_status coord_refuse_node(coord_step *s, const sh_hash *node, sh_reason reason);
+
+/* ---- coordinator_command.c ---- */
+sh_status coord_on_command(coord_step *s, const sh_coord_event *event);
+
+/* ---- coordinator_release.c ---- */
+/* Publishes row (candidate, parent, losses, ... filled) as the next version: chunks, manifest,
+ * rows. model: the bytes; empty: the store has the chunks of blob. Fills version and at_ms. */
+sh_status coord_publish(coord_step *s, sh_release_row *row, sh_bytes model, const sh_blob *blob);
+sh_status coord_releases_load(sh_coord *c, sh_txn *txn, sh_error *err);
+/* *done false: the version is not there, is the current one, or its bytes are not. */
+sh_status coord_rollback(coord_step *s, uint64_t version, sh_bytes model, bool *done);
+sh_status coord_genesis(coord_step *s, const sh_genesis *genesis);
+void coord_release_release(coord_release *release);
+
+/* ---- coordinator_codec.c: bytes of rows, little-endian, bounds-checked; `bad` is sticky ---- */
+typedef struct {
+    const uint8_t *p, *end;
+    bool bad;
+} coord_reader;
+typedef struct {
+    sh_buf buf; /* released by the owner */
+    bool bad;
+} coord_writer;
+void coord_writer_init(coord_writer *w);
+void coord_put_uint(coord_writer *w, uint64_t x, unsigned bytes);
+void coord_put_f64(coord_writer *w, double x);
+void coord_put_bytes(coord_writer *w, const void *bytes, size_t n);
+void coord_put_hash(coord_writer *w, const sh_hash *h);
+void coord_put_text(coord_writer *w, const char *text); /* length byte, bytes */
+coord_reader coord_reader_of(sh_slice value);
+uint64_t coord_get_uint(coord_reader *r, unsigned bytes);
+double coord_get_f64(coord_reader *r);
+void coord_get_bytes(coord_reader *r, void *out, size_t n);
+sh_hash coord_get_hash(coord_reader *r);
+void coord_get_text(coord_reader *r, char *out, size_t out_bytes);
+
+#endif

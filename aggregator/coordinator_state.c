@@ -1,0 +1,304 @@
+/*
+ * Rows of META. All integers little-endian.
+ *   "state"      magic "SHCO", version 1, the fields of coord_state in the order of state_bytes,
+ *                the first 8 bytes of BLAKE2b-256 of all that
+ *   "candidate"  magic "SHCA", version 1, the candidate in progress with its inputs, checksum as
+ *                above; absent when nothing is merged or gated
+ *   "w" + id     payload of an update item whose chunks are on their way up
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "aggregator/coordinator_internal.h"
+
+#define STATE_MAGIC     0x4f434853u /* "SHCO" */
+#define CANDIDATE_MAGIC 0x41434853u /* "SHCA" */
+#define META_VERSION    1
+#define CHECKSUM_BYTES  8
+
+static const char state_key[] = "state";
+static const char candidate_key[] = "candidate";
+
+static sh_status save(sh_txn *txn, const char *key, coord_writer *w, sh_error *err)
+{
+    sh_hash sum = sh_blake2b(w->buf.data, w->buf.len);
+    coord_put_bytes(w, sum.b, CHECKSUM_BYTES);
+    sh_status status;
+    if (w->bad)
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "coordinator: no memory for row \"%s\"", key);
+    else
+        status = sh_txn_put(txn, SH_COORD_T_META, key, strlen(key), w->buf.data, w->buf.len, err);
+    sh_buf_release(&w->buf);
+    return status;
+}
+
+/* SH_ERR_NOT_FOUND without text when the row is absent. */
+static sh_status load(sh_txn *txn, const char *key, uint32_t magic, coord_reader *r, sh_error *err)
+{
+    sh_slice value;
+    SH_TRY(sh_txn_get(txn, SH_COORD_T_META, key, strlen(key), &value));
+    bool good = value.n > CHECKSUM_BYTES;
+    if (good) {
+        size_t n = value.n - CHECKSUM_BYTES;
+        sh_hash sum = sh_blake2b(value.data, n);
+        good = memcmp((const uint8_t *)value.data + n, sum.b, CHECKSUM_BYTES) == 0;
+        *r = coord_reader_of((sh_slice){value.data, n});
+        good = good && coord_get_uint(r, 4) == magic;
+    }
+    if (!good)
+        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: row \"%s\" fails its checksum", key);
+    uint64_t version = coord_get_uint(r, 2);
+    if (version != META_VERSION)
+        return sh_fail(err, SH_ERR_UNSUPPORTED, "coordinator: row \"%s\" has version %llu, not %d",
+                       key, (unsigned long long)version, META_VERSION);
+    return SH_OK;
+}
+
+sh_status coord_state_save(sh_coord *c, sh_txn *txn, sh_error *err)
+{
+    const coord_state *s = &c->state;
+    coord_writer w;
+    coord_writer_init(&w);
+    coord_put_uint(&w, STATE_MAGIC, 4);
+    coord_put_uint(&w, META_VERSION, 2);
+    coord_put_uint(&w, s->seed, 8);
+    coord_put_uint(&w, s->version, 8);
+    coord_put_uint(&w, s->next_candidate, 8);
+    coord_put_uint(&w, s->next_job, 8);
+    coord_put_uint(&w, s->round, 4);
+    coord_put_uint(&w, s->round_at_ms, 8);
+    coord_put_uint(&w, s->rounds_begun, 1);
+    coord_put_uint(&w, s->paused, 1);
+    coord_put_uint(&w, s->closing, 1);
+    coord_put_uint(&w, s->closed, 1);
+    coord_put_f64(&w, (double)s->server_scale);
+    coord_put_uint(&w, (uint64_t)s->phase, 1);
+    coord_put_uint(&w, s->releases, 8);
+    coord_put_uint(&w, s->candidates_refused, 8);
+    coord_put_uint(&w, s->bad_messages, 8);
+    coord_put_uint(&w, s->updates_in, 8);
+    coord_put_uint(&w, s->updates_merged, 8);
+    coord_put_uint(&w, SH_REASONS, 1);
+    for (int i = 0; i < SH_REASONS; i++)
+        coord_put_uint(&w, s->updates_refused[i], 8);
+    coord_put_uint(&w, s->audit_seq, 8);
+    coord_put_hash(&w, &s->audit_head);
+    SH_TRY(save(txn, state_key, &w, err));
+    c->dirty = false;
+    return SH_OK;
+}
+
+static void candidate_save_bytes(coord_writer *w, const coord_candidate *candidate)
+{
+    coord_put_uint(w, CANDIDATE_MAGIC, 4);
+    coord_put_uint(w, META_VERSION, 2);
+    coord_put_uint(w, candidate->number, 8);
+    coord_put_uint(w, candidate->parent_version, 8);
+    coord_put_f64(w, (double)candidate->scale);
+    coord_put_hash(w, &candidate->new_master);
+    coord_put_hash(w, &candidate->sha256);
+    coord_put_uint(w, candidate->bytes, 8);
+    coord_put_text(w, candidate->format);
+    coord_put_uint(w, candidate->rank, 4);
+    coord_put_f64(w, candidate->discarded);
+    coord_put_uint(w, candidate->n_chunks, 4);
+    coord_put_bytes(w, candidate->chunks, (size_t)candidate->n_chunks * sizeof(sh_hash));
+    coord_put_uint(w, candidate->n_inputs, 4);
+    for (uint32_t i = 0; i < candidate->n_inputs; i++) {
+        const sh_merge_input *in = &candidate->inputs[i];
+        uint8_t id[COORD_ID_BYTES];
+        coord_id_put(id, &in->id);
+        coord_put_bytes(w, id, sizeof id);
+        coord_put_hash(w, &in->sha256);
+        coord_put_f64(w, in->weight);
+        coord_put_f64(w, in->norm);
+        coord_put_f64(w, in->cosine);
+        coord_put_uint(w, (uint64_t)in->reason, 1);
+    }
+}
+
+sh_status coord_candidate_save(coord_step *s)
+{
+    coord_writer w;
+    coord_writer_init(&w);
+    candidate_save_bytes(&w, &s->c->candidate);
+    return save(s->txn, candidate_key, &w, s->err);
+}
+
+sh_status coord_candidate_drop(coord_step *s)
+{
+    SH_TRY(coord_candidate_drop_chunks(s));
+    coord_candidate_release(&s->c->candidate);
+    return sh_txn_del(s->txn, SH_COORD_T_META, candidate_key, strlen(candidate_key), s->err);
+}
+
+void coord_candidate_release(coord_candidate *candidate)
+{
+    free(candidate->inputs);
+    free(candidate->chunks);
+    *candidate = (coord_candidate){0};
+}
+
+static sh_status read_inputs(coord_reader *r, coord_candidate *out)
+{
+    out->n_inputs = (uint32_t)coord_get_uint(r, 4);
+    if (r->bad || out->n_inputs > SH_COORD_BUFFER_MAX)
+        return SH_ERR_CORRUPT;
+    out->inputs = sh_calloc(out->n_inputs, sizeof *out->inputs);
+    if (out->inputs == NULL)
+        return SH_ERR_NO_MEMORY;
+    for (uint32_t i = 0; i < out->n_inputs; i++) {
+        sh_merge_input *in = &out->inputs[i];
+        uint8_t id[COORD_ID_BYTES];
+        coord_get_bytes(r, id, sizeof id);
+        (void)coord_id_get((sh_slice){id, sizeof id}, &in->id);
+        in->sha256 = coord_get_hash(r);
+        in->weight = coord_get_f64(r);
+        in->norm = coord_get_f64(r);
+        in->cosine = coord_get_f64(r);
+        in->reason = (sh_reason)coord_get_uint(r, 1);
+        r->bad = r->bad || (unsigned)in->reason >= SH_REASONS;
+    }
+    return r->bad || r->p != r->end ? SH_ERR_CORRUPT : SH_OK;
+}
+
+static sh_status read_chunks(coord_reader *r, coord_candidate *out)
+{
+    out->n_chunks = (uint32_t)coord_get_uint(r, 4);
+    if (r->bad || out->n_chunks > SH_BLOB_CHUNKS_MAX)
+        return SH_ERR_CORRUPT;
+    out->chunks = sh_calloc(out->n_chunks, sizeof(sh_hash));
+    if (out->chunks == NULL)
+        return SH_ERR_NO_MEMORY;
+    coord_get_bytes(r, out->chunks, (size_t)out->n_chunks * sizeof(sh_hash));
+    return SH_OK;
+}
+
+static sh_status candidate_load(sh_coord *c, sh_txn *txn, sh_error *err)
+{
+    coord_reader r = {0};
+    sh_status status = load(txn, candidate_key, CANDIDATE_MAGIC, &r, err);
+    if (status == SH_ERR_NOT_FOUND)
+        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: a merge is under way without its row");
+    SH_TRY(status);
+    coord_candidate out = {0};
+    out.number = coord_get_uint(&r, 8);
+    out.parent_version = coord_get_uint(&r, 8);
+    out.scale = (float)coord_get_f64(&r);
+    out.new_master = coord_get_hash(&r);
+    out.sha256 = coord_get_hash(&r);
+    out.bytes = coord_get_uint(&r, 8);
+    coord_get_text(&r, out.format, sizeof out.format);
+    out.rank = (uint32_t)coord_get_uint(&r, 4);
+    out.discarded = coord_get_f64(&r);
+    status = read_chunks(&r, &out);
+    if (status == SH_OK)
+        status = read_inputs(&r, &out);
+    if (status != SH_OK) {
+        coord_candidate_release(&out);
+        return sh_fail(err, status, "coordinator: row \"candidate\" cannot be read");
+    }
+    c->candidate = out;
+    return SH_OK;
+}
+
+sh_status coord_state_load(sh_coord *c, sh_txn *txn, bool *found, sh_error *err)
+{
+    coord_reader r = {0};
+    sh_status status = load(txn, state_key, STATE_MAGIC, &r, err);
+    if (status == SH_ERR_NOT_FOUND) {
+        *found = false;
+        return SH_OK;
+    }
+    SH_TRY(status);
+    coord_state s = {0};
+    s.seed = coord_get_uint(&r, 8);
+    s.version = coord_get_uint(&r, 8);
+    s.next_candidate = coord_get_uint(&r, 8);
+    s.next_job = coord_get_uint(&r, 8);
+    s.round = (uint32_t)coord_get_uint(&r, 4);
+    s.round_at_ms = coord_get_uint(&r, 8);
+    s.rounds_begun = coord_get_uint(&r, 1) != 0;
+    s.paused = coord_get_uint(&r, 1) != 0;
+    s.closing = coord_get_uint(&r, 1) != 0;
+    s.closed = coord_get_uint(&r, 1) != 0;
+    s.server_scale = (float)coord_get_f64(&r);
+    unsigned phase = (unsigned)coord_get_uint(&r, 1);
+    s.releases = coord_get_uint(&r, 8);
+    s.candidates_refused = coord_get_uint(&r, 8);
+    s.bad_messages = coord_get_uint(&r, 8);
+    s.updates_in = coord_get_uint(&r, 8);
+    s.updates_merged = coord_get_uint(&r, 8);
+    unsigned reasons = (unsigned)coord_get_uint(&r, 1);
+    r.bad = r.bad || reasons > SH_REASONS || phase > PHASE_GATING;
+    for (unsigned i = 0; i < reasons && !r.bad; i++)
+        s.updates_refused[i] = coord_get_uint(&r, 8);
+    s.audit_seq = coord_get_uint(&r, 8);
+    s.audit_head = coord_get_hash(&r);
+    if (r.bad || r.p != r.end)
+        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: row \"state\" is cut short");
+    s.phase = (coord_phase)phase;
+    c->state = s;
+    *found = true;
+    return SH_OK;
+}
+
+/* ---- updates on their way up ---- */
+
+static void waiting_key(uint8_t key[1 + COORD_ID_BYTES], const sh_update_id *id)
+{
+    key[0] = 'w';
+    coord_id_put(key + 1, id);
+}
+
+sh_status coord_waiting_save(coord_step *s, const coord_waiting *w)
+{
+    uint8_t key[1 + COORD_ID_BYTES];
+    waiting_key(key, &w->id);
+    return sh_txn_put(s->txn, SH_COORD_T_META, key, sizeof key, w->payload, w->payload_n, s->err);
+}
+
+sh_status coord_waiting_delete(coord_step *s, const sh_update_id *id)
+{
+    uint8_t key[1 + COORD_ID_BYTES];
+    waiting_key(key, id);
+    return sh_txn_del(s->txn, SH_COORD_T_META, key, sizeof key, s->err);
+}
+
+static sh_status waiting_load_one(sh_coord *c, sh_slice key, sh_slice value, sh_error *err)
+{
+    coord_waiting w = {0};
+    if (!coord_id_get((sh_slice){(const uint8_t *)key.data + 1, key.n - 1}, &w.id) || value.n == 0)
+        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: an update on its way has no good key");
+    SH_TRY(sh_array_reserve((void **)&c->waiting, &c->waiting_cap, c->n_waiting + 1,
+                            sizeof *c->waiting, COORD_WAITING_MAX));
+    w.payload = sh_calloc(value.n, 1);
+    if (w.payload == NULL)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "coordinator: no memory for an update on its way");
+    memcpy(w.payload, value.data, value.n);
+    w.payload_n = value.n;
+    w.order = c->waiting_order++;
+    if (sh_update_meta_decode(w.payload, w.payload_n, &w.meta, err) != SH_OK) {
+        free(w.payload);
+        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: an update on its way has no good row");
+    }
+    c->waiting[c->n_waiting++] = w;
+    return SH_OK;
+}
+
+sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, sh_error *err)
+{
+    if (c->state.phase != PHASE_IDLE)
+        SH_TRY(candidate_load(c, txn, err));
+    sh_cursor *cursor = NULL;
+    SH_TRY(sh_cursor_open(txn, SH_COORD_T_META, &cursor, err));
+    sh_slice key, value;
+    sh_status status = sh_cursor_seek(cursor, "w", 1, &key, &value);
+    while (status == SH_OK && ((const uint8_t *)key.data)[0] == 'w') {
+        status = waiting_load_one(c, key, value, err);
+        if (status == SH_OK)
+            status = sh_cursor_next(cursor, &key, &value);
+    }
+    sh_cursor_close(&cursor);
+    return status == SH_ERR_NOT_FOUND ? SH_OK : status;
+}

@@ -1,0 +1,42 @@
+/*
+ * The simulator's event queue: a binary heap ordered by (virtual time, target, number). The number
+ * is given on the simulator's one thread, so the order is the same whatever the workers do.
+ */
+#ifndef SIM_EVENTS_H
+#define SIM_EVENTS_H
+
+#include "shared/base/buf.h"
+
+#define SIM_EVENTS_MAX (16u << 20)
+
+typedef enum {
+    SIM_EV_DELIVER, /* message to target */
+    SIM_EV_TIMER,
+    SIM_EV_LINK,    /* periods of presence: the link goes up or down */
+    SIM_EV_JOB,     /* a job's virtual end */
+    SIM_EV_USER,    /* the user begins the next text */
+    SIM_EV_RESTART, /* after a crash */
+} sim_event_kind;
+
+typedef struct {
+    uint64_t at_ms, number;
+    uint32_t target, from; /* node index; the aggregator is n_nodes */
+    uint32_t life; /* of the target when the event was made: a crash outdates timers, jobs */
+    sim_event_kind kind;
+    sh_buf message; /* DELIVER; owned */
+    void *job;      /* JOB; owned by the queue until popped */
+    uint64_t tag;   /* TIMER: generation; DELIVER: connection; LINK: 1 up, 0 down */
+} sim_event;
+
+typedef struct {
+    sim_event *items;
+    size_t n, cap;
+    uint64_t next_number;
+} sim_queue;
+
+/* Takes over event.message. SH_ERR_LIMIT over SIM_EVENTS_MAX (the message is freed). */
+SH_MUST_USE sh_status sim_queue_push(sim_queue *queue, sim_event event);
+bool sim_queue_pop(sim_queue *queue, sim_event *out); /* false: empty */
+void sim_queue_release(sim_queue *queue);
+
+#endif

@@ -1,0 +1,185 @@
+/* shoal-sim: command line of the fleet simulator. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "experiments/sim/sim.h"
+#include "shared/base/file.h"
+#include "shared/base/hash.h"
+#include "shared/base/log.h"
+
+static const char usage[] = "usage: shoal-sim run [EXPERIMENT] [options]\n"
+                            "       shoal-sim run --help\n";
+
+static void print_number(const json_t *root, const char *part, const char *key, const char *name,
+                         int decimals)
+{
+    const json_t *v = json_object_get(part ? json_object_get(root, part) : root, key);
+    if (json_is_number(v))
+        printf("  %-44s %.*f\n", name, decimals, json_number_value(v));
+    else
+        printf("  %-44s not measured\n", name);
+}
+
+static void print_share(const json_t *root, const char *part, const char *key, const char *name)
+{
+    const json_t *v = json_object_get(json_object_get(root, part), key);
+    if (json_is_number(v))
+        printf("  %-44s %.1f %%\n", name, 100 * json_number_value(v));
+    else
+        printf("  %-44s not measured\n", name);
+}
+
+static void print_table(const json_t *root)
+{
+    printf("\n  release  parent  loss(parent)  loss  Q(W)+dW  updates  verdict\n");
+    size_t i;
+    const json_t *r;
+    json_array_foreach(json_object_get(root, "releases"), i, r)
+    {
+        char version[16] = "-";
+        if (json_is_integer(json_object_get(r, "version")))
+            snprintf(version, sizeof version, "%d",
+                     (int)json_integer_value(json_object_get(r, "version")));
+        printf("  %7s  %6d  %12.3f  %.3f  %7.3f  %7d  %s\n", version,
+               (int)json_integer_value(json_object_get(r, "parent")),
+               json_number_value(json_object_get(r, "loss_parent")),
+               json_number_value(json_object_get(r, "loss_candidate")),
+               json_number_value(json_object_get(r, "loss_adapter_form")),
+               (int)json_integer_value(json_object_get(r, "updates_merged")),
+               json_string_value(json_object_get(r, "verdict")));
+    }
+    printf("\n");
+    print_number(root, "heldout_nll", "base", "held-out loss, base (nats a token)", 3);
+    print_number(root, "heldout_nll", "local_only", "  each node alone", 3);
+    print_number(root, "heldout_nll", "final", "  final release", 3);
+    print_number(root, "heldout_nll", "central_lora", "  central LoRA on the pooled data", 3);
+    print_share(root, "acceptance", "before", "next word accepted, before the change");
+    print_share(root, "acceptance", "after_base", "  after it, with the base");
+    print_share(root, "acceptance", "end", "  at the end");
+    print_number(root, "bytes", "up_per_update", "bytes up an update", 0);
+    print_number(root, "bytes", "down_per_release_node", "bytes down a release and node", 0);
+    printf("\n");
+    json_array_foreach(json_object_get(root, "checks"), i, r)
+    {
+        char *value =
+            json_dumps(json_object_get(r, "value"), JSON_ENCODE_ANY | JSON_REAL_PRECISION(4));
+        printf("  %s  %-42s %s (%s)\n", json_is_true(json_object_get(r, "ok")) ? "ok  " : "FAIL",
+               json_string_value(json_object_get(r, "name")), value ? value : "?",
+               json_string_value(json_object_get(r, "limit")));
+        free(value);
+    }
+    printf("\n  result hash %.16s…  wall %.0f s\n",
+           json_string_value(json_object_get(root, "result_hash")),
+           json_number_value(json_object_get(root, "wall_s")));
+}
+
+static sh_status parse(int argc, char **argv, sim_options *o, sh_args *args, sh_error *err)
+{
+    char yaml[SH_PATH_BYTES];
+    const char *experiment = NULL;
+    SH_TRY(sh_options_parse(&sim_run_command, argc, argv, o, args, err));
+    if (args->help)
+        return SH_OK;
+    if (args->n_positional > 1)
+        return sh_fail(err, SH_ERR_USAGE, "one EXPERIMENT at most; \"%s\" is a second one",
+                       args->positional[1]);
+    if (args->n_positional == 0)
+        return SH_OK;
+    experiment = args->positional[0];
+    SH_TRY(sh_path_join(yaml, sizeof yaml, experiment, "experiment.yaml", err));
+    sh_args_release(args);
+    *args = (sh_args){0};
+    return sh_options_parse_file(&sim_run_command, yaml, argc, argv, o, args, err);
+}
+
+static sh_status check_options(const sim_options *o, sh_error *err)
+{
+    const struct {
+        const char *key;
+        int64_t node;
+    } nodes[] = {{"faults.crash-training-node", o->crash_training_node},
+                 {"faults.poison-scale-node", o->poison_scale_node},
+                 {"faults.poison-sign-node", o->poison_sign_node}};
+    for (size_t i = 0; i < SH_COUNT(nodes); i++)
+        if (nodes[i].node >= o->nodes)
+            return sh_fail(err, SH_ERR_USAGE, "%s: node %d, but the fleet has nodes 0 to %d",
+                           nodes[i].key, (int)nodes[i].node, (int)o->nodes - 1);
+    static const char *const failpoints[] = {"merge.before_commit", "merge.after_commit",
+                                             "gate.before_commit", "gate.after_commit"};
+    size_t known = 0;
+    while (known < SH_COUNT(failpoints) && strcmp(o->merge_failpoint, failpoints[known]) != 0)
+        known++;
+    if (known == SH_COUNT(failpoints))
+        return sh_fail(
+            err, SH_ERR_USAGE, "faults.merge-failpoint: \"%s\" is none of %s, %s, %s, %s",
+            o->merge_failpoint, failpoints[0], failpoints[1], failpoints[2], failpoints[3]);
+    if (strcmp(o->learning, "real") == 0 && strcmp(o->store, "lmdb") != 0)
+        return sh_fail(err, SH_ERR_USAGE,
+                       "store: real learning needs lmdb, whose files the audit reads");
+    return SH_OK;
+}
+
+/* The summary is written in any case, whatever stopped the run. */
+static sh_status run(const sim_options *o, bool *ok, sh_error *err)
+{
+    sim *s = NULL;
+    sim_measures measures = {0};
+    sh_error run_error = {0};
+    json_t *summary = NULL;
+    SH_TRY(sim_create(o, &s, err));
+    sim_progress_begin(s);
+    sh_status status = sim_run(s, &run_error);
+    if (status == SH_OK && strcmp(o->learning, "real") == 0)
+        status = sim_measure(s, &measures, &run_error);
+    sim_progress_end(s);
+    sh_status written = sim_summary(s, &measures, &run_error, &summary, ok, err);
+    if (status != SH_OK)
+        *err = run_error;
+    else
+        status = written;
+    if (summary && o->json) {
+        json_dumpf(summary, stdout, JSON_INDENT(2));
+        printf("\n");
+    } else if (summary) {
+        print_table(summary);
+    }
+    json_decref(summary);
+    sim_destroy(&s);
+    return status;
+}
+
+int main(int argc, char **argv)
+{
+    sh_error err = {0};
+    sim_options o;
+    sh_args args = {0};
+    bool ok = false;
+    if (argc < 2 || strcmp(argv[1], "run") != 0) {
+        bool help = argc > 1 && strcmp(argv[1], "--help") == 0;
+        if (argc > 1 && !help)
+            fprintf(stderr, "shoal-sim: unknown command '%s'; there is only run\n", argv[1]);
+        else
+            fputs(usage, help ? stdout : stderr);
+        return help ? 0 : 2;
+    }
+    sh_status status = sh_crypto_init(&err);
+    if (status == SH_OK)
+        status = parse(argc - 1, argv + 1, &o, &args, &err);
+    if (status == SH_OK && args.help) {
+        sh_buf help;
+        sh_buf_init(&help, 1u << 16);
+        ok = sh_options_help(&sim_run_command, &help) == SH_OK;
+        fwrite(help.data, 1, help.len, stdout);
+        sh_buf_release(&help);
+    } else {
+        if (status == SH_OK)
+            status = check_options(&o, &err);
+        if (status == SH_OK)
+            status = run(&o, &ok, &err);
+    }
+    sh_args_release(&args);
+    if (status != SH_OK)
+        return sh_error_report("shoal-sim", &err);
+    return ok ? 0 : 1;
+}

@@ -1,0 +1,246 @@
+#include "tests/wire/sample.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Numbers of all widths, the ends of the range included. */
+static uint64_t number(sh_rng *rng, uint64_t max)
+{
+    switch (sh_rng_below(rng, 8)) {
+    case 0:
+        return 0;
+    case 1:
+        return max;
+    default: {
+        uint64_t x = sh_rng_u64(rng) >> sh_rng_below(rng, 64);
+        return x > max ? x % (max + 1) : x; /* max + 1 is not 0: x is above max */
+    }
+    }
+}
+
+static void fill(sh_rng *rng, void *bytes, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        ((uint8_t *)bytes)[i] = (uint8_t)sh_rng_u32(rng);
+}
+
+static sh_hash hash(sh_rng *rng)
+{
+    sh_hash h;
+    fill(rng, h.b, sizeof(h.b));
+    return h;
+}
+
+static double real(sh_rng *rng)
+{
+    return ldexp(sh_rng_unit(rng) - 0.5, (int)sh_rng_below(rng, 200) - 100);
+}
+
+static const char *text(sh_rng *rng, char *out)
+{
+    static const char *const pieces[] = {"a", "Z",  " ", "~",   "é",
+                                         "ß", "漢", "🐟", "0.1", "\xc2\xa0"};
+    size_t want = sh_rng_below(rng, 4) ? sh_rng_below(rng, 40) : SH_WIRE_TEXT_MAX;
+    size_t n = 0;
+    for (;;) {
+        const char *piece = pieces[sh_rng_below(rng, SH_COUNT(pieces))];
+        if (n + strlen(piece) > want)
+            break;
+        memcpy(out + n, piece, strlen(piece));
+        n += strlen(piece);
+    }
+    out[n] = 0;
+    return out;
+}
+
+static void sample_plan(sh_rng *rng, sh_train_plan *p)
+{
+    if (sh_rng_below(rng, 3) == 0)
+        return; /* stays zero: do not train */
+    *p = (sh_train_plan){
+        .train = true,
+        .round = (uint32_t)number(rng, UINT32_MAX),
+        .base_version = number(rng, UINT64_MAX),
+        .base_sha256 = hash(rng),
+        .a_seed = number(rng, UINT64_MAX),
+        .rank = (uint32_t)number(rng, UINT32_MAX),
+        .alpha = (float)real(rng),
+        .lr = (float)real(rng),
+        .lr_final = (float)real(rng),
+        .clip = (float)real(rng),
+        .batch = (uint32_t)number(rng, UINT32_MAX),
+        .context = (uint32_t)number(rng, UINT32_MAX),
+        .passes_milli = (uint32_t)number(rng, UINT32_MAX),
+        .steps_max = (uint32_t)number(rng, UINT32_MAX),
+        .warmup = (uint32_t)number(rng, UINT32_MAX),
+        .tokens_min = (uint32_t)number(rng, UINT32_MAX),
+    };
+}
+
+static void sample_checkin(sh_rng *rng, sh_msg_checkin *c)
+{
+    *c = (sh_msg_checkin){
+        .epoch = number(rng, UINT64_MAX),
+        .now_ms = number(rng, UINT64_MAX),
+        .active_version = number(rng, UINT64_MAX),
+        .confirmed_version = number(rng, UINT64_MAX),
+        .installing_version = number(rng, UINT64_MAX),
+        .training_round = (uint32_t)number(rng, UINT32_MAX),
+        .examples = number(rng, UINT64_MAX),
+        .example_tokens = number(rng, UINT64_MAX),
+        .outbox_items = number(rng, UINT64_MAX),
+        .outbox_bytes = number(rng, UINT64_MAX),
+        .inferences = number(rng, UINT64_MAX),
+        .windows = number(rng, UINT64_MAX),
+        .drifting = sh_rng_below(rng, 2) == 1,
+    };
+    for (size_t i = 0; i < SH_CLASSES; i++)
+        c->dropped[i] = number(rng, UINT64_MAX);
+}
+
+static void sample_item(sh_rng *rng, size_t size_max, sample *out)
+{
+    sh_msg_item *i = &out->msg.item;
+    i->epoch = number(rng, UINT64_MAX);
+    i->cls = (uint8_t)sh_rng_below(rng, SH_CLASSES);
+    i->kind = (uint8_t)(1 + sh_rng_below(rng, 4));
+    i->seq = 1 + number(rng, UINT64_MAX - 1);
+    i->last_seq = i->seq;
+    if (i->kind == SH_ITEM_TOMBSTONE)
+        i->last_seq += number(rng, UINT64_MAX - i->seq);
+    else
+        i->payload = (sh_bytes){out->bytes, number(rng, SH_MIN(size_max, SH_WIRE_ITEM_MAX))};
+    fill(rng, out->bytes, i->payload.n);
+}
+
+static void sample_ack(sh_rng *rng, sh_msg_ack *ack)
+{
+    ack->epoch = number(rng, UINT64_MAX);
+    ack->cls = (uint8_t)sh_rng_below(rng, SH_CLASSES);
+    ack->high_water = number(rng, UINT64_MAX);
+    size_t words = sh_rng_below(rng, SH_ACK_BITMAP_WORDS + 1);
+    for (size_t i = 0; i < words; i++)
+        ack->bitmap[i] = number(rng, UINT64_MAX);
+}
+
+void sample_msg(sh_rng *rng, sh_msg_type type, size_t size_max, sample *out)
+{
+    sh_msg *m = &out->msg;
+    memset(m, 0, sizeof(*m));
+    m->type = type;
+    switch (type) {
+    case SH_MSG_ENROL:
+        m->enrol = (sh_msg_enrol){number(rng, UINT64_MAX), text(rng, out->text[0]),
+                                  text(rng, out->text[1]), (uint32_t)number(rng, UINT32_MAX),
+                                  number(rng, UINT64_MAX)};
+        break;
+    case SH_MSG_WELCOME:
+        m->welcome = (sh_msg_welcome){sh_rng_below(rng, 2) == 1, text(rng, out->text[0])};
+        break;
+    case SH_MSG_CHECKIN:
+        sample_checkin(rng, &m->checkin);
+        break;
+    case SH_MSG_PLAN:
+        m->plan.return_after_ms = number(rng, UINT64_MAX);
+        sample_plan(rng, &m->plan.train);
+        m->plan.manifest = (sh_bytes){
+            out->bytes,
+            sh_rng_below(rng, 2) ? number(rng, SH_MIN(size_max, SH_WIRE_MANIFEST_MAX)) : 0};
+        fill(rng, out->bytes, m->plan.manifest.n);
+        break;
+    case SH_MSG_ITEM:
+        sample_item(rng, size_max, out);
+        break;
+    case SH_MSG_ACK:
+        sample_ack(rng, &m->ack);
+        break;
+    case SH_MSG_WANT:
+        m->want.n = 1 + (uint32_t)sh_rng_below(rng, SH_MIN(SH_WIRE_WANT_MAX, 1 + size_max / 32));
+        m->want.chunk_hashes = out->hashes;
+        fill(rng, out->hashes, (size_t)m->want.n * 32);
+        break;
+    case SH_MSG_CHUNK:
+        m->chunk.hash = hash(rng);
+        m->chunk.bytes =
+            (sh_bytes){out->bytes, 1 + number(rng, SH_MIN(size_max, SH_CHUNK_BYTES) - 1)};
+        fill(rng, out->bytes, m->chunk.bytes.n);
+        break;
+    case SH_MSG_ERROR:
+        m->error = (sh_msg_error){text(rng, out->text[0]), text(rng, out->text[1]),
+                                  number(rng, UINT64_MAX)};
+        break;
+    }
+}
+
+static sh_blob blob(sh_rng *rng, uint8_t *hashes)
+{
+    uint32_t chunks = (uint32_t)sh_rng_below(rng, 9);
+    fill(rng, hashes, (size_t)chunks * 32);
+    uint64_t bytes = (uint64_t)chunks * SH_CHUNK_BYTES;
+    if (chunks)
+        bytes -= sh_rng_below(rng, SH_CHUNK_BYTES);
+    return (sh_blob){hash(rng), bytes, chunks, hashes};
+}
+
+void sample_payload(sh_rng *rng, sample_payloads *out)
+{
+    memset(out, 0, sizeof(*out));
+    out->update = (sh_update_meta){
+        .blob = blob(rng, out->hashes),
+        .round = (uint32_t)number(rng, UINT32_MAX),
+        .base_version = number(rng, UINT64_MAX),
+        .base_sha256 = hash(rng),
+        .a_seed = number(rng, UINT64_MAX),
+        .rank = (uint32_t)number(rng, UINT32_MAX),
+        .alpha = (float)real(rng),
+        .samples = number(rng, UINT64_MAX),
+        .tokens_seen = number(rng, UINT64_MAX),
+        .heldout_before = real(rng),
+        .heldout_after = real(rng),
+    };
+    out->alarm = (sh_alarm){
+        .window = number(rng, UINT64_MAX),
+        .release_version = number(rng, UINT64_MAX),
+        .inferences = number(rng, UINT64_MAX),
+        .metric = (uint32_t)number(rng, UINT32_MAX),
+        .log_evalue = real(rng),
+        .effect = real(rng),
+        .at_ms = number(rng, UINT64_MAX),
+    };
+    uint64_t version = 1 + number(rng, UINT64_MAX - 1);
+    out->manifest = (sh_manifest){
+        .version = version,
+        .parent = number(rng, version - 1 ? version - 1 : 1) % version,
+        .created_ms = number(rng, UINT64_MAX),
+        .model = blob(rng, out->hashes), /* the same hashes as the update's: refilled, enough */
+        .format = "Q8_0",
+        .suite_sha256 = hash(rng),
+        .gate_loss_parent = real(rng),
+        .gate_loss = real(rng),
+        .updates_merged = (uint32_t)number(rng, UINT32_MAX),
+    };
+    out->update.blob.n_chunks = out->manifest.model.n_chunks;
+    out->update.blob.bytes = out->manifest.model.bytes;
+}
+
+void sample_wrap(uint64_t version, uint8_t type, const void *body, size_t n, sh_buf *out)
+{
+    SH_ASSERT(version < 128 && type < 128);
+    sh_hash h = sh_blake2b(body, n);
+    uint8_t head[26] = {0x94, (uint8_t)version, type, 0xc4, 16};
+    memcpy(head + 5, h.b, 16);
+    size_t at = 21;
+    if (n < 0x100) {
+        head[at++] = 0xc4;
+        head[at++] = (uint8_t)n;
+    } else {
+        bool wide = n > 0xffff;
+        head[at++] = wide ? 0xc6 : 0xc5;
+        for (int shift = wide ? 24 : 8; shift >= 0; shift -= 8)
+            head[at++] = (uint8_t)(n >> shift);
+    }
+    sh_status status = sh_buf_append(out, head, at);
+    if (status == SH_OK)
+        status = sh_buf_append(out, body, n);
+    SH_ASSERT(status == SH_OK);
+}
