@@ -36,6 +36,10 @@ if(SHOAL_SANITIZE)
     target_link_options(shoal_options INTERFACE -fsanitize=${SHOAL_SANITIZE})
 endif()
 
+if(SHOAL_FUZZ) # coverage of the libraries is what guides the fuzzer
+    target_compile_options(shoal_options INTERFACE -fsanitize=fuzzer-no-link)
+endif()
+
 # shoal_module(NAME SOURCES a.c ... DEPENDS shoal_x ... PRIVATE PkgConfig::Y ...)
 # A static library shoal_NAME. DEPENDS are modules whose headers its own headers include.
 function(shoal_module NAME)
