@@ -101,7 +101,7 @@ static const sh_option table[] = {
                "after this release an operator sets a far too large server scale; 0: never"),
     SH_OPT_REAL(O, bad_scale, 0, "faults.bad-scale", "X", 30, 1, 1e6, "and this is the scale"),
     SH_OPT_REAL(
-        O, crash_rate, 0, "faults.crash-rate", "X", 0, 0, 1,
+        O, crash_rate, 0, "faults.crash-rate", "X", 0, 0, 10,
         "scales the chance of a crash at any step's commit, until the aggregator has closed"),
 };
 

@@ -156,7 +156,7 @@ static sh_node_options make_node_options(const sim_options *o, const sh_coord_op
                          .kernel = sh_kernel_level(),
                          .cores = 1,
                          .memory_bytes = 1u << 30,
-                         .records_max = 4096,
+                         .records_max = 512, /* what no window has yet is far less */
                          .feedback_tokens_max = (uint64_t)o->feedback_tokens,
                          .windows_max = 64,
                          .retry_min_ms = 2000,

@@ -8,7 +8,7 @@
 #include <stddef.h>
 
 #define RUN_OUTPUT_MAX (1u << 20)
-#define RUN_ARGS_MAX   24
+#define RUN_ARGS_MAX   32
 
 typedef struct {
     int exit_code;   /* 128 + signal when killed */
