@@ -140,7 +140,9 @@ static sh_train_options train_options(const sh_learn_options *o, size_t n_sequen
                               .steps = (uint32_t)SH_MIN(SH_MAX(steps, 1), p->steps_max),
                               .warmup = p->warmup,
                               .shuffle_seed = o->shuffle_seed,
-                              .threads = o->threads};
+                              .threads = o->threads,
+                              .progress = o->progress,
+                              .progress_arg = o->progress_arg};
 }
 
 sh_status sh_learn_run(const sh_model *base, const sh_snapshot *snapshot,

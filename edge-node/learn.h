@@ -43,6 +43,9 @@ typedef struct {
     uint64_t shuffle_seed;
     unsigned threads;
     bool heldout; /* hold sessions out and report their loss; else train on everything */
+    /* Called after each step; false cancels (SH_ERR_CANCELLED). May be NULL. */
+    bool (*progress)(void *arg, uint32_t step, double loss);
+    void *progress_arg;
 } sh_learn_options;
 
 /* SH_ERR_LIMIT: fewer target tokens than plan.tokens_min. An update is made whether it is better or

@@ -170,7 +170,7 @@ static sh_status end_job(sim *s, sim_job *job, sh_error *err)
         sh_sha256_update(&s->hash, &m->blob.sha256, sizeof m->blob.sha256);
     } else {
         e.result = job->gated;
-        s->gate_loss = job->gated.loss_candidate;
+        s->candidate_loss = job->gated.loss_candidate;
         sh_sha256_update(&s->hash, &e.result.loss_candidate, sizeof e.result.loss_candidate);
     }
     e.result.id = job->id;
@@ -186,6 +186,7 @@ static sh_status take_note(sim *s, const sh_coord_action *a, sh_error *err)
     switch (a->note) {
     case SH_CNOTE_RELEASED:
         s->version_seen = a->number;
+        s->gate_loss = s->candidate_loss;
         sim_progress_line(s, "release %llu published, gate loss %.3f",
                           (unsigned long long)a->number, s->gate_loss);
         /* An operator's slip: the step is set far too large before one of the merges. */
@@ -201,7 +202,7 @@ static sh_status take_note(sim *s, const sh_coord_action *a, sh_error *err)
         break;
     case SH_CNOTE_CANDIDATE_REFUSED:
         sim_progress_line(s, "candidate %llu refused by the gate, loss %.3f",
-                          (unsigned long long)a->number, s->gate_loss);
+                          (unsigned long long)a->number, s->candidate_loss);
         break;
     default:
         break;

@@ -8,7 +8,8 @@
 
 #include "experiments/sim/sim.h"
 
-#define ACCEPTANCE_TEXTS 6 /* held-out texts typed a topic */
+#define ACCEPTANCE_TEXTS   6 /* held-out texts typed a topic */
+#define CENTRAL_TELL_STEPS 50
 
 /* ---- held-out loss ---- */
 
@@ -124,6 +125,14 @@ static sh_learn_options baseline_options(const sim *s, double passes)
     return o;
 }
 
+static bool central_progress(void *arg, uint32_t step, double loss)
+{
+    if (step % CENTRAL_TELL_STEPS == 0)
+        sim_progress_line(arg, "measuring: one LoRA on the pooled corrections, step %u, loss %.3f",
+                          step, loss);
+    return true;
+}
+
 /* One training on all honest nodes' corrections, with as many example passes as the fleet made. */
 static sh_status central(sim *s, sim_measures *m, sh_error *err)
 {
@@ -142,6 +151,8 @@ static sh_status central(sim *s, sim_measures *m, sh_error *err)
     sh_learn_options o = baseline_options(s, m->central_passes);
     o.plan.batch = (uint32_t)s->options.central_batch;
     o.threads = (unsigned)s->options.threads;
+    o.progress = central_progress;
+    o.progress_arg = s;
     SH_GOTO(sim_model_get(s, &s->genesis_sha, &base, err));
     SH_GOTO(sh_learn_run(base, &pooled, &o, &learned, err));
     SH_GOTO(fold(s, &learned.update, &model, err));
@@ -307,9 +318,9 @@ sh_status sim_measure(sim *s, sim_measures *out, sh_error *err)
     SH_TRY(accept_rate(s, base, false, &m.acceptance_base, err));
     SH_TRY(accept_rate(s, final, false, &m.acceptance_end, err));
     if (!s->options.no_baselines) {
-        sim_progress_line(s, "measuring: one LoRA on the pooled corrections");
         SH_TRY(central(s, &m, err));
-        sim_progress_line(s, "measuring: each node's LoRA alone");
+        sim_progress_line(s, "measuring: each node's LoRA alone, %u trainings",
+                          (unsigned)SH_MIN(s->n_nodes, s->texts.n_topics));
         SH_TRY(local_only(s, &m, err));
     }
     m.done = true;

@@ -127,9 +127,15 @@ static sh_status run(const sim_options *o, bool *ok, sh_error *err)
     sim_measures measures = {0};
     sh_error run_error = {0};
     json_t *summary = NULL;
-    SH_TRY(sim_create(o, &s, err));
+    sh_status status = sim_create(o, &s, err);
+    if (status != SH_OK) { /* not over an earlier run's */
+        sh_error ignored;
+        if (status != SH_ERR_EXISTS && strcmp(o->learning, "real") == 0)
+            (void)(sim_summary_unborn(o, err, &ignored) == SH_OK);
+        return status;
+    }
     sim_progress_begin(s);
-    sh_status status = sim_run(s, &run_error);
+    status = sim_run(s, &run_error);
     if (status == SH_OK && strcmp(o->learning, "real") == 0)
         status = sim_measure(s, &measures, &run_error);
     sim_progress_end(s);

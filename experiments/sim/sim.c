@@ -125,6 +125,9 @@ static void run_job(void *arg)
 {
     sim_job *job = arg;
     job->sim->learning->run(job);
+    /* Virtual time may be long in coming to the job's end: what only the work needed goes now. */
+    sh_snapshot_release(&job->snapshot);
+    sh_buf_release(&job->bytes);
 }
 
 sh_status sim_job_start(sim *s, sim_job **jobp, uint64_t duration_ms, sh_error *err)
@@ -297,7 +300,7 @@ static sh_status make_nodes(sim *s, sh_error *err)
 
 static sh_status make_folders(sim *s, sh_error *err)
 {
-    static const char *const parts[] = {"nodes", "aggregator", "summary.json"};
+    static const char *const parts[] = {"nodes", "aggregator"};
     char path[SH_PATH_BYTES];
     for (size_t i = 0; i < SH_COUNT(parts); i++) {
         SH_TRY(sh_path_join(path, sizeof path, s->options.out, parts[i], err));

@@ -206,7 +206,7 @@ struct sim {
     double phase_wall_s[SIM_PHASES], wall_start_s;
     sh_sha256_state hash;
     uint64_t version_seen;
-    double gate_loss;
+    double gate_loss, candidate_loss; /* of the newest release, of the candidate last gated */
     sim_fault faults[SIM_FAULTS_MAX];
     size_t n_faults;
     sh_rng net_rng;
@@ -273,6 +273,10 @@ SH_MUST_USE sh_status sim_measure(sim *s, sim_measures *out, sh_error *err);
  * or NULL. The JSON object is the caller's. */
 SH_MUST_USE sh_status sim_summary(sim *s, const sim_measures *measures, const sh_error *run_error,
                                   json_t **out, bool *ok, sh_error *err);
+
+/* The summary of a run that could not begin. */
+SH_MUST_USE sh_status sim_summary_unborn(const sim_options *options, const sh_error *why,
+                                         sh_error *err);
 
 /* ---- progress.c ---- */
 void sim_progress_begin(sim *s);

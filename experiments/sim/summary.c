@@ -16,7 +16,6 @@
 #include "experiments/sim/sim.h"
 #include "experiments/version.h"
 #include "shared/base/file.h"
-#include "shared/base/log.h"
 #include "shared/math/blas.h"
 #include "shared/math/kernel.h"
 
@@ -467,6 +466,34 @@ static void add_head(summary *m, const sh_error *run_error)
     sh_json_set(m->root, "wall_s", sh_json_number(sim_wall_seconds() - s->wall_start_s));
 }
 
+/* A part that cannot be made leaves its figures out; the document is written all the same. */
+static void note_failure(summary *m, sh_status status, const sh_error *err)
+{
+    if (status == SH_OK)
+        return;
+    m->ok = false;
+    if (json_is_null(json_object_get(m->root, "error")))
+        sh_json_set(m->root, "error", json_string(err->text));
+}
+
+/* A run that never began has a summary too: why, and that it is not ok. */
+sh_status sim_summary_unborn(const sim_options *options, const sh_error *why, sh_error *err)
+{
+    char path[SH_PATH_BYTES];
+    SH_TRY(sh_dir_make(options->out, err));
+    SH_TRY(sh_path_join(path, sizeof path, options->out, "summary.json", err));
+    json_t *root = json_object();
+    sh_json_set(root, "version", json_integer(1));
+    sh_json_set(root, "program", json_string("shoal-sim"));
+    sh_json_set(root, "seed", json_integer((json_int_t)options->seed));
+    sh_json_set(root, "result_hash", json_null());
+    sh_json_set(root, "ok", json_false());
+    sh_json_set(root, "error", json_string(why->text));
+    sh_status status = sh_json_save(path, root, err);
+    json_decref(root);
+    return status;
+}
+
 sh_status sim_summary(sim *s, const sim_measures *measures, const sh_error *run_error, json_t **out,
                       bool *ok, sh_error *err)
 {
@@ -476,21 +503,18 @@ sh_status sim_summary(sim *s, const sim_measures *measures, const sh_error *run_
                  .releases = json_array(),
                  .ok = !run_error || !run_error->code};
     json_t *audit = NULL;
+    sh_error part = {0};
     char path[SH_PATH_BYTES];
     sh_status status = SH_OK;
     add_head(&m, run_error);
     sh_json_set(m.root, "checks", m.checks);
     sh_json_set(m.root, "releases", m.releases);
-    SH_GOTO(read_rows(&m, err));
+    note_failure(&m, read_rows(&m, &part), &part);
     add_measures(&m, measures);
     add_drift(&m);
     add_heatmap(&m);
-    /* Without an audit, or rows, the summary is still written: its checks then fail. */
-    sh_error part = {0};
-    sh_status audited = strcmp(s->options.store, "lmdb") == 0 ? run_audit(s, &audit, &part)
-                                                              : audit_memory(s, &audit, &part);
-    if (audited != SH_OK)
-        sh_log(SH_LOG_ERROR, "audit", "error=\"%s\"", part.text);
+    bool lmdb = strcmp(s->options.store, "lmdb") == 0;
+    note_failure(&m, lmdb ? run_audit(s, &audit, &part) : audit_memory(s, &audit, &part), &part);
     add_updates(&m, audit);
     add_bytes(&m);
     add_faults(&m);
