@@ -75,9 +75,11 @@ static uint32_t node_index(const sim *s, const sh_hash *key)
 static sh_status add_release(void *arg, const sh_release_row *r)
 {
     summary *m = arg;
-    json_t *row = json_object();
     bool published = r->version != 0;
-    m->published += published && r->parent != 0; /* the genesis release is not the run's */
+    if (published && r->parent == 0)
+        return SH_OK; /* the genesis release is not the run's; no gate saw it */
+    json_t *row = json_object();
+    m->published += published;
     m->gate_refused += !published;
     m->not_q8 += published && strcmp(r->format, "Q8_0") != 0;
     sh_json_set(row, "candidate", integer(r->candidate));
