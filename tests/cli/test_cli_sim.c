@@ -157,7 +157,8 @@ static void test_flags(void **state)
                    "merge.after_commit, gate.before_commit, gate.after_commit");
 }
 
-/* Nothing is written when an input is missing. */
+/* When an input is missing only a summary is written, which says so; the folder can be used again.
+ */
 static void test_inputs(void **state)
 {
     char out[128], texts[128];
@@ -169,7 +170,12 @@ static void test_inputs(void **state)
     expect_refusal(RUN("run", "--base", in(state, "base.gguf"), "--texts", texts, "--out", out),
                    "%s/manifest.json: not there; scripts/make-texts %s makes the texts", texts,
                    texts);
-    assert_false(sh_file_exists(out));
+    json_t *summary = NULL;
+    OK(sh_json_load(in(state, "run/summary.json"), &summary, err));
+    assert_true(json_is_false(json_object_get(summary, "ok")));
+    assert_non_null(strstr(json_string_value(json_object_get(summary, "error")), texts));
+    json_decref(summary);
+    assert_false(sh_file_exists(in(state, "run/nodes")));
     /* A model that is none. */
     OK(sh_dir_make(texts, err));
     put_file(state, "texts/manifest.json", "{\"topics\": [\"one\"]}\n");
