@@ -109,7 +109,7 @@ static bench *setup(void)
     sh_rng_init(&rng, 8, 0, 7);
     for (int s = 0; s < 3; s++) {
         int32_t tokens[300];
-        char name[16];
+        char name[32];
         for (size_t i = 0; i < SH_COUNT(tokens); i++)
             tokens[i] = (int32_t)sh_rng_below(&rng, tiny_vocab());
         (void)snprintf(name, sizeof name, "slice%d", s);
