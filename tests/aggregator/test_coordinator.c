@@ -273,6 +273,33 @@ static void test_rounds_max_and_pause(void **state)
     finish(r);
 }
 
+/* A round without a merge begins anew when it is old, also when the aggregator starts again and
+ * again in less time than that. */
+static void test_an_old_round_begins_anew(void **state)
+{
+    (void)state;
+    rig *r = setup();
+    r->options.round_ms_max = 3600000;
+    rig_boot(r);
+    for (unsigned node = 0; node < 4; node++)
+        rig_enrol(r, node);
+    uint64_t began_ms = r->now_ms;
+    assert_int_equal(rig_checkin(r, 0, 1, true).train.round, 1);
+    while (r->now_ms < began_ms + 3000000) {
+        r->now_ms += 1000000;
+        rig_reboot(r);
+        assert_int_equal(rig_checkin(r, 0, 1, true).train.round, 1);
+    }
+    r->now_ms = began_ms + 4000000;
+    rig_reboot(r);
+    assert_int_equal(rig_checkin(r, 0, 1, true).train.round, 2);
+    r->now_ms = began_ms; /* a clock set back does not stretch the round */
+    rig_reboot(r);
+    r->now_ms += 3600000;
+    assert_int_equal(rig_checkin(r, 0, 1, true).train.round, 3);
+    finish(r);
+}
+
 /* ---- a round ---- */
 
 static void test_a_round_is_published(void **state)
@@ -827,6 +854,7 @@ int main(void)
         cmocka_unit_test(test_rounds_begin_with_drift_and_stay),
         cmocka_unit_test(test_plans_of_a_round_agree),
         cmocka_unit_test(test_rounds_max_and_pause),
+        cmocka_unit_test(test_an_old_round_begins_anew),
         cmocka_unit_test(test_a_round_is_published),
         cmocka_unit_test(test_an_update_that_comes_twice_counts_once),
         cmocka_unit_test(test_what_comes_during_a_merge_waits),
