@@ -7,8 +7,8 @@
  * Rounds are buffered and asynchronous: when `buffer` complete updates are in (and no merge runs),
  * they are merged into the full-precision master as one exact sum, the result is quantized and the
  * bytes are gated. A refused candidate leaves master and release as they were; a buffer that was
- * merged with a raised server scale is merged again at scale 1, otherwise its updates are refused
- * with reason "gate".
+ * merged with another server scale than 1 is merged again (at the configured scale, then at 1),
+ * otherwise its updates are refused with reason "gate".
  */
 #ifndef SH_AGGREGATOR_COORDINATOR_H
 #define SH_AGGREGATOR_COORDINATOR_H
