@@ -52,19 +52,31 @@ static sh_status print_help(const sh_command *command, sh_error *err)
     return status;
 }
 
+bool sh_cli_parse_words(const sh_command *command, int argc, char **argv, void *options,
+                        sh_args *args, int *exit_code)
+{
+    sh_error err = {0};
+    sh_status status = sh_options_parse(command, argc, argv, options, args, &err);
+    if (status == SH_OK && !args->help)
+        return true;
+    if (status == SH_OK)
+        status = print_help(command, &err);
+    *exit_code = status == SH_OK ? 0 : sh_error_report("shoal", &err);
+    sh_args_release(args);
+    return false;
+}
+
 bool sh_cli_parse(const sh_command *command, int argc, char **argv, void *options, sh_args *args,
                   int *exit_code)
 {
     sh_error err = {0};
-    sh_status status = sh_options_parse(command, argc, argv, options, args, &err);
-    if (status == SH_OK && !args->help && args->n_positional == 0)
+    if (!sh_cli_parse_words(command, argc, argv, options, args, exit_code))
+        return false;
+    if (args->n_positional == 0)
         return true;
-    if (status == SH_OK && args->help)
-        status = print_help(command, &err);
-    else if (status == SH_OK)
-        status = sh_fail(&err, SH_ERR_USAGE, "'%s' is no option (see %s --help)",
-                         args->positional[0], command->name);
-    *exit_code = status == SH_OK ? 0 : sh_error_report("shoal", &err);
+    (void)sh_fail(&err, SH_ERR_USAGE, "'%s' is no option (see %s --help)", args->positional[0],
+                  command->name);
+    *exit_code = sh_error_report("shoal", &err);
     sh_args_release(args);
     return false;
 }

@@ -28,6 +28,9 @@ int sh_cli_dispatch(const sh_cli_menu *menu, int argc, char **argv);
  * an error reported); args is released then. A word that is no option is an error. */
 bool sh_cli_parse(const sh_command *command, int argc, char **argv, void *options, sh_args *args,
                   int *exit_code);
+/* The same for a command that takes words: they are in args. */
+bool sh_cli_parse_words(const sh_command *command, int argc, char **argv, void *options,
+                        sh_args *args, int *exit_code);
 /* SH_ERR_USAGE "-m FILE is missing (see shoal model inspect --help)" when value is NULL. */
 SH_MUST_USE sh_status sh_cli_need(const sh_command *command, const char *value, const char *flag,
                                   sh_error *err);
@@ -38,6 +41,8 @@ SH_MUST_USE sh_status sh_cli_flush(sh_error *err);
 
 int sh_cli_model(int argc, char **argv);         /* inspect, perplexity, tokenize, generate, ... */
 int sh_cli_model_inspect(int argc, char **argv); /* cli_inspect.c */
+int sh_cli_aggregator(int argc, char **argv);    /* cli_admin.c */
+int sh_cli_init(int argc, char **argv);          /* cli_init.c */
 int sh_cli_report(int argc, char **argv);        /* report_main.c */
 
 #endif

@@ -7,12 +7,14 @@
 
 #include "aggregator/coordinator_internal.h"
 
+#define PURPOSE_EPOCH 0x65706f63u /* stream of rng that a new store's epoch comes from */
+
 const char *const sh_coord_tables[SH_COORD_TABLES] = {
     [SH_COORD_T_META] = "meta",   [SH_COORD_T_NODE] = "node",
     [SH_COORD_T_INBOX] = "inbox", [SH_COORD_T_UPDATE] = "update",
     [SH_COORD_T_ALARM] = "alarm", [SH_COORD_T_WINDOW] = "window",
     [SH_COORD_T_CHUNK] = "chunk", [SH_COORD_T_RELEASE] = "release",
-    [SH_COORD_T_AUDIT] = "audit",
+    [SH_COORD_T_AUDIT] = "audit", [SH_COORD_T_EVALUATION] = "evaluation",
 };
 
 const char *sh_reason_name(sh_reason reason)
@@ -67,7 +69,9 @@ sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg)
 {
     sh_buf bytes;
     sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
-    sh_status status = sh_msg_encode(msg, &bytes, s->err);
+    sh_msg versioned = *msg; /* its texts are not in its own storage: nothing of it was decoded */
+    versioned.version = s->version;
+    sh_status status = sh_msg_encode(&versioned, &bytes, s->err);
     if (status != SH_OK) {
         sh_buf_release(&bytes);
         return status;
@@ -148,6 +152,15 @@ static sh_status check_options(const sh_coord_options *o, sh_error *err)
                        "check-ins must be above 0");
     if (isnan(o->gate_overall_max) || isnan(o->gate_slice_max))
         return sh_fail(err, SH_ERR_INVALID, "coordinator: the gate's limits are not numbers");
+    if (o->canary_nodes_min > COORD_EVALUATIONS_MAX)
+        return sh_fail(err, SH_ERR_INVALID, "coordinator: %u canary nodes are not in 0 to %u",
+                       o->canary_nodes_min, COORD_EVALUATIONS_MAX);
+    if (o->canary_nodes_min > 0 && !(o->canary_share > 0 && o->canary_share <= 1))
+        return sh_fail(err, SH_ERR_INVALID, "coordinator: a canary share of %g is not in (0, 1]",
+                       o->canary_share);
+    if (o->canary_nodes_min > 0 && o->canary_ms_max == 0)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "coordinator: the time that canary nodes have must be above 0");
     return SH_OK;
 }
 
@@ -194,30 +207,73 @@ static sh_status load_all(sh_coord *c, sh_txn *txn, const sh_genesis *genesis, s
                            "than this genesis release");
     }
     SH_TRY(coord_waiting_load(c, txn, err));
+    c->n_evaluations = (uint32_t)sh_txn_count(txn, SH_COORD_T_EVALUATION);
     SH_TRY(sh_coord_each_node(txn, load_node, &l, err));
     return sh_coord_each_update(txn, load_update, &l, err);
+}
+
+static sh_status begin_new(coord_step *s, const sh_genesis *genesis)
+{
+    sh_coord *c = s->c;
+    sh_rng rng;
+    if (genesis == NULL)
+        return sh_fail(s->err, SH_ERR_NOT_FOUND,
+                       "coordinator: the store is empty and no genesis release is given");
+    c->state.seed = sh_rng_u64(&c->rng);
+    sh_rng_init(&rng, c->state.seed, 0, PURPOSE_EPOCH);
+    c->state.epoch = sh_rng_u64(&rng);
+    c->state.next_candidate = 1;
+    c->state.next_job = 1;
+    c->state.server_scale = c->options.server_scale;
+    SH_TRY(coord_schema_put(s->txn, s->err));
+    return coord_genesis(s, genesis);
+}
+
+/* A store of version 1 has the same tables but for one, and rows that are read as they are; its
+ * state is written anew, with what version 2 added. Rows follow as they change. */
+static sh_status migrate(coord_step *s)
+{
+    sh_coord *c = s->c;
+    c->state.epoch = sh_rng_u64(&c->rng);
+    SH_TRY(coord_schema_put(s->txn, s->err));
+    if (c->state.phase != PHASE_IDLE)
+        SH_TRY(coord_candidate_save(s));
+    return coord_audit(s, "schema from=1 to=%u", COORD_SCHEMA);
+}
+
+/* A clock that was set back stretches nothing. */
+static void check_times(coord_step *s)
+{
+    sh_coord *c = s->c;
+    coord_state *state = &c->state;
+    state->round_at_ms = SH_MIN(state->round_at_ms, s->now_ms);
+    state->held_until_ms = SH_MIN(state->held_until_ms, s->now_ms + c->options.round_ms_max);
+    c->candidate.until_ms = SH_MIN(c->candidate.until_ms, s->now_ms + c->options.canary_ms_max);
 }
 
 static sh_status begin(coord_step *s, const sh_genesis *genesis)
 {
     sh_coord *c = s->c;
     bool found = false;
+    uint32_t schema = 0;
+    uint64_t backup_ms = 0;
+    SH_TRY(coord_schema_get(s->txn, &schema, s->err));
     SH_TRY(coord_state_load(c, s->txn, &found, s->err));
     if (found) {
         SH_TRY(load_all(c, s->txn, genesis, s->err));
-        c->state.round_at_ms = SH_MIN(c->state.round_at_ms, s->now_ms); /* a clock set back */
+        if (schema == 0)
+            SH_TRY(migrate(s));
+        check_times(s);
+        SH_TRY(coord_backup_mark_take(s->txn, &backup_ms, s->err));
+        if (backup_ms != 0)
+            SH_TRY(coord_restored(s, backup_ms));
     } else {
-        if (genesis == NULL)
-            return sh_fail(s->err, SH_ERR_NOT_FOUND,
-                           "coordinator: the store is empty and no genesis release is given");
-        c->state.seed = sh_rng_u64(&c->rng);
-        c->state.next_candidate = 1;
-        c->state.next_job = 1;
-        c->state.server_scale = c->options.server_scale;
-        SH_TRY(coord_genesis(s, genesis));
+        SH_TRY(begin_new(s, genesis));
     }
     SH_TRY(coord_begin_rounds(s));
-    if (c->state.phase != PHASE_IDLE)
+    if (c->state.phase == PHASE_EVALUATING)
+        SH_TRY(coord_canary_consider(s));
+    else if (c->state.phase != PHASE_IDLE)
         SH_TRY(coord_start_job(s)); /* what a crash forgot */
     else
         SH_TRY(coord_advance(s));
@@ -265,7 +321,11 @@ void sh_coord_destroy(sh_coord **coord)
 static sh_status on_timer(coord_step *s)
 {
     sh_coord *c = s->c;
-    if (c->retry_at_ms == 0 || c->state.phase == PHASE_IDLE || c->job_id != 0)
+    if (c->state.phase == PHASE_EVALUATING)
+        return coord_canary_consider(s);
+    if (c->state.phase == PHASE_IDLE)
+        return c->state.held ? coord_advance(s) : SH_OK;
+    if (c->retry_at_ms == 0 || c->job_id != 0)
         return SH_OK;
     if (s->now_ms < c->retry_at_ms)
         return coord_set_timer(s, c->retry_at_ms);
@@ -303,6 +363,7 @@ sh_coord_status sh_coord_get_status(const sh_coord *c)
     sh_coord_status status = {.version = state->version,
                               .releases = state->releases,
                               .candidates_refused = state->candidates_refused,
+                              .candidates_inconclusive = state->candidates_inconclusive,
                               .enrolled = c->enrolled,
                               .round = state->round,
                               .buffered = (uint32_t)c->n_pending,
@@ -310,6 +371,10 @@ sh_coord_status sh_coord_get_status(const sh_coord *c)
                               .updates_merged = state->updates_merged,
                               .merging = state->phase == PHASE_MERGING,
                               .gating = state->phase == PHASE_GATING,
+                              .evaluating = state->phase == PHASE_EVALUATING,
+                              .candidate = c->candidate.number,
+                              .evaluations = c->n_evaluations,
+                              .epoch = state->epoch,
                               .rounds_begun = state->rounds_begun,
                               .paused = state->paused,
                               .closing = state->closing,

@@ -20,6 +20,7 @@
 #define SH_COORD_ACTIONS_MAX 256
 #define SH_COORD_NODES_MAX   100000u
 #define SH_COORD_BUFFER_MAX  1024u /* updates a merge */
+#define SH_NODE_NAME_MAX     63
 
 enum {
     SH_COORD_T_META,    /* "state" */
@@ -32,6 +33,7 @@ enum {
     SH_COORD_T_RELEASE, /* version -> signed manifest and gate row; candidates that were refused too
                          */
     SH_COORD_T_AUDIT,   /* seq -> decision, hash-chained */
+    SH_COORD_T_EVALUATION, /* (candidate, node, epoch, seq) -> sh_evaluation payload */
     SH_COORD_TABLES
 };
 extern const char *const sh_coord_tables[SH_COORD_TABLES];
@@ -54,6 +56,14 @@ typedef struct {
                               train again; its updates stay in the buffer. 0: never */
     uint64_t checkin_ms;   /* when nodes come back, with jitter */
     uint64_t chunk_budget; /* chunks a node gets a message: flow control */
+    /* Federated evaluation, after the operator's suites have passed a candidate: the same limits
+     * (gate_overall_max, gate_slice_max) over the sums that canary nodes send. Fewer nodes or
+     * tokens than the minimum when the time is up is inconclusive: no release, and the updates wait
+     * for the next merge. */
+    uint32_t canary_nodes_min; /* 0: the suites alone decide */
+    uint64_t canary_tokens_min;
+    double canary_share;    /* of the nodes, chosen by their keys, in (0, 1] */
+    uint64_t canary_ms_max; /* to wait for their answers */
 } sh_coord_options;
 
 typedef enum { SH_VERDICT_PENDING, SH_VERDICT_MERGED, SH_VERDICT_REFUSED } sh_verdict;
@@ -155,6 +165,8 @@ typedef struct {
     sh_coord_command command;
     uint64_t number;
     double real;
+    const char
+        *name; /* ENROL: what operators call it, at most SH_NODE_NAME_MAX bytes; may be NULL */
 } sh_coord_event;
 
 typedef enum {
@@ -177,6 +189,11 @@ typedef enum {
     SH_CNOTE_BAD_MESSAGE,
     SH_CNOTE_ROLLED_BACK,
     SH_CNOTE_COMMAND_REFUSED, /* number: the command; nothing was changed */
+    SH_CNOTE_CANARY_STARTED,  /* number: candidate */
+    SH_CNOTE_INCONCLUSIVE,    /* number: candidate */
+    SH_CNOTE_EVALUATION_IN,   /* number: candidate */
+    SH_CNOTE_RESTORED,        /* number: the version that the next release is above */
+    SH_CNOTE_DRIFTING,        /* a node's check-in began to report drift; number: how many now */
 } sh_coord_note;
 
 typedef struct {
@@ -193,6 +210,12 @@ typedef struct {
     size_t n;
 } sh_coord_actions;
 void sh_coord_actions_clear(sh_coord_actions *actions);
+
+/* Marks a copy of a store as a backup, in a write transaction on the copy: whoever opens it next
+ * goes on with a new epoch, and with versions above every one that could have been issued since
+ * (above the time of the restore in seconds since 1970), so that no version is ever issued twice.
+ */
+SH_MUST_USE sh_status sh_coord_mark_backup(sh_txn *txn, uint64_t now_ms, sh_error *err);
 
 typedef struct sh_coord sh_coord;
 /* The genesis release: its model file is in the shell's blob folder, its chunks are put into the
@@ -212,12 +235,15 @@ SH_MUST_USE sh_status sh_coord_step(sh_coord *coord, const sh_coord_event *event
 typedef struct {
     uint64_t version;  /* current release */
     uint64_t releases; /* published after the genesis, rollbacks included */
-    uint64_t candidates_refused, enrolled;
+    uint64_t candidates_refused, candidates_inconclusive, enrolled;
     uint32_t round;    /* 0: rounds have not begun */
     uint32_t buffered; /* complete updates that wait for a decision, those being merged included */
     uint64_t updates_in; /* update items accounted for: merged + refused + buffered */
     uint64_t updates_merged, updates_refused[SH_REASONS];
-    bool merging, gating, rounds_begun, paused;
+    bool merging, gating, evaluating, rounds_begun, paused;
+    uint64_t candidate;   /* being merged, gated or evaluated; 0: none */
+    uint32_t evaluations; /* nodes that have answered for it */
+    uint64_t epoch;       /* random, of this store; a restored backup gets a new one */
     bool closing, closed; /* CLOSE was given; and nothing waits for a decision any more */
     uint32_t drifting;    /* enrolled nodes whose last check-in reported drift */
     float server_scale;
@@ -256,7 +282,10 @@ typedef struct {
     uint32_t updates, adapter_rank;
     double adapter_discarded;
     float server_scale;
-    char verdict[64]; /* "released", "refused: loss 3.2 over parent's 2.9 + 0.0" */
+    char verdict[64];      /* "released", "refused: loss 3.2 over parent's 2.9 + 0.0" */
+    uint32_t canary_nodes; /* nodes that scored it */
+    uint64_t canary_tokens;
+    double canary_parent, canary_candidate; /* nats a token */
     uint32_t n_merged;
     sh_update_id *merged; /* [n_merged], valid during the call */
 } sh_release_row;
@@ -271,6 +300,7 @@ typedef struct {
     sh_msg_checkin checkin;        /* the last one */
     uint32_t n_epochs;
     char agent[64], kernel[64];
+    char name[SH_NODE_NAME_MAX + 1];
 } sh_node_row;
 SH_MUST_USE sh_status sh_coord_each_node(sh_txn *txn,
                                          sh_status (*fn)(void *arg, const sh_node_row *row),

@@ -352,7 +352,8 @@ void coord_on_gone(sh_coord *c, const sh_hash *node)
 
 /* ---- releases down ---- */
 
-static bool is_released(const sh_coord *c, const uint8_t *hash)
+/* Of a release that is kept, or of the candidate that nodes evaluate. */
+static bool is_public(const sh_coord *c, const uint8_t *hash)
 {
     for (size_t i = 0; i < COORD_RELEASES_KEPT; i++) {
         const sh_blob *model = &c->kept[i].manifest.model;
@@ -360,6 +361,11 @@ static bool is_released(const sh_coord *c, const uint8_t *hash)
             if (hash_compare(model->chunk_hashes + k * sizeof(sh_hash), hash) == 0)
                 return true;
     }
+    if (c->state.phase != PHASE_EVALUATING)
+        return false;
+    for (uint32_t k = 0; k < c->candidate.n_chunks; k++)
+        if (hash_compare(c->candidate.chunks + k * sizeof(sh_hash), hash) == 0)
+            return true;
     return false;
 }
 
@@ -369,8 +375,8 @@ sh_status coord_on_want(coord_step *s, const sh_hash *node, const sh_msg_want *w
     uint32_t max = (uint32_t)SH_MIN(s->c->options.chunk_budget, (uint64_t)SH_WIRE_WANT_MAX);
     for (uint32_t i = 0; i < want->n && sent < max; i++) {
         const uint8_t *hash = want->chunk_hashes + i * sizeof(sh_hash);
-        /* Only releases are served: another node's update is nobody else's business. */
-        if (!is_released(s->c, hash))
+        /* Only models are served: another node's update is nobody else's business. */
+        if (!is_public(s->c, hash))
             continue;
         sh_slice bytes;
         sh_status status = sh_txn_get(s->txn, SH_COORD_T_CHUNK, hash, sizeof(sh_hash), &bytes);

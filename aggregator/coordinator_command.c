@@ -3,12 +3,23 @@
  * others are in the audit log.
  */
 #include <math.h>
+#include <string.h>
 
 #include "aggregator/coordinator_internal.h"
 
 #define SERVER_SCALE_MAX 1000.0
 
-static sh_status enrol(coord_step *s, const sh_hash *key)
+/* Printable, so that it can stand in logs and tables. */
+static bool good_name(const char *name)
+{
+    size_t n = strnlen(name, SH_NODE_NAME_MAX + 1);
+    for (size_t i = 0; i < n; i++)
+        if ((unsigned char)name[i] < 0x20 || name[i] == 0x7f)
+            return false;
+    return n <= SH_NODE_NAME_MAX;
+}
+
+static sh_status enrol(coord_step *s, const sh_hash *key, const char *name)
 {
     sh_coord *c = s->c;
     coord_node node = {0};
@@ -21,6 +32,8 @@ static sh_status enrol(coord_step *s, const sh_hash *key)
         node.row.enrolled_ms = s->now_ms;
     }
     node.row.revoked = false;
+    if (name != NULL) /* without one it keeps that which it has */
+        memcpy(node.row.name, name, strlen(name) + 1);
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     if (!counted) {
         c->enrolled++;
@@ -45,6 +58,7 @@ static sh_status revoke(coord_step *s, const sh_hash *key, bool *done)
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     c->enrolled--;
     c->drifting -= node.row.checkin.drifting;
+    SH_TRY(coord_canary_forget(s, key));
     SH_TRY(coord_waiting_refuse(s, key, SH_REASON_REVOKED));
     SH_TRY(coord_refuse_node(s, key, SH_REASON_REVOKED));
     return coord_advance(s);
@@ -72,8 +86,9 @@ static sh_status carry_out(coord_step *s, const sh_coord_event *event, bool *don
             c->state.server_scale = (float)event->real;
         return SH_OK;
     case SH_COMMAND_ENROL:
-        *done = sh_txn_count(s->txn, SH_COORD_T_NODE) < SH_COORD_NODES_MAX;
-        return *done ? enrol(s, &event->node) : SH_OK;
+        *done = sh_txn_count(s->txn, SH_COORD_T_NODE) < SH_COORD_NODES_MAX &&
+                (event->name == NULL || good_name(event->name));
+        return *done ? enrol(s, &event->node, event->name) : SH_OK;
     case SH_COMMAND_REVOKE:
         return revoke(s, &event->node, done);
     case SH_COMMAND_CLOSE:

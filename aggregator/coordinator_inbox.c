@@ -86,7 +86,8 @@ static bool training_is_on(const sh_coord *c)
 {
     const coord_state *state = &c->state;
     return state->rounds_begun && !state->paused && !state->closing &&
-           (c->options.rounds_max == 0 || state->round <= c->options.rounds_max);
+           (c->options.rounds_max == 0 ||
+            state->round - state->round_base <= c->options.rounds_max);
 }
 
 static sh_status send_plan(coord_step *s, const sh_hash *key, const sh_msg_checkin *checkin)
@@ -104,6 +105,7 @@ static sh_status send_plan(coord_step *s, const sh_hash *key, const sh_msg_check
     msg.plan.train.a_seed = round_seed(c);
     if (checkin->active_version < current->version)
         msg.plan.manifest = (sh_bytes){current->bytes, current->n};
+    SH_TRY(coord_canary_plan(s, key, checkin, &msg.plan.evaluate));
     return coord_send(s, key, &msg);
 }
 
@@ -116,9 +118,12 @@ static sh_status on_checkin(coord_step *s, coord_node *node, const sh_msg_checki
                                  "this key has had too many stores: use a new one");
     c->drifting += checkin->drifting;
     c->drifting -= node->row.checkin.drifting;
+    if (checkin->drifting && !node->row.checkin.drifting)
+        coord_note(s, SH_CNOTE_DRIFTING, &node->row.key, c->drifting);
     node->row.checkin = *checkin;
     node->row.last_ms = s->now_ms;
     SH_TRY(coord_node_put(s->txn, node, s->err));
+    SH_TRY(coord_lift(s, SH_MAX(checkin->active_version, checkin->confirmed_version)));
     SH_TRY(coord_begin_rounds(s));
     coord_renew_round(s);
     return send_plan(s, &node->row.key, checkin);
@@ -169,6 +174,10 @@ static sh_status take_item(coord_step *s, const sh_update_id *id, const sh_msg_i
         if (good)
             SH_TRY(keep_item(s, SH_COORD_T_WINDOW, id, item->payload));
         break;
+    case SH_ITEM_EVALUATION:
+        if (item->cls == SH_CLASS_ALARM)
+            SH_TRY(coord_on_evaluation(s, id, item->payload, &good));
+        break;
     case SH_ITEM_TOMBSTONE:
         if (item->cls == SH_CLASS_UPDATE)
             SH_TRY(coord_waiting_forget(s, node, item->epoch, item->seq, item->last_seq));
@@ -211,8 +220,13 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message)
     sh_status status = sh_msg_decode(message.data, message.n, &msg, &why);
     if (status == SH_ERR_NO_MEMORY)
         return sh_fail(s->err, status, "%s", why.text);
-    if (status != SH_OK)
+    if (status != SH_OK) {
+        /* Nobody knows what its sender reads: an ERROR of the oldest version is read by all. One of
+         * a newer version than ours is told which is ours. */
+        s->version = status == SH_ERR_UNSUPPORTED ? SH_WIRE_VERSION : SH_WIRE_VERSION_MIN;
         return coord_bad_message(s, key, status, why.text);
+    }
+    s->version = msg.version;
     if (msg.type == SH_MSG_ENROL)
         return on_enrol(s, key, &msg.enrol);
     coord_node node;

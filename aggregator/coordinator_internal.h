@@ -6,8 +6,9 @@
  *   coordinator_rows.c    NODE, UPDATE, RELEASE, AUDIT rows and the readers of them
  *   coordinator_inbox.c   messages of nodes
  *   coordinator_blob.c    chunks up and down, and which chunks are alive
- *   coordinator_round.c   buffer, merge, gate
- *   coordinator_release.c genesis, publishing, rollback
+ *   coordinator_round.c   buffer, merge, gate, what becomes of a candidate
+ *   coordinator_canary.c  federated evaluation
+ *   coordinator_release.c genesis, publishing, rollback, a restored backup
  *   coordinator_command.c operator commands
  *
  * Everything persisted is written in the step's transaction; memory holds copies of it only, so
@@ -26,7 +27,7 @@
 #define COORD_RELEASES_KEPT     2u    /* releases whose chunks the store holds */
 #define COORD_NODE_ITEMS_MAX    1024u /* alarms, windows kept of one (node, epoch) */
 #define COORD_WINDOW_BYTES_MAX  8192u
-#define COORD_WEIGHT_FACTOR_MAX 4.0 /* an update's samples count at most this times the median */
+#define COORD_WEIGHT_FACTOR_MAX 4.0 /* samples, tokens: at most this times the median's count */
 #define COORD_UPDATE_BYTES_MIN  (1u << 20) /* an update may have this size or */
 #define COORD_UPDATE_FACTOR_MAX 4u         /* this times the model's, whichever is more */
 #define COORD_SAMPLES_MAX       (UINT64_C(1) << 40)
@@ -35,10 +36,23 @@
 #define COORD_ID_BYTES          48u /* node, epoch, seq */
 #define COORD_ROW_BYTES_MAX     (1u << 20)
 #define COORD_AUDIT_TEXT_MAX    256u
+#define COORD_SCHEMA            2u /* of the store; 1 had no row that says so */
 
-typedef enum { PHASE_IDLE, PHASE_MERGING, PHASE_GATING } coord_phase;
+/* Federated evaluation: answers to a candidate, tokens of one, loss a token that it counts with
+ * (e^50 is past any vocabulary). */
+#define COORD_EVALUATIONS_MAX       1024u
+#define COORD_EVALUATION_TOKENS_MAX (UINT64_C(1) << 32)
+#define COORD_LOSS_MAX              50.0
 
-typedef struct { /* META "candidate": what is being merged or gated */
+/* What a node says that it runs: how far ahead of the clock it may be, after a restore; how often
+ * the current release is published again above it, and with which margin. */
+#define COORD_VERSION_AHEAD_MAX (UINT64_C(1) << 20)
+#define COORD_LIFTS_MAX         8u
+#define COORD_LIFT_MARGIN       1024u
+
+typedef enum { PHASE_IDLE, PHASE_MERGING, PHASE_GATING, PHASE_EVALUATING } coord_phase;
+
+typedef struct { /* META "candidate": what is being merged, gated or evaluated */
     uint64_t number, parent_version;
     float scale;
     sh_merge_input *inputs; /* owned */
@@ -50,6 +64,10 @@ typedef struct { /* META "candidate": what is being merged or gated */
     double discarded;
     uint8_t *chunks; /* [n_chunks * 32] of the candidate's bytes in the store; owned */
     uint32_t n_chunks;
+    /* after the gate, while nodes evaluate it */
+    sh_hash suite;
+    double loss_parent, loss_candidate, loss_adapter_form, worst_slice;
+    uint64_t until_ms; /* when what nodes have said must do */
 } coord_candidate;
 
 typedef struct { /* an update whose chunks are not all here; META "w" + id -> item payload */
@@ -71,13 +89,21 @@ typedef struct {
 
 typedef struct { /* META "state" */
     uint64_t seed;
-    uint64_t version, next_candidate, next_job;
+    uint64_t epoch;             /* random; a restored backup gets a new one */
+    uint64_t version, previous; /* releases kept; 0: none */
+    uint64_t version_floor;     /* the next version is above it */
+    uint64_t next_candidate, next_job;
     uint32_t round;
+    uint32_t round_base;  /* rounds that a restore skipped */
     uint64_t round_at_ms; /* when it began */
+    bool held;            /* an evaluation was inconclusive: no merge of the same updates at once */
+    uint64_t held_until_ms; /* 0: until another update comes */
+    bool restored;          /* once a backup */
+    uint32_t lifts;         /* see COORD_LIFTS_MAX */
     bool rounds_begun, paused, closing, closed;
     float server_scale;
     coord_phase phase;
-    uint64_t releases, candidates_refused, bad_messages;
+    uint64_t releases, candidates_refused, candidates_inconclusive, bad_messages;
     uint64_t updates_in, updates_merged, updates_refused[SH_REASONS];
     uint64_t audit_seq;
     sh_hash audit_head;
@@ -97,7 +123,8 @@ struct sh_coord {
     uint64_t waiting_order;
     uint64_t enrolled;
     uint32_t drifting;
-    uint64_t job_id; /* running; 0: none */
+    uint32_t n_evaluations; /* answers to the candidate */
+    uint64_t job_id;        /* running; 0: none */
     uint64_t retry_at_ms;
     uint32_t retries;
 };
@@ -108,6 +135,7 @@ typedef struct {
     sh_txn *txn;
     sh_coord_actions *actions;
     uint64_t now_ms;
+    uint32_t version; /* of the protocol, that answers are written in; 0: ours */
     size_t notes;
     sh_error *err;
 } coord_step;
@@ -117,11 +145,17 @@ void coord_note(coord_step *s, sh_coord_note note, const sh_hash *node, uint64_t
 sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg);
 sh_status coord_send_error(coord_step *s, const sh_hash *node, sh_status code, const char *text);
 sh_status coord_set_timer(coord_step *s, uint64_t at_ms);
-sh_status coord_start_job(coord_step *s); /* of the current phase */
+sh_status coord_start_job(coord_step *s); /* of the phase, merging or gating */
 
 /* ---- coordinator_state.c ---- */
 sh_status coord_state_load(sh_coord *c, sh_txn *txn, bool *found, sh_error *err);
 sh_status coord_state_save(sh_coord *c, sh_txn *txn, sh_error *err);
+/* Of the store; 0: it is empty, or of version 1, which has no such row. SH_ERR_UNSUPPORTED: newer
+ * than this program. */
+sh_status coord_schema_get(sh_txn *txn, uint32_t *schema, sh_error *err);
+sh_status coord_schema_put(sh_txn *txn, sh_error *err);
+/* Takes away the mark that sh_coord_mark_backup made; *made_ms when, 0: there was none. */
+sh_status coord_backup_mark_take(sh_txn *txn, uint64_t *made_ms, sh_error *err);
 sh_status coord_candidate_save(coord_step *s);
 sh_status coord_candidate_drop(coord_step *s);
 sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, sh_error *err);
@@ -157,6 +191,21 @@ sh_status coord_manifest_put(sh_txn *txn, uint64_t version, uint64_t candidate, 
 /* SH_ERR_NOT_FOUND without text. */
 sh_status coord_manifest_get(sh_txn *txn, uint64_t version, uint64_t *candidate, sh_slice *manifest,
                              sh_error *err);
+/* How many releases were published after `version`, counted up to max. */
+sh_status coord_releases_since(sh_txn *txn, uint64_t version, uint64_t max, uint64_t *n,
+                               sh_error *err);
+/* Calls fn(arg, id, payload) for each answer to the candidate. */
+sh_status coord_each_evaluation(sh_txn *txn, uint64_t candidate,
+                                sh_status (*fn)(void *arg, const sh_update_id *id,
+                                                sh_bytes payload),
+                                void *arg, sh_error *err);
+sh_status coord_evaluation_put(sh_txn *txn, uint64_t candidate, const sh_update_id *id,
+                               sh_bytes payload, sh_error *err);
+sh_status coord_evaluation_delete(sh_txn *txn, uint64_t candidate, const sh_update_id *id,
+                                  sh_error *err);
+/* Whether the node has answered, with whichever of its stores. */
+sh_status coord_evaluation_has(sh_txn *txn, uint64_t candidate, const sh_hash *node, bool *has,
+                               sh_error *err);
 sh_status coord_audit(coord_step *s, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* ---- coordinator_inbox.c ---- */
@@ -192,12 +241,29 @@ sh_status coord_refuse(coord_step *s, const sh_update_id *id, sh_bytes meta_byte
                        sh_reason reason);
 sh_status coord_advance(coord_step *s); /* starts a merge if one is due */
 sh_status coord_on_job(coord_step *s, const sh_coord_job_result *result);
+/* The ends of a candidate that the gate let pass; row: coord_candidate_row, with what nodes said.
+ */
+sh_status coord_candidate_row(coord_step *s, sh_release_row *row); /* row->merged: free it */
+sh_status coord_accept(coord_step *s, sh_release_row *row);
+sh_status coord_reject(coord_step *s, sh_release_row *row);
+sh_status coord_leave_open(coord_step *s, sh_release_row *row);
 sh_status coord_begin_rounds(coord_step *s);
 void coord_renew_round(coord_step *s); /* when it is past round_ms_max */
-/* Drops the merge or gate under way; its inputs stay in the buffer. */
+/* Drops the candidate in progress; its inputs stay in the buffer. */
 sh_status coord_abandon(coord_step *s);
 /* Refuses the buffered updates of a node whose key was revoked. */
 sh_status coord_refuse_node(coord_step *s, const sh_hash *node, sh_reason reason);
+
+/* ---- coordinator_canary.c ---- */
+sh_status coord_canary_begin(coord_step *s);
+/* Decides, if the answers are enough or the time is up; else sets the timer. */
+sh_status coord_canary_consider(coord_step *s);
+/* Fills the plan's evaluation, if this node is to do one. */
+sh_status coord_canary_plan(coord_step *s, const sh_hash *node, const sh_msg_checkin *checkin,
+                            sh_evaluate_plan *plan);
+/* An item that is new; *good false: it cannot be read. */
+sh_status coord_on_evaluation(coord_step *s, const sh_update_id *id, sh_bytes payload, bool *good);
+sh_status coord_canary_forget(coord_step *s, const sh_hash *node); /* NULL: all answers */
 
 /* ---- coordinator_command.c ---- */
 sh_status coord_on_command(coord_step *s, const sh_coord_event *event);
@@ -210,6 +276,11 @@ sh_status coord_releases_load(sh_coord *c, sh_txn *txn, sh_error *err);
 /* *done false: the version is not there, is the current one, or its bytes are not. */
 sh_status coord_rollback(coord_step *s, uint64_t version, sh_bytes model, bool *done);
 sh_status coord_genesis(coord_step *s, const sh_genesis *genesis);
+/* The store was a backup: a new epoch, new numbers, and the current release under a new version. */
+sh_status coord_restored(coord_step *s, uint64_t made_ms);
+/* A node reports an active version that this store has never issued: it was set back without a
+ * mark. The next version will be above it. */
+sh_status coord_lift(coord_step *s, uint64_t version);
 void coord_release_release(coord_release *release);
 
 /* ---- coordinator_codec.c: bytes of rows, little-endian, bounds-checked; `bad` is sticky ---- */

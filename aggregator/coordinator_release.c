@@ -1,6 +1,12 @@
 /*
  * Releases: the genesis, publishing under the next version, and rollback, which publishes an older
  * release's bytes again: versions only grow, so a node can refuse everything that is older.
+ *
+ * A restored backup has forgotten what was issued after it was made. It goes on above the time of
+ * the restore in seconds: more releases than seconds since 1970 were never made. It publishes its
+ * current release anew at once, because nodes may run one that it does not know, on which they can
+ * neither train nor be told to stay. Candidates and rounds skip ahead in the same way: nodes
+ * remember the numbers of those they have evaluated and trained for.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,8 +60,12 @@ static sh_status release_load(sh_coord *c, sh_txn *txn, uint64_t version, coord_
 
 sh_status coord_releases_load(sh_coord *c, sh_txn *txn, sh_error *err)
 {
-    for (size_t i = 0; i < COORD_RELEASES_KEPT && c->state.version > i; i++)
-        SH_TRY(release_load(c, txn, c->state.version - i, &c->kept[i], err));
+    const uint64_t versions[] = {c->state.version, c->state.previous};
+    _Static_assert(SH_COUNT(versions) == COORD_RELEASES_KEPT,
+                   "the state names those that are kept");
+    for (size_t i = 0; i < COORD_RELEASES_KEPT; i++)
+        if (versions[i] != 0)
+            SH_TRY(release_load(c, txn, versions[i], &c->kept[i], err));
     return SH_OK;
 }
 
@@ -103,7 +113,7 @@ sh_status coord_publish(coord_step *s, sh_release_row *row, sh_bytes model, cons
     sh_blob described = {0};
     coord_release fresh = {0};
     sh_status status = SH_OK;
-    row->version = c->state.version + 1;
+    row->version = SH_MAX(c->state.version, c->state.version_floor) + 1;
     row->at_ms = s->now_ms;
     if (model.n > 0) {
         SH_GOTO(sh_blob_describe(model.data, model.n, &described, &hashes, s->err));
@@ -116,6 +126,7 @@ sh_status coord_publish(coord_step *s, sh_release_row *row, sh_bytes model, cons
     SH_GOTO(coord_candidate_row_put(s->txn, row, s->err));
     SH_GOTO(coord_manifest_put(s->txn, row->version, row->candidate,
                                (sh_bytes){fresh.bytes, fresh.n}, s->err));
+    c->state.previous = c->state.version;
     c->state.version = row->version;
     c->state.releases += row->version > 1;
     c->dirty = true;
@@ -158,8 +169,12 @@ sh_status coord_rollback(coord_step *s, uint64_t version, sh_bytes model, bool *
     sh_release_row row = {0};
     uint64_t candidate = 0;
     sh_slice manifest = {0};
-    SH_TRY(release_load(c, s->txn, version, &target, s->err));
     sh_status status = coord_manifest_get(s->txn, version, &candidate, &manifest, s->err);
+    if (status == SH_ERR_NOT_FOUND) /* skipped by a restore */
+        return SH_OK;
+    SH_TRY(status);
+    SH_TRY(release_load(c, s->txn, version, &target, s->err));
+    status = coord_manifest_get(s->txn, version, &candidate, &manifest, s->err);
     if (status == SH_OK)
         status = coord_candidate_row_get(s->txn, candidate, &row, s->err);
     if (status != SH_OK)
@@ -190,4 +205,84 @@ cleanup:
     free(row.merged);
     coord_release_release(&target);
     return status;
+}
+
+/* The current release again, under the next version. */
+static sh_status republish(coord_step *s, const char *why)
+{
+    sh_coord *c = s->c;
+    sh_release_row row = {0};
+    uint64_t candidate = 0;
+    sh_slice manifest = {0};
+    coord_release current = {0};
+    SH_TRY(coord_abandon(s)); /* its parent is not current any more; its updates stay */
+    if (coord_manifest_get(s->txn, c->state.version, &candidate, &manifest, s->err) != SH_OK)
+        return sh_fail(s->err, SH_ERR_CORRUPT, "coordinator: the current release has no row");
+    /* Publishing moves what is kept: the chunks' names must not move with it. */
+    SH_TRY(release_load(c, s->txn, c->state.version, &current, s->err));
+    sh_status status = coord_candidate_row_get(s->txn, candidate, &row, s->err);
+    if (status != SH_OK)
+        goto cleanup;
+    row.candidate = c->state.next_candidate++;
+    row.parent = c->state.version;
+    row.updates = 0;
+    row.n_merged = 0;
+    row.canary_nodes = 0;
+    row.canary_tokens = 0;
+    (void)snprintf(row.verdict, sizeof row.verdict, "%s, was %llu", why,
+                   (unsigned long long)c->state.version);
+    SH_GOTO(coord_publish(s, &row, (sh_bytes){0}, &current.manifest.model));
+    c->state.round += c->state.rounds_begun;
+cleanup:
+    free(row.merged);
+    coord_release_release(&current);
+    return status;
+}
+
+sh_status coord_restored(coord_step *s, uint64_t made_ms)
+{
+    sh_coord *c = s->c;
+    coord_state *state = &c->state;
+    uint64_t now_s = s->now_ms / 1000;
+    state->epoch = sh_rng_u64(&c->rng);
+    state->version_floor = SH_MAX(SH_MAX(state->version, state->version_floor), now_s);
+    state->next_candidate = SH_MAX(state->next_candidate, now_s);
+    uint32_t round = SH_MAX(state->round, (uint32_t)SH_MIN(now_s, (uint64_t)UINT32_MAX / 2));
+    if (state->rounds_begun) {
+        state->round_base += round - state->round;
+        state->round = round;
+    }
+    state->restored = true;
+    state->lifts = 0;
+    c->dirty = true;
+    SH_TRY(coord_audit(s, "restored backup_ms=%llu epoch=%016llx version=%llu above=%llu",
+                       (unsigned long long)made_ms, (unsigned long long)state->epoch,
+                       (unsigned long long)state->version,
+                       (unsigned long long)state->version_floor));
+    coord_note(s, SH_CNOTE_RESTORED, NULL, state->version_floor);
+    return republish(s, "restored from a backup");
+}
+
+sh_status coord_lift(coord_step *s, uint64_t version)
+{
+    sh_coord *c = s->c;
+    coord_state *state = &c->state;
+    uint64_t now_s = s->now_ms / 1000;
+    /* Only a clock that was set back after a restore makes versions of the future. To take more
+     * from a node's word would let one that lies issue numbers that a restore comes to again. */
+    uint64_t plausible = now_s + (state->restored ? COORD_VERSION_AHEAD_MAX : 0);
+    if (version <= state->version || version > plausible)
+        return SH_OK;
+    state->version_floor = SH_MAX(state->version_floor, version);
+    c->dirty = true;
+    if (state->lifts >= COORD_LIFTS_MAX) /* a node that lies has cost the fleet enough */
+        return SH_OK;
+    state->lifts++;
+    /* Others may run what was issued after it, too. */
+    state->version_floor =
+        SH_MAX(state->version_floor, SH_MIN(version + COORD_LIFT_MARGIN, plausible));
+    SH_TRY(coord_audit(s, "a node runs version=%llu, which this store never issued",
+                       (unsigned long long)version));
+    SH_TRY(republish(s, "republished above a node's"));
+    return coord_advance(s);
 }

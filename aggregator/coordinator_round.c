@@ -1,8 +1,8 @@
 /*
  * Rounds: complete updates are buffered; enough of them are merged by a job, the candidate is gated
- * by another, and one transaction decides: candidate row, release, and the verdict of every update
- * that was in. Until then the rows are pending, so that a crash at any point merges the same inputs
- * again and counts none twice.
+ * by another and, if so configured, evaluated by nodes (coordinator_canary.c), and one transaction
+ * decides: candidate row, release, and the verdict of every update that was in. Until then the rows
+ * are pending, so that a crash at any point merges the same inputs again and counts none twice.
  */
 #include <math.h>
 #include <stdio.h>
@@ -25,12 +25,15 @@ sh_status coord_base_reason(coord_step *s, const sh_update_meta *meta, sh_reason
     *reason = SH_REASON_BASE;
     if (meta->base_version == 0 || meta->base_version > version)
         return SH_OK;
-    if (version - meta->base_version > s->c->options.staleness_max) {
+    uint64_t behind = 0;
+    SH_TRY(coord_releases_since(s->txn, meta->base_version,
+                                (uint64_t)s->c->options.staleness_max + 1, &behind, s->err));
+    if (behind > s->c->options.staleness_max) {
         *reason = SH_REASON_STALE;
         return SH_OK;
     }
-    /* Down the line of parents: a release that was rolled back is not on it. At most staleness_max
-     * steps, because versions fall. */
+    /* Down the line of parents: a release that was rolled back is not on it, and neither is one
+     * that a restored backup does not know. At most staleness_max steps, because versions fall. */
     for (;;) {
         uint64_t candidate = 0;
         sh_slice manifest = {0};
@@ -80,6 +83,7 @@ sh_status coord_take(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes)
     memmove(&c->pending[at + 1], &c->pending[at], (c->n_pending - at) * sizeof *c->pending);
     c->pending[at] = *id;
     c->n_pending++;
+    c->state.held = false;
     c->state.updates_in++;
     c->dirty = true;
     coord_note(s, SH_CNOTE_UPDATE_IN, &id->node, c->n_pending);
@@ -211,8 +215,10 @@ static sh_status make_inputs(coord_step *s, sh_merge_input *inputs)
         SH_GOTO(coord_update_get(s->txn, &c->pending[i], &row, s->err));
         samples[i] = samples[c->n_pending + i] = row.meta.samples;
         inputs[i] = (sh_merge_input){.id = row.id, .sha256 = row.meta.blob.sha256};
-        double behind = (double)(c->state.version - row.meta.base_version);
-        inputs[i].weight = pow((double)c->options.staleness_discount, behind);
+        uint64_t behind = 0;
+        SH_GOTO(coord_releases_since(s->txn, row.meta.base_version,
+                                     (uint64_t)c->options.staleness_max + 1, &behind, s->err));
+        inputs[i].weight = pow((double)c->options.staleness_discount, (double)behind);
     }
     qsort(samples + c->n_pending, c->n_pending, sizeof *samples, compare_u64);
     double cap = COORD_WEIGHT_FACTOR_MAX * (double)samples[c->n_pending + (c->n_pending - 1) / 2];
@@ -252,9 +258,18 @@ sh_status coord_advance(coord_step *s)
     coord_state *state = &c->state;
     if (state->phase != PHASE_IDLE || state->closed || (state->paused && !state->closing))
         return SH_OK;
+    if (state->held && !state->closing) {
+        if (state->held_until_ms == 0)
+            return SH_OK;
+        if (s->now_ms < state->held_until_ms)
+            return coord_set_timer(s, state->held_until_ms);
+        state->held = false;
+        c->dirty = true;
+    }
     size_t need = c->options.buffer;
-    if (state->closing)
-        need = SH_MIN(need, (size_t)2);
+    if (state
+            ->closing) /* what nodes could not tell the worth of is not merged at the last moment */
+        need = state->held ? SIZE_MAX : SH_MIN(need, (size_t)2);
     if (c->n_pending >= need)
         SH_TRY(refuse_some(s, pick_unfit, NULL)); /* they may have grown stale while they waited */
     if (c->n_pending >= need)
@@ -275,6 +290,7 @@ sh_status coord_abandon(coord_step *s)
     if (c->state.phase == PHASE_IDLE)
         return SH_OK;
     SH_TRY(coord_audit(s, "abandoned candidate=%llu", (unsigned long long)c->candidate.number));
+    SH_TRY(coord_canary_forget(s, NULL));
     SH_TRY(coord_candidate_drop(s));
     c->state.phase = PHASE_IDLE;
     c->job_id = 0;
@@ -317,6 +333,7 @@ cleanup:
 static sh_status end_round(coord_step *s)
 {
     sh_coord *c = s->c;
+    SH_TRY(coord_canary_forget(s, NULL));
     SH_TRY(coord_candidate_drop(s));
     c->state.phase = PHASE_IDLE;
     c->state.round++;
@@ -441,7 +458,7 @@ static bool gate_passes(const sh_coord_options *options, const sh_coord_job_resu
     return overall && slices;
 }
 
-static sh_status gate_refused(coord_step *s, sh_release_row *row)
+sh_status coord_reject(coord_step *s, sh_release_row *row)
 {
     sh_coord *c = s->c;
     coord_candidate *candidate = &c->candidate;
@@ -461,6 +478,7 @@ static sh_status gate_refused(coord_step *s, sh_release_row *row)
     float usual = c->options.server_scale, next = candidate->scale != usual ? usual : 1;
     if (c->state.server_scale == candidate->scale)
         c->state.server_scale = next;
+    SH_TRY(coord_canary_forget(s, NULL));
     SH_TRY(coord_candidate_drop_chunks(s));
     candidate->number = c->state.next_candidate++;
     candidate->scale = next;
@@ -474,42 +492,88 @@ static sh_status gate_refused(coord_step *s, sh_release_row *row)
     return coord_start_job(s);
 }
 
-static sh_status gate_done(coord_step *s, const sh_coord_job_result *result)
+sh_status coord_accept(coord_step *s, sh_release_row *row)
 {
-    sh_coord *c = s->c;
-    coord_candidate *candidate = &c->candidate;
-    if (result->n_slices > SH_GATE_SLICES_MAX)
-        return job_failed(s, SH_ERR_INVALID, "the gate brought too many slices");
-    sh_release_row row = {.candidate = candidate->number,
-                          .parent = candidate->parent_version,
-                          .sha256 = candidate->sha256,
-                          .new_master = candidate->new_master,
-                          .bytes = candidate->bytes,
-                          .adapter_rank = candidate->rank,
-                          .adapter_discarded = candidate->discarded,
-                          .server_scale = candidate->scale};
-    memcpy(row.format, candidate->format, sizeof row.format);
-    row.merged = sh_calloc(candidate->n_inputs, sizeof *row.merged);
-    if (row.merged == NULL)
-        return no_memory(s);
-    for (uint32_t i = 0; i < candidate->n_inputs; i++)
-        if (candidate->inputs[i].reason == SH_REASON_NONE)
-            row.merged[row.n_merged++] = candidate->inputs[i].id;
-    row.updates = row.n_merged;
-    sh_status status = SH_OK;
-    if (!gate_passes(&c->options, result, &row)) {
-        status = gate_refused(s, &row);
-        goto cleanup;
-    }
+    const coord_candidate *candidate = &s->c->candidate;
     sh_blob blob = {.sha256 = candidate->sha256,
                     .bytes = candidate->bytes,
                     .n_chunks = candidate->n_chunks,
                     .chunk_hashes = candidate->chunks};
-    SH_GOTO(coord_publish(s, &row, (sh_bytes){0}, &blob));
-    coord_note(s, SH_CNOTE_RELEASED, NULL, row.version);
-    SH_GOTO(decide_inputs(s, row.version));
-    status = end_round(s);
-cleanup:
+    (void)snprintf(row->verdict, sizeof row->verdict, "released");
+    SH_TRY(coord_publish(s, row, (sh_bytes){0}, &blob));
+    coord_note(s, SH_CNOTE_RELEASED, NULL, row->version);
+    SH_TRY(decide_inputs(s, row->version));
+    return end_round(s);
+}
+
+/* Nobody knows whether it is good: its row says so, and its updates stay in the buffer, where they
+ * wait for another one or for the time of a round, so that the same candidate does not come again
+ * at once. The next round begins, or nodes that have sent theirs would bring no other. */
+sh_status coord_leave_open(coord_step *s, sh_release_row *row)
+{
+    sh_coord *c = s->c;
+    uint64_t wait_ms = c->options.round_ms_max;
+    row->at_ms = s->now_ms;
+    SH_TRY(coord_candidate_row_put(s->txn, row, s->err));
+    c->state.candidates_inconclusive++;
+    SH_TRY(coord_audit(s, "canary candidate=%llu %s", (unsigned long long)row->candidate,
+                       row->verdict));
+    coord_note(s, SH_CNOTE_INCONCLUSIVE, NULL, row->candidate);
+    c->state.held = true;
+    c->state.held_until_ms = wait_ms == 0 ? 0 : s->now_ms + wait_ms;
+    return end_round(s);
+}
+
+sh_status coord_candidate_row(coord_step *s, sh_release_row *row)
+{
+    const coord_candidate *candidate = &s->c->candidate;
+    sh_release_row out = {.candidate = candidate->number,
+                          .parent = candidate->parent_version,
+                          .sha256 = candidate->sha256,
+                          .new_master = candidate->new_master,
+                          .suite = candidate->suite,
+                          .bytes = candidate->bytes,
+                          .loss_parent = candidate->loss_parent,
+                          .loss_candidate = candidate->loss_candidate,
+                          .loss_adapter_form = candidate->loss_adapter_form,
+                          .worst_slice = candidate->worst_slice,
+                          .adapter_rank = candidate->rank,
+                          .adapter_discarded = candidate->discarded,
+                          .server_scale = candidate->scale};
+    memcpy(out.format, candidate->format, sizeof out.format);
+    out.merged = sh_calloc(candidate->n_inputs, sizeof *out.merged);
+    if (out.merged == NULL)
+        return no_memory(s);
+    for (uint32_t i = 0; i < candidate->n_inputs; i++)
+        if (candidate->inputs[i].reason == SH_REASON_NONE)
+            out.merged[out.n_merged++] = candidate->inputs[i].id;
+    out.updates = out.n_merged;
+    *row = out;
+    return SH_OK;
+}
+
+static sh_status gate_done(coord_step *s, const sh_coord_job_result *result)
+{
+    sh_coord *c = s->c;
+    coord_candidate *candidate = &c->candidate;
+    sh_release_row row = {0};
+    if (result->n_slices > SH_GATE_SLICES_MAX)
+        return job_failed(s, SH_ERR_INVALID, "the gate brought too many slices");
+    SH_TRY(coord_candidate_row(s, &row));
+    sh_status status;
+    if (!gate_passes(&c->options, result, &row)) {
+        status = coord_reject(s, &row);
+    } else if (c->options.canary_nodes_min == 0) {
+        status = coord_accept(s, &row);
+    } else {
+        candidate->suite = row.suite;
+        candidate->loss_parent = row.loss_parent;
+        candidate->loss_candidate = row.loss_candidate;
+        candidate->loss_adapter_form = row.loss_adapter_form;
+        candidate->worst_slice = row.worst_slice;
+        c->retries = 0;
+        status = coord_canary_begin(s);
+    }
     free(row.merged);
     return status;
 }

@@ -1,13 +1,16 @@
 /*
- * Rows of the tables NODE, UPDATE, RELEASE and AUDIT, and the readers that reports use.
+ * Rows of the tables NODE, UPDATE, RELEASE, EVALUATION and AUDIT, and the readers that reports use.
  *
- * Integers little-endian; each value begins with a version byte, ROW_VERSION.
+ * Integers little-endian; each value but an evaluation begins with a version byte: ROW_VERSION, or
+ * 1 where ROW_VERSION_2 is written, which is read without what 2 added.
  * NODE     key -> version, revoked, enrolled_ms 8, last_ms 8, n_epochs 1, epochs 8 each, the last
- *          check-in's numbers, agent and kernel (length byte, text)
+ *          check-in's numbers, agent, kernel, from version 2 on name (length byte, text)
  * UPDATE   id 48 -> version, verdict, reason, 0, candidate 8, version 8, norm f64, cosine f64,
  *          sh_update_meta as it was sent (nothing when it was not readable)
- * RELEASE  'c' + candidate 8 (big-endian) -> the decided candidate
+ * RELEASE  'c' + candidate 8 (big-endian) -> the decided candidate; from version 2 on what canary
+ *          nodes found comes before the updates merged
  *          'v' + version 8 (big-endian) -> version byte, candidate 8, signed manifest
+ * EVALUATION  candidate 8 (big-endian), id 48 -> sh_evaluation as it was sent
  * AUDIT    seq 8 (big-endian) -> version, hash of the entry before 32, at_ms 8, text; an entry's
  *          hash is BLAKE2b-256 of its value, so none can be changed or left out unseen
  */
@@ -19,6 +22,7 @@
 #include "aggregator/coordinator_internal.h"
 
 #define ROW_VERSION         1
+#define ROW_VERSION_2       2 /* of NODE and candidates */
 #define UPDATE_HEADER_BYTES 36
 #define AUDIT_HEADER_BYTES  41
 #define TAG_CANDIDATE       'c'
@@ -83,7 +87,7 @@ sh_status coord_node_put(sh_txn *txn, const coord_node *node, sh_error *err)
     const sh_msg_checkin *in = &row->checkin;
     coord_writer w;
     coord_writer_init(&w);
-    coord_put_uint(&w, ROW_VERSION, 1);
+    coord_put_uint(&w, ROW_VERSION_2, 1);
     coord_put_uint(&w, row->revoked, 1);
     coord_put_uint(&w, row->enrolled_ms, 8);
     coord_put_uint(&w, row->last_ms, 8);
@@ -109,6 +113,7 @@ sh_status coord_node_put(sh_txn *txn, const coord_node *node, sh_error *err)
         coord_put_uint(&w, in->dropped[i], 8);
     coord_put_text(&w, row->agent);
     coord_put_text(&w, row->kernel);
+    coord_put_text(&w, row->name);
     return put_writer(txn, SH_COORD_T_NODE, (sh_slice){row->key.b, 32}, &w, err);
 }
 
@@ -118,7 +123,8 @@ static sh_status node_decode(sh_slice key, sh_slice value, coord_node *node, sh_
     sh_node_row *row = &out.row;
     sh_msg_checkin *in = &row->checkin;
     coord_reader r = coord_reader_of(value);
-    bool good = coord_get_uint(&r, 1) == ROW_VERSION && key.n == 32;
+    uint64_t version = coord_get_uint(&r, 1);
+    bool good = version >= 1 && version <= ROW_VERSION_2 && key.n == 32;
     if (good)
         memcpy(row->key.b, key.data, 32);
     row->revoked = coord_get_uint(&r, 1) != 0;
@@ -146,6 +152,8 @@ static sh_status node_decode(sh_slice key, sh_slice value, coord_node *node, sh_
         in->dropped[i] = coord_get_uint(&r, 8);
     coord_get_text(&r, row->agent, sizeof row->agent);
     coord_get_text(&r, row->kernel, sizeof row->kernel);
+    if (version >= 2)
+        coord_get_text(&r, row->name, sizeof row->name);
     if (r.bad || r.p != r.end)
         return corrupt(err, SH_COORD_T_NODE);
     *node = out;
@@ -251,7 +259,7 @@ sh_status coord_candidate_row_put(sh_txn *txn, const sh_release_row *row, sh_err
 {
     coord_writer w;
     coord_writer_init(&w);
-    coord_put_uint(&w, ROW_VERSION, 1);
+    coord_put_uint(&w, ROW_VERSION_2, 1);
     const uint64_t numbers[] = {row->version, row->parent,       row->at_ms,   row->bytes,
                                 row->updates, row->adapter_rank, row->n_merged};
     for (size_t i = 0; i < SH_COUNT(numbers); i++)
@@ -265,6 +273,10 @@ sh_status coord_candidate_row_put(sh_txn *txn, const sh_release_row *row, sh_err
     coord_put_hash(&w, &row->suite);
     coord_put_text(&w, row->format);
     coord_put_text(&w, row->verdict);
+    coord_put_uint(&w, row->canary_nodes, 4);
+    coord_put_uint(&w, row->canary_tokens, 8);
+    coord_put_f64(&w, row->canary_parent);
+    coord_put_f64(&w, row->canary_candidate);
     for (uint32_t i = 0; i < row->n_merged; i++) {
         uint8_t id[COORD_ID_BYTES];
         coord_id_put(id, &row->merged[i]);
@@ -280,7 +292,8 @@ static sh_status release_decode(uint64_t candidate, sh_slice value, sh_release_r
 {
     sh_release_row out = {.candidate = candidate};
     coord_reader r = coord_reader_of(value);
-    bool good = coord_get_uint(&r, 1) == ROW_VERSION;
+    uint64_t version = coord_get_uint(&r, 1);
+    bool good = version >= 1 && version <= ROW_VERSION_2;
     out.version = coord_get_uint(&r, 8);
     out.parent = coord_get_uint(&r, 8);
     out.at_ms = coord_get_uint(&r, 8);
@@ -299,6 +312,12 @@ static sh_status release_decode(uint64_t candidate, sh_slice value, sh_release_r
     out.suite = coord_get_hash(&r);
     coord_get_text(&r, out.format, sizeof out.format);
     coord_get_text(&r, out.verdict, sizeof out.verdict);
+    if (version >= 2) {
+        out.canary_nodes = (uint32_t)coord_get_uint(&r, 4);
+        out.canary_tokens = coord_get_uint(&r, 8);
+        out.canary_parent = coord_get_f64(&r);
+        out.canary_candidate = coord_get_f64(&r);
+    }
     if (!good || r.bad || n_merged > SH_COORD_BUFFER_MAX ||
         (size_t)(r.end - r.p) != n_merged * COORD_ID_BYTES)
         return corrupt(err, SH_COORD_T_RELEASE);
@@ -356,6 +375,94 @@ sh_status coord_manifest_get(sh_txn *txn, uint64_t version, uint64_t *candidate,
     *candidate = number;
     *manifest = (sh_slice){r.p, (size_t)(r.end - r.p)};
     return SH_OK;
+}
+
+sh_status coord_releases_since(sh_txn *txn, uint64_t version, uint64_t max, uint64_t *n,
+                               sh_error *err)
+{
+    uint8_t from[9];
+    sh_cursor *cursor = NULL;
+    sh_slice key;
+    uint64_t count = 0;
+    release_key(from, TAG_VERSION, version + 1);
+    SH_TRY(sh_cursor_open(txn, SH_COORD_T_RELEASE, &cursor, err));
+    sh_status status = count < max ? sh_cursor_seek(cursor, from, sizeof from, &key, NULL) : SH_OK;
+    while (status == SH_OK && count < max) {
+        count++; /* versions are the table's last rows */
+        status = sh_cursor_next(cursor, &key, NULL);
+    }
+    sh_cursor_close(&cursor);
+    if (status != SH_OK && status != SH_ERR_NOT_FOUND)
+        return sh_fail(err, status, "coordinator: the releases cannot be read");
+    *n = count;
+    return SH_OK;
+}
+
+/* ---- EVALUATION ---- */
+
+#define EVALUATION_KEY_BYTES (8 + COORD_ID_BYTES)
+
+static void evaluation_key(uint8_t key[EVALUATION_KEY_BYTES], uint64_t candidate,
+                           const sh_update_id *id)
+{
+    sh_key_put_u64(key, candidate);
+    coord_id_put(key + 8, id);
+}
+
+sh_status coord_evaluation_put(sh_txn *txn, uint64_t candidate, const sh_update_id *id,
+                               sh_bytes payload, sh_error *err)
+{
+    uint8_t key[EVALUATION_KEY_BYTES];
+    evaluation_key(key, candidate, id);
+    return sh_txn_put(txn, SH_COORD_T_EVALUATION, key, sizeof key, payload.data, payload.n, err);
+}
+
+sh_status coord_evaluation_delete(sh_txn *txn, uint64_t candidate, const sh_update_id *id,
+                                  sh_error *err)
+{
+    uint8_t key[EVALUATION_KEY_BYTES];
+    evaluation_key(key, candidate, id);
+    return sh_txn_del(txn, SH_COORD_T_EVALUATION, key, sizeof key, err);
+}
+
+sh_status coord_evaluation_has(sh_txn *txn, uint64_t candidate, const sh_hash *node, bool *has,
+                               sh_error *err)
+{
+    uint8_t key[EVALUATION_KEY_BYTES];
+    sh_cursor *cursor = NULL;
+    sh_slice found;
+    evaluation_key(key, candidate, &(sh_update_id){.node = *node});
+    SH_TRY(sh_cursor_open(txn, SH_COORD_T_EVALUATION, &cursor, err));
+    sh_status status = sh_cursor_seek(cursor, key, sizeof key, &found, NULL);
+    bool same = status == SH_OK && found.n == sizeof key &&
+                memcmp(found.data, key, 8 + sizeof(sh_hash)) == 0;
+    sh_cursor_close(&cursor);
+    if (status != SH_OK && status != SH_ERR_NOT_FOUND)
+        return sh_fail(err, status, "coordinator: the evaluations cannot be read");
+    *has = same;
+    return SH_OK;
+}
+
+sh_status coord_each_evaluation(sh_txn *txn, uint64_t candidate,
+                                sh_status (*fn)(void *arg, const sh_update_id *id,
+                                                sh_bytes payload),
+                                void *arg, sh_error *err)
+{
+    uint8_t from[8];
+    sh_cursor *cursor = NULL;
+    sh_slice key, value;
+    sh_key_put_u64(from, candidate);
+    SH_TRY(sh_cursor_open(txn, SH_COORD_T_EVALUATION, &cursor, err));
+    sh_status status = sh_cursor_seek(cursor, from, sizeof from, &key, &value);
+    while (status == SH_OK && key.n == EVALUATION_KEY_BYTES && memcmp(key.data, from, 8) == 0) {
+        sh_update_id id = {0};
+        (void)coord_id_get((sh_slice){(const uint8_t *)key.data + 8, COORD_ID_BYTES}, &id);
+        status = fn(arg, &id, (sh_bytes){value.data, value.n});
+        if (status == SH_OK)
+            status = sh_cursor_next(cursor, &key, &value);
+    }
+    sh_cursor_close(&cursor);
+    return status == SH_ERR_NOT_FOUND ? SH_OK : status;
 }
 
 /* ---- AUDIT ---- */

@@ -1,9 +1,11 @@
 /*
  * Rows of META. All integers little-endian.
- *   "state"      magic "SHCO", version 1, the fields of coord_state in the order of state_bytes,
- *                the first 8 bytes of BLAKE2b-256 of all that
- *   "candidate"  magic "SHCA", version 1, the candidate in progress with its inputs, checksum as
- *                above; absent when nothing is merged or gated
+ *   "schema"     version of the whole store, 4; absent: it is empty, or of version 1
+ *   "state"      magic "SHCO", version 2, the fields of coord_state in the order of
+ *                coord_state_save, the first 8 bytes of BLAKE2b-256 of all that
+ *   "candidate"  magic "SHCA", version 2, the candidate in progress with its inputs, checksum as
+ *                above; absent when nothing is merged, gated or evaluated
+ *   "backup"     magic "SHCB", version 2, time 8, checksum: this store is a copy
  *   "w" + id     payload of an update item whose chunks are on their way up
  */
 #include <stdlib.h>
@@ -13,11 +15,14 @@
 
 #define STATE_MAGIC     0x4f434853u /* "SHCO" */
 #define CANDIDATE_MAGIC 0x41434853u /* "SHCA" */
-#define META_VERSION    1
+#define BACKUP_MAGIC    0x42434853u /* "SHCB" */
+#define META_VERSION    2 /* of 1, which ends before the fields that 2 added, rows are read */
 #define CHECKSUM_BYTES  8
 
 static const char state_key[] = "state";
 static const char candidate_key[] = "candidate";
+static const char schema_key[] = "schema";
+static const char backup_key[] = "backup";
 
 static sh_status save(sh_txn *txn, const char *key, coord_writer *w, sh_error *err)
 {
@@ -33,7 +38,8 @@ static sh_status save(sh_txn *txn, const char *key, coord_writer *w, sh_error *e
 }
 
 /* SH_ERR_NOT_FOUND without text when the row is absent. */
-static sh_status load(sh_txn *txn, const char *key, uint32_t magic, coord_reader *r, sh_error *err)
+static sh_status load(sh_txn *txn, const char *key, uint32_t magic, coord_reader *r,
+                      unsigned *version, sh_error *err)
 {
     sh_slice value;
     SH_TRY(sh_txn_get(txn, SH_COORD_T_META, key, strlen(key), &value));
@@ -47,10 +53,12 @@ static sh_status load(sh_txn *txn, const char *key, uint32_t magic, coord_reader
     }
     if (!good)
         return sh_fail(err, SH_ERR_CORRUPT, "coordinator: row \"%s\" fails its checksum", key);
-    uint64_t version = coord_get_uint(r, 2);
-    if (version != META_VERSION)
-        return sh_fail(err, SH_ERR_UNSUPPORTED, "coordinator: row \"%s\" has version %llu, not %d",
-                       key, (unsigned long long)version, META_VERSION);
+    unsigned number = (unsigned)coord_get_uint(r, 2);
+    if (number == 0 || number > META_VERSION)
+        return sh_fail(err, SH_ERR_UNSUPPORTED,
+                       "coordinator: row \"%s\" has version %u, this program knows 1 to %d", key,
+                       number, META_VERSION);
+    *version = number;
     return SH_OK;
 }
 
@@ -83,6 +91,15 @@ sh_status coord_state_save(sh_coord *c, sh_txn *txn, sh_error *err)
         coord_put_uint(&w, s->updates_refused[i], 8);
     coord_put_uint(&w, s->audit_seq, 8);
     coord_put_hash(&w, &s->audit_head);
+    coord_put_uint(&w, s->epoch, 8);
+    coord_put_uint(&w, s->previous, 8);
+    coord_put_uint(&w, s->version_floor, 8);
+    coord_put_uint(&w, s->round_base, 4);
+    coord_put_uint(&w, s->held, 1);
+    coord_put_uint(&w, s->held_until_ms, 8);
+    coord_put_uint(&w, s->restored, 1);
+    coord_put_uint(&w, s->lifts, 4);
+    coord_put_uint(&w, s->candidates_inconclusive, 8);
     SH_TRY(save(txn, state_key, &w, err));
     c->dirty = false;
     return SH_OK;
@@ -103,6 +120,12 @@ static void candidate_save_bytes(coord_writer *w, const coord_candidate *candida
     coord_put_f64(w, candidate->discarded);
     coord_put_uint(w, candidate->n_chunks, 4);
     coord_put_bytes(w, candidate->chunks, (size_t)candidate->n_chunks * sizeof(sh_hash));
+    coord_put_hash(w, &candidate->suite);
+    coord_put_f64(w, candidate->loss_parent);
+    coord_put_f64(w, candidate->loss_candidate);
+    coord_put_f64(w, candidate->loss_adapter_form);
+    coord_put_f64(w, candidate->worst_slice);
+    coord_put_uint(w, candidate->until_ms, 8);
     coord_put_uint(w, candidate->n_inputs, 4);
     for (uint32_t i = 0; i < candidate->n_inputs; i++) {
         const sh_merge_input *in = &candidate->inputs[i];
@@ -174,10 +197,21 @@ static sh_status read_chunks(coord_reader *r, coord_candidate *out)
     return SH_OK;
 }
 
+static void read_gate(coord_reader *r, coord_candidate *out)
+{
+    out->suite = coord_get_hash(r);
+    out->loss_parent = coord_get_f64(r);
+    out->loss_candidate = coord_get_f64(r);
+    out->loss_adapter_form = coord_get_f64(r);
+    out->worst_slice = coord_get_f64(r);
+    out->until_ms = coord_get_uint(r, 8);
+}
+
 static sh_status candidate_load(sh_coord *c, sh_txn *txn, sh_error *err)
 {
     coord_reader r = {0};
-    sh_status status = load(txn, candidate_key, CANDIDATE_MAGIC, &r, err);
+    unsigned version = 0;
+    sh_status status = load(txn, candidate_key, CANDIDATE_MAGIC, &r, &version, err);
     if (status == SH_ERR_NOT_FOUND)
         return sh_fail(err, SH_ERR_CORRUPT, "coordinator: a merge is under way without its row");
     SH_TRY(status);
@@ -192,6 +226,8 @@ static sh_status candidate_load(sh_coord *c, sh_txn *txn, sh_error *err)
     out.rank = (uint32_t)coord_get_uint(&r, 4);
     out.discarded = coord_get_f64(&r);
     status = read_chunks(&r, &out);
+    if (version >= 2)
+        read_gate(&r, &out);
     if (status == SH_OK)
         status = read_inputs(&r, &out);
     if (status != SH_OK) {
@@ -202,10 +238,29 @@ static sh_status candidate_load(sh_coord *c, sh_txn *txn, sh_error *err)
     return SH_OK;
 }
 
+/* What version 2 added; a store of version 1 has all versions from 1 on, without gaps. */
+static void read_state_2(coord_reader *r, coord_state *s, unsigned version)
+{
+    if (version < 2) {
+        s->previous = s->version > 0 ? s->version - 1 : 0;
+        return;
+    }
+    s->epoch = coord_get_uint(r, 8);
+    s->previous = coord_get_uint(r, 8);
+    s->version_floor = coord_get_uint(r, 8);
+    s->round_base = (uint32_t)coord_get_uint(r, 4);
+    s->held = coord_get_uint(r, 1) != 0;
+    s->held_until_ms = coord_get_uint(r, 8);
+    s->restored = coord_get_uint(r, 1) != 0;
+    s->lifts = (uint32_t)coord_get_uint(r, 4);
+    s->candidates_inconclusive = coord_get_uint(r, 8);
+}
+
 sh_status coord_state_load(sh_coord *c, sh_txn *txn, bool *found, sh_error *err)
 {
     coord_reader r = {0};
-    sh_status status = load(txn, state_key, STATE_MAGIC, &r, err);
+    unsigned version = 0;
+    sh_status status = load(txn, state_key, STATE_MAGIC, &r, &version, err);
     if (status == SH_ERR_NOT_FOUND) {
         *found = false;
         return SH_OK;
@@ -230,17 +285,81 @@ sh_status coord_state_load(sh_coord *c, sh_txn *txn, bool *found, sh_error *err)
     s.updates_in = coord_get_uint(&r, 8);
     s.updates_merged = coord_get_uint(&r, 8);
     unsigned reasons = (unsigned)coord_get_uint(&r, 1);
-    r.bad = r.bad || reasons > SH_REASONS || phase > PHASE_GATING;
+    r.bad = r.bad || reasons > SH_REASONS || phase > PHASE_EVALUATING;
     for (unsigned i = 0; i < reasons && !r.bad; i++)
         s.updates_refused[i] = coord_get_uint(&r, 8);
     s.audit_seq = coord_get_uint(&r, 8);
     s.audit_head = coord_get_hash(&r);
+    read_state_2(&r, &s, version);
     if (r.bad || r.p != r.end)
         return sh_fail(err, SH_ERR_CORRUPT, "coordinator: row \"state\" is cut short");
     s.phase = (coord_phase)phase;
     c->state = s;
     *found = true;
     return SH_OK;
+}
+
+/* ---- the store as a whole ---- */
+
+sh_status coord_schema_get(sh_txn *txn, uint32_t *schema, sh_error *err)
+{
+    sh_slice value;
+    sh_status status = sh_txn_get(txn, SH_COORD_T_META, schema_key, strlen(schema_key), &value);
+    if (status == SH_ERR_NOT_FOUND) {
+        *schema = 0;
+        return SH_OK;
+    }
+    SH_TRY(status);
+    coord_reader r = coord_reader_of(value);
+    uint32_t number = (uint32_t)coord_get_uint(&r, 4);
+    if (r.bad || r.p != r.end || number < 2)
+        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: row \"schema\" cannot be read");
+    if (number > COORD_SCHEMA)
+        return sh_fail(err, SH_ERR_UNSUPPORTED,
+                       "coordinator: the store has schema %u, this program knows up to %u: use the "
+                       "program that wrote it, or a newer one",
+                       number, COORD_SCHEMA);
+    *schema = number;
+    return SH_OK;
+}
+
+sh_status coord_schema_put(sh_txn *txn, sh_error *err)
+{
+    uint8_t value[4] = {COORD_SCHEMA};
+    return sh_txn_put(txn, SH_COORD_T_META, schema_key, strlen(schema_key), value, sizeof value,
+                      err);
+}
+
+sh_status sh_coord_mark_backup(sh_txn *txn, uint64_t now_ms, sh_error *err)
+{
+    sh_slice value;
+    sh_status status = sh_txn_get(txn, SH_COORD_T_META, state_key, strlen(state_key), &value);
+    if (status == SH_ERR_NOT_FOUND)
+        return sh_fail(err, status, "coordinator: this is no aggregator's store");
+    SH_TRY(status);
+    coord_writer w;
+    coord_writer_init(&w);
+    coord_put_uint(&w, BACKUP_MAGIC, 4);
+    coord_put_uint(&w, META_VERSION, 2);
+    coord_put_uint(&w, SH_MAX(now_ms, UINT64_C(1)), 8);
+    return save(txn, backup_key, &w, err);
+}
+
+sh_status coord_backup_mark_take(sh_txn *txn, uint64_t *made_ms, sh_error *err)
+{
+    coord_reader r = {0};
+    unsigned version = 0;
+    sh_status status = load(txn, backup_key, BACKUP_MAGIC, &r, &version, err);
+    if (status == SH_ERR_NOT_FOUND) {
+        *made_ms = 0;
+        return SH_OK;
+    }
+    SH_TRY(status);
+    uint64_t at_ms = coord_get_uint(&r, 8);
+    if (r.bad || r.p != r.end || at_ms == 0)
+        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: row \"backup\" cannot be read");
+    *made_ms = at_ms;
+    return sh_txn_del(txn, SH_COORD_T_META, backup_key, strlen(backup_key), err);
 }
 
 /* ---- updates on their way up ---- */

@@ -6,12 +6,18 @@
  *                     wall_s, error: as the summary has them
  *     verdict         state: good | attention | drifted | quiet | failed | incomplete; headline;
  *                     action: promote | hold | retrain | roll back | investigate; recommendation
- *     coverage        nodes, nodes_reporting, nodes_alarmed, took_last_release, not_measured [path]
+ *     coverage        nodes, nodes_reporting, nodes_alarmed, took_last_release, not_measured
+ * [path]; of a fleet's store too: enrolled, stale, never_seen, insufficient, revoked, dropped
+ * {updates, alarms, windows, records} fleet           as survey.h has it; null without a store
  *     checks          passed, failed, rows [{name, value, limit, ok}], left_out
  *     quality         heldout_nll, gain_share, acceptance, timeline, change_window
  *     drift           false_alarms, alarmed, within_3_windows, by_metric {name: nodes}, ranked
- *                     [{node, topic, metric, log_evalue, windows_to_alarm}], left_out
+ *                     [{node, topic, metric, log_evalue, effect, unit, windows_to_alarm}],
+ *                     left_out
  *     heatmap         metrics, nodes, values (largest evidence first), left_out
+ *     histograms      [{metric, unit, low, high, reference [bins], current [bins], and their n and
+ *                     mean}]
+ *     decisions       newest entries of the audit log: rows [{at_ms, text}], left_out
  *     releases        published, refused, last_version, rows, left_out
  *     sync            updates, bytes: as the summary has them
  *     faults, phases  rows, left_out
@@ -27,8 +33,9 @@
 
 #include "aggregator/report_page.h"
 
-#define ALARM_WINDOWS_SOON 3
-#define SENTENCE_BYTES     512
+#define ALARM_WINDOWS_SOON  3
+#define SENTENCE_BYTES      512
+#define ACCEPTANCE_DROP_MAX 0.05 /* of completions, when inputs have not moved */
 
 static void set_number(json_t *object, const char *key, double x)
 {
@@ -57,6 +64,14 @@ static json_t *first_rows(const json_t *array, size_t most)
     sh_json_set(out, "rows", rows);
     set_number(out, "left_out", (double)(n - kept));
     return out;
+}
+
+static json_t *first_objects(const json_t *summary, const char *path, size_t most)
+{
+    json_t *all = first_rows(report_get(summary, path), most);
+    json_t *rows = json_incref(json_object_get(all, "rows"));
+    json_decref(all);
+    return rows;
 }
 
 static json_t *make_run(const json_t *summary)
@@ -158,7 +173,9 @@ static json_t *node_label(const json_t *node)
 static json_t *ranked_row(const json_t *node)
 {
     static const char *const keys[] = {
-        "topic", "metric", "log_evalue", "windows_to_alarm", "change_window", "first_alarm_window"};
+        "topic",       "metric",           "log_evalue",    "effect",
+        "unit",        "windows_to_alarm", "change_window", "first_alarm_window",
+        "drifting_now"};
     json_t *row = json_object();
     sh_json_set(row, "node", node_label(report_get(node, "node")));
     for (size_t i = 0; i < SH_COUNT(keys); i++)
@@ -280,12 +297,15 @@ static json_t *make_coverage(const json_t *summary, const json_t *report)
                                          "updates.twice",
                                          "bytes.up_per_update",
                                          "bytes.down_per_release_node"};
-    json_t *out = json_object(), *missing = json_array();
-    for (size_t i = 0; i < SH_COUNT(wanted); i++)
+    const json_t *given = report_get(summary, "coverage");
+    json_t *out = json_is_object(given) ? json_deep_copy(given) : json_object();
+    json_t *missing = json_array();
+    for (size_t i = 0; i < SH_COUNT(wanted) && !report_is_fleet(report); i++)
         if (report_get(summary, wanted[i]) == NULL)
             json_array_append_new(missing, json_string(wanted[i]));
     sh_json_set(out, "nodes", copy(summary, "nodes"));
-    sh_json_set(out, "nodes_reporting", copy(report, "drift.nodes"));
+    sh_json_set(out, "nodes_reporting",
+                given != NULL ? copy(summary, "coverage.reporting") : copy(report, "drift.nodes"));
     sh_json_set(out, "nodes_alarmed", copy(report, "drift.alarmed"));
     sh_json_set(out, "took_last_release", copy(report, "releases.last_taken_by_nodes"));
     sh_json_set(out, "not_measured", missing);
@@ -359,6 +379,49 @@ static bool judge_harm(const json_t *report, verdict *v)
     return true;
 }
 
+/* A fleet that goes on: what is seen now decides, not what a run was to show. */
+static void judge_fleet(const json_t *report, verdict *v)
+{
+    double enrolled = report_number(report, "coverage.enrolled");
+    double reporting = report_number(report, "coverage.nodes_reporting");
+    double insufficient = report_number(report, "coverage.insufficient");
+    double drifting = report_number(report, "fleet.drifting_now");
+    double before = report_number(report, "fleet.acceptance_reference");
+    double now = report_number(report, "fleet.acceptance_now");
+    double release = report_number(report, "fleet.release");
+    double on_release = report_number(report, "fleet.on_release");
+    v->action = "hold";
+    if (!(reporting > 0) || reporting - insufficient < enrolled / 2) {
+        v->state = "incomplete";
+        say(v->headline, "%.0f of %.0f nodes report, %.0f of them with too little to judge by.",
+            reporting, enrolled, insufficient);
+        say(v->recommendation, "Decide nothing yet: see runbook/node-stale.md for those away.");
+    } else if (drifting > 0) {
+        v->state = "drifted";
+        v->action = "retrain";
+        say(v->headline, "%.0f of %.0f reporting nodes see drift on release %.0f.", drifting,
+            reporting, release);
+        say(v->recommendation, "Let rounds go on; if none begins, see runbook/drift.md.");
+    } else if (now < before - ACCEPTANCE_DROP_MAX && release > 1) {
+        v->state = "attention";
+        v->action = "roll back";
+        say(v->headline,
+            "Users accept %.1f %% of completions, %.1f %% before, and inputs are calm.", 100 * now,
+            100 * before);
+        say(v->recommendation, "Roll back release %.0f and look at its gate.", release);
+    } else if (on_release < reporting) {
+        v->state = "good";
+        v->action = "promote";
+        say(v->headline, "No drift; %.0f of %.0f reporting nodes run release %.0f.", on_release,
+            reporting, release);
+        say(v->recommendation, "Go on promoting release %.0f.", release);
+    } else {
+        v->state = "good";
+        say(v->headline, "No drift; every reporting node runs release %.0f.", release);
+        say(v->recommendation, "Nothing to do.");
+    }
+}
+
 static void judge(const json_t *report, verdict *v)
 {
     double published = report_number(report, "releases.published");
@@ -369,6 +432,10 @@ static void judge(const json_t *report, verdict *v)
     double passed = report_number(report, "checks.passed");
     double base = report_number(report, "quality.heldout_nll.base");
     double final = report_number(report, "quality.heldout_nll.final");
+    if (report_is_fleet(report)) {
+        judge_fleet(report, v);
+        return;
+    }
     if (judge_harm(report, v))
         return;
     if (isnan(published) && isnan(alarmed)) {
@@ -427,15 +494,19 @@ sh_status sh_report_make(const json_t *summary, json_t **out, sh_error *err)
     sh_json_set(report, "run", make_run(summary));
     sh_json_set(report, "verdict", json_null()); /* keeps its place; judged last */
     sh_json_set(report, "coverage", json_null());
+    sh_json_set(report, "fleet", copy(summary, "fleet"));
     sh_json_set(report, "checks", make_checks(summary));
     sh_json_set(report, "quality", make_quality(summary));
     sh_json_set(report, "drift", make_drift(summary));
     sh_json_set(report, "heatmap", make_heatmap(summary));
+    sh_json_set(report, "histograms", first_objects(summary, "histograms", REPORT_METRICS_MAX));
     sh_json_set(report, "releases", make_releases(summary));
     sh_json_set(sync, "updates", copy(summary, "updates"));
     sh_json_set(sync, "bytes", copy(summary, "bytes"));
     sh_json_set(report, "sync", sync);
     sh_json_set(report, "faults", first_rows(report_get(summary, "faults"), REPORT_FAULTS_MAX));
+    sh_json_set(report, "decisions",
+                first_rows(report_get(summary, "decisions"), REPORT_DECISIONS_MAX));
     sh_json_set(report, "phases", first_rows(report_get(summary, "phases"), REPORT_FAULTS_MAX));
     sh_json_set(report, "coverage", make_coverage(summary, report));
     sh_json_set(report, "verdict", make_verdict(report));

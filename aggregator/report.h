@@ -1,6 +1,7 @@
 /*
- * The drift report: one JSON document made from a run's summary (docs/summary.md), and its text,
- * HTML and plots, which are drawn from that document alone.
+ * The drift report: one JSON document made from a run's summary (docs/summary.md) or from what an
+ * aggregator's store says about its fleet (survey.h), and its text, HTML and plots, which are drawn
+ * from that document alone.
  *
  * Invariants: whatever the summary lacks is "not measured" in the report, never 0; names from the
  * summary are escaped in HTML and SVG and lose control characters in text, because node names are
@@ -30,7 +31,13 @@ SH_MUST_USE sh_status sh_report_make(const json_t *summary, json_t **out, sh_err
 SH_MUST_USE sh_status sh_report_text(const json_t *report, sh_buf *out);
 SH_MUST_USE sh_status sh_report_html(const json_t *report, sh_buf *out);
 
-typedef enum { SH_PLOT_LOSS, SH_PLOT_ACCEPTANCE, SH_PLOT_DRIFT, SH_PLOTS } sh_plot;
+typedef enum {
+    SH_PLOT_LOSS,
+    SH_PLOT_ACCEPTANCE,
+    SH_PLOT_DRIFT,
+    SH_PLOT_HISTOGRAMS,
+    SH_PLOTS
+} sh_plot;
 const char *sh_plot_name(sh_plot plot); /* "loss": the file is plots/loss.svg */
 /* One <svg>; standalone: with XML head and its own style, as a file; else to stand in a page that
  * has sh_plot_style in its style sheet. */

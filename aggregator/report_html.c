@@ -73,6 +73,13 @@ static void put_figure_row(report_page *p, const json_t *report, const char *lab
                report_format(report_number(report, path), form, text));
 }
 
+static void put_figures(report_page *p, const json_t *report, const report_figure *figure)
+{
+    for (; figure->label != NULL; figure++)
+        if (report_shows(report, figure))
+            put_figure_row(p, report, figure->label, figure->path, figure->form);
+}
+
 static void put_left_out(report_page *p, const json_t *part, const char *what)
 {
     double n = report_number(part, "left_out");
@@ -103,8 +110,13 @@ static void put_head(report_page *p, const json_t *report)
     report_put(p, "</p>\n<p>");
     report_put_escaped(p, report_string(report, "verdict.recommendation"));
     report_put(p, "</p></div>\n<ul class=\"tiles\">");
-    put_tile(p, report, "of central LoRA's gain", "quality.gain_share", REPORT_SHARE);
-    put_tile(p, report, "accepted at the end", "quality.acceptance.end", REPORT_SHARE);
+    if (report_is_fleet(report)) {
+        put_tile(p, report, "nodes reporting", "coverage.nodes_reporting", REPORT_COUNT);
+        put_tile(p, report, "accepted now", "fleet.acceptance_now", REPORT_SHARE);
+    } else {
+        put_tile(p, report, "of central LoRA's gain", "quality.gain_share", REPORT_SHARE);
+        put_tile(p, report, "accepted at the end", "quality.acceptance.end", REPORT_SHARE);
+    }
     put_tile(p, report, "releases published", "releases.published", REPORT_COUNT);
     put_tile(p, report, "updates merged", "sync.updates.merged", REPORT_COUNT);
     put_tile(p, report, "nodes in alarm", "drift.alarmed", REPORT_COUNT);
@@ -146,62 +158,87 @@ static void put_checks(report_page *p, const json_t *report)
     put_left_out(p, report_get(report, "checks"), "checks");
 }
 
+static void put_coverage(report_page *p, const json_t *report)
+{
+    report_put(p, "<h2>Coverage</h2>\n<table class=\"f\">\n");
+    put_figures(p, report, report_coverage_figures);
+    report_put(p, "</table>\n");
+}
+
 static void put_quality(report_page *p, const json_t *report)
 {
-    const json_t *q = report_get(report, "quality");
     report_put(p, "<h2>Quality</h2>\n");
     put_plot(p, report, SH_PLOT_LOSS,
              "Each dot is a release that passed the gate, each cross a candidate that it refused. "
              "The gate's suite and the held-out text are different texts.");
     report_put(p, "<table class=\"f\">\n");
-    put_figure_row(p, q, "held-out loss, base", "heldout_nll.base", REPORT_PLAIN);
-    put_figure_row(p, q, "held-out loss, final release", "heldout_nll.final", REPORT_PLAIN);
-    put_figure_row(p, q, "held-out loss, central LoRA on the pooled corrections",
-                   "heldout_nll.central_lora", REPORT_PLAIN);
-    put_figure_row(p, q, "held-out loss, each node on its own (mean)", "heldout_nll.local_only",
-                   REPORT_PLAIN);
-    put_figure_row(p, q, "share of the central gain", "gain_share", REPORT_SHARE);
-    put_figure_row(p, q, "acceptance before the change", "acceptance.before", REPORT_SHARE);
-    put_figure_row(p, q, "acceptance after it, with the base", "acceptance.after_base",
-                   REPORT_SHARE);
-    put_figure_row(p, q, "acceptance at the end", "acceptance.end", REPORT_SHARE);
+    put_figures(p, report, report_quality_figures);
     report_put(p, "</table>\n");
     put_plot(p, report, SH_PLOT_ACCEPTANCE,
-             "Means over the nodes, by the number of the window on its node.");
+             report_is_fleet(report) ? "Over all nodes, by the time when windows closed."
+                                     : "Means over the nodes, by the number of the window on its "
+                                       "node.");
+}
+
+static void put_ranked(report_page *p, const json_t *row)
+{
+    char effect[REPORT_NUMBER_BYTES], text[2 * REPORT_NUMBER_BYTES] = "–";
+    bool alarm = !isnan(report_number(row, "first_alarm_window"));
+    double x = report_number(row, "effect");
+    const char *unit = report_string(row, "unit");
+    if (alarm && !isnan(x))
+        snprintf(text, sizeof(text), "%s %.40s", report_format(x, REPORT_PLAIN, effect),
+                 unit != NULL ? unit : "");
+    report_put(p, "<tr>");
+    put_cell_text(p, NULL, report_string(row, "node"));
+    put_cell_text(p, NULL, report_string(row, "topic"));
+    put_cell_text(p, NULL, alarm ? report_string(row, "metric") : "no alarm");
+    put_cell_text(p, "n", text);
+    put_cell_number(p, alarm ? row : NULL, "log_evalue", REPORT_PLAIN);
+    put_cell_number(p, alarm ? row : NULL, "windows_to_alarm", REPORT_COUNT);
+    report_put(p, "</tr>\n");
 }
 
 static void put_drift(report_page *p, const json_t *report)
 {
     const json_t *drift = report_get(report, "drift"), *rows = report_get(drift, "ranked");
     char early[REPORT_NUMBER_BYTES], alarmed[REPORT_NUMBER_BYTES], soon[REPORT_NUMBER_BYTES];
-    report_put(p,
-               "<h2>Drift</h2>\n<p>Alarms before the change: %s. Nodes in alarm after it: %s, "
-               "of these within 3 windows: %s.</p>\n",
-               report_format(report_number(drift, "false_alarms"), REPORT_COUNT, early),
-               report_format(report_number(drift, "alarmed"), REPORT_COUNT, alarmed),
-               report_format(report_number(drift, "within_3_windows"), REPORT_COUNT, soon));
+    report_put(p, "<h2>Drift</h2>\n");
+    if (!report_is_fleet(report))
+        report_put(p,
+                   "<p>Alarms before the change: %s. Nodes in alarm after it: %s, of these within "
+                   "3 windows: %s.</p>\n",
+                   report_format(report_number(drift, "false_alarms"), REPORT_COUNT, early),
+                   report_format(report_number(drift, "alarmed"), REPORT_COUNT, alarmed),
+                   report_format(report_number(drift, "within_3_windows"), REPORT_COUNT, soon));
     put_plot(p, report, SH_PLOT_DRIFT,
              "Natural logarithm of the e-detector's running value: what chance alone would have to "
              "be against it. Nodes with the strongest evidence come first.");
     put_left_out(p, report_get(report, "heatmap"), "nodes");
-    if (json_array_size(rows) == 0)
-        return;
-    report_put(p,
-               "<div class=\"wide\"><table><tr><th>node</th><th>topic</th><th>metric</th>"
-               "<th class=\"n\">log e-value</th><th class=\"n\">windows to the alarm</th></tr>\n");
-    for (size_t i = 0; i < json_array_size(rows); i++) {
-        const json_t *row = json_array_get(rows, i);
-        bool alarm = !isnan(report_number(row, "first_alarm_window"));
-        report_put(p, "<tr>");
-        put_cell_text(p, NULL, report_string(row, "node"));
-        put_cell_text(p, NULL, report_string(row, "topic"));
-        put_cell_text(p, NULL, alarm ? report_string(row, "metric") : "no alarm");
-        put_cell_number(p, alarm ? row : NULL, "log_evalue", REPORT_PLAIN);
-        put_cell_number(p, alarm ? row : NULL, "windows_to_alarm", REPORT_COUNT);
-        report_put(p, "</tr>\n");
-    }
-    report_put(p, "</table></div>\n");
+    if (json_array_size(rows) > 0)
+        report_put(p, "<div class=\"wide\"><table><tr><th>node</th><th>topic</th><th>metric</th>"
+                      "<th class=\"n\">effect</th><th class=\"n\">log e-value</th>"
+                      "<th class=\"n\">windows to the alarm</th></tr>\n");
+    for (size_t i = 0; i < json_array_size(rows); i++)
+        put_ranked(p, json_array_get(rows, i));
+    if (json_array_size(rows) > 0)
+        report_put(p, "</table></div>\n");
     put_left_out(p, drift, "nodes");
+    if (json_array_size(report_get(report, "histograms")) > 0)
+        put_plot(p, report, SH_PLOT_HISTOGRAMS,
+                 "The first windows that the aggregator keeps of each node against its newest; "
+                 "likelihood and rejections within the release that the node runs now.");
+}
+
+/* What the canary nodes' own texts said: change of the loss, over how many nodes. */
+static void put_canary(report_page *p, const json_t *row)
+{
+    char text[2 * REPORT_NUMBER_BYTES] = "–";
+    double nodes = report_number(row, "canary_nodes");
+    double change = report_number(row, "canary_candidate") - report_number(row, "canary_parent");
+    if (nodes > 0 && !isnan(change))
+        snprintf(text, sizeof(text), "%+.3f (%.0f)", change, nodes);
+    put_cell_text(p, "n", text);
 }
 
 static void put_release_row(report_page *p, const json_t *row)
@@ -217,6 +254,7 @@ static void put_release_row(report_page *p, const json_t *row)
     put_cell_number(p, row, "loss_candidate", REPORT_PLAIN);
     put_cell_number(p, row, "loss_parent", REPORT_PLAIN);
     put_cell_number(p, row, "loss_adapter_form", REPORT_PLAIN);
+    put_canary(p, row);
     put_cell_number(p, row, "updates_merged", REPORT_COUNT);
     put_cell_number(p, row, "rank", REPORT_COUNT);
     put_cell_number(p, row, "discarded_energy", REPORT_SHARE);
@@ -236,13 +274,15 @@ static void put_releases(report_page *p, const json_t *report)
         return;
     report_put(p, "<div class=\"wide\"><table><tr><th>release</th><th class=\"n\">parent</th>"
                   "<th>format</th><th class=\"n\">loss</th><th class=\"n\">of parent</th>"
-                  "<th class=\"n\">as adapter</th><th class=\"n\">updates</th>"
+                  "<th class=\"n\">as adapter</th><th class=\"n\">on nodes</th>"
+                  "<th class=\"n\">updates</th>"
                   "<th class=\"n\">rank</th><th class=\"n\">discarded</th>"
                   "<th class=\"n\">size</th><th>verdict</th></tr>\n");
     for (size_t i = 0; i < json_array_size(rows); i++)
         put_release_row(p, json_array_get(rows, i));
     report_put(p, "</table></div>\n<p class=\"muted\">Loss: the gate's suite on the quantized "
-                  "bytes. As adapter: the same change beside the quantized base. Discarded: energy "
+                  "bytes. As adapter: the same change beside the quantized base. On nodes: "
+                  "its change on canary nodes' own texts (nodes). Discarded: energy "
                   "that the adapter form's rank leaves out.</p>\n");
     put_left_out(p, releases, "candidates");
 }
@@ -254,10 +294,7 @@ static void put_sync(report_page *p, const json_t *report)
     json_t *count;
     size_t reasons = 0;
     report_put(p, "<h2>Sync</h2>\n<table class=\"f\">\n");
-    put_figure_row(p, sync, "updates made", "updates.made", REPORT_COUNT);
-    put_figure_row(p, sync, "updates acknowledged", "updates.acknowledged", REPORT_COUNT);
-    put_figure_row(p, sync, "updates merged", "updates.merged", REPORT_COUNT);
-    put_figure_row(p, sync, "updates pending", "updates.pending", REPORT_COUNT);
+    put_figures(p, report, report_sync_figures);
     /* jansson's iteration takes a pointer to non-const, and does not write */
     json_object_foreach((json_t *)report_get(sync, "updates.refused"), reason, count)
     {
@@ -269,12 +306,6 @@ static void put_sync(report_page *p, const json_t *report)
         report_put(p, "</td><td class=\"n\">%s</td></tr>\n",
                    report_format(json_number_value(count), REPORT_COUNT, text));
     }
-    put_figure_row(p, sync, "lost (audit)", "updates.lost", REPORT_COUNT);
-    put_figure_row(p, sync, "counted twice (audit)", "updates.twice", REPORT_COUNT);
-    put_figure_row(p, sync, "up, an update", "bytes.up_per_update", REPORT_BYTES);
-    put_figure_row(p, sync, "down, a release and node", "bytes.down_per_release_node",
-                   REPORT_BYTES);
-    put_figure_row(p, sync, "the full model", "bytes.full_model", REPORT_BYTES);
     report_put(p, "</table>\n");
 }
 
@@ -308,12 +339,13 @@ static void put_foot(report_page *p, const json_t *report)
                                            {"error", "error"}};
     const json_t *run = report_get(report, "run");
     const json_t *missing = report_get(report, "coverage.not_measured");
-    report_put(p, "<h2>Run and coverage</h2>\n<table class=\"f\">\n");
+    if (report_is_fleet(report)) {
+        report_put(p, "</body>\n</html>\n");
+        return;
+    }
+    report_put(p, "<h2>Run</h2>\n<table class=\"f\">\n");
     put_figure_row(p, run, "seed", "seed", REPORT_COUNT);
     put_figure_row(p, run, "nodes", "nodes", REPORT_COUNT);
-    put_figure_row(p, report, "nodes reporting", "coverage.nodes_reporting", REPORT_COUNT);
-    put_figure_row(p, report, "nodes that took the last release", "coverage.took_last_release",
-                   REPORT_COUNT);
     put_figure_row(p, run, "threads", "threads", REPORT_COUNT);
     put_figure_row(p, run, "wall seconds", "wall_s", REPORT_PLAIN);
     for (size_t i = 0; i < SH_COUNT(names); i++) {
@@ -333,16 +365,37 @@ static void put_foot(report_page *p, const json_t *report)
     report_put(p, json_array_size(missing) ? ".</p>\n</body>\n</html>\n" : "</body>\n</html>\n");
 }
 
+static void put_decisions(report_page *p, const json_t *report)
+{
+    const json_t *rows = report_get(report, "decisions.rows");
+    char when[REPORT_NUMBER_BYTES];
+    if (json_array_size(rows) == 0)
+        return;
+    report_put(p, "<h2>Decisions</h2>\n<div class=\"wide\"><table><tr><th>when (UTC)</th>"
+                  "<th>what the aggregator's log says, newest first</th></tr>\n");
+    for (size_t i = json_array_size(rows); i-- > 0;) {
+        const json_t *row = json_array_get(rows, i);
+        report_put(p, "<tr>");
+        put_cell_text(p, NULL, report_time(report_number(row, "at_ms"), when));
+        put_cell_text(p, NULL, report_string(row, "text"));
+        report_put(p, "</tr>\n");
+    }
+    report_put(p, "</table></div>\n");
+    put_left_out(p, report_get(report, "decisions"), "decisions");
+}
+
 sh_status sh_report_html(const json_t *report, sh_buf *out)
 {
     report_page page = {out, SH_OK};
     put_head(&page, report);
     put_checks(&page, report);
+    put_coverage(&page, report);
     put_quality(&page, report);
     put_drift(&page, report);
     put_releases(&page, report);
     put_sync(&page, report);
     put_faults(&page, report);
+    put_decisions(&page, report);
     put_foot(&page, report);
     return page.status;
 }

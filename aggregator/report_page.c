@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #define LINE_BYTES 2048
 #define PATH_STEP  48
@@ -160,4 +161,76 @@ void report_put_plain(report_page *page, const char *text, size_t width)
     size_t n = put_name(page, text, false);
     for (size_t least = width > 0 ? n + 1 : n; n < SH_MAX(width, least); n++)
         put_bytes(page, " ", 1);
+}
+
+const char *report_time(double at_ms, char out[REPORT_NUMBER_BYTES])
+{
+    struct tm tm;
+    time_t at = at_ms >= 0 && at_ms < 1e15 ? (time_t)(at_ms / 1000) : -1;
+    if (at < 0 || gmtime_r(&at, &tm) == NULL ||
+        strftime(out, REPORT_NUMBER_BYTES, "%Y-%m-%d %H:%M", &tm) == 0)
+        snprintf(out, REPORT_NUMBER_BYTES, "–");
+    return out;
+}
+
+bool report_is_fleet(const json_t *report)
+{
+    return json_is_object(report_get(report, "fleet")) && isnan(report_number(report, "run.seed"));
+}
+
+const report_figure report_coverage_figures[] = {
+    {"nodes enrolled", "coverage.enrolled", REPORT_COUNT, REPORT_FLEET},
+    {"nodes reporting", "coverage.nodes_reporting", REPORT_COUNT, REPORT_ALWAYS},
+    {"nodes stale (no check-in)", "coverage.stale", REPORT_COUNT, REPORT_FLEET},
+    {"nodes never seen", "coverage.never_seen", REPORT_COUNT, REPORT_FLEET},
+    {"nodes with insufficient data", "coverage.insufficient", REPORT_COUNT, REPORT_FLEET},
+    {"nodes revoked", "coverage.revoked", REPORT_COUNT, REPORT_FLEET},
+    {"nodes in alarm", "coverage.nodes_alarmed", REPORT_COUNT, REPORT_ALWAYS},
+    {"nodes that report drift now", "fleet.drifting_now", REPORT_COUNT, REPORT_FLEET},
+    {"nodes that took the last release", "coverage.took_last_release", REPORT_COUNT, REPORT_ALWAYS},
+    {"updates dropped on nodes", "coverage.dropped.updates", REPORT_COUNT, REPORT_FLEET},
+    {"alarms dropped on nodes", "coverage.dropped.alarms", REPORT_COUNT, REPORT_FLEET},
+    {"windows dropped on nodes", "coverage.dropped.windows", REPORT_COUNT, REPORT_FLEET},
+    {NULL, NULL, REPORT_PLAIN, REPORT_ALWAYS},
+};
+
+const report_figure report_quality_figures[] = {
+    {"held-out loss, base", "quality.heldout_nll.base", REPORT_PLAIN, REPORT_RUN},
+    {"held-out loss, final release", "quality.heldout_nll.final", REPORT_PLAIN, REPORT_RUN},
+    {"held-out loss, central LoRA", "quality.heldout_nll.central_lora", REPORT_PLAIN, REPORT_RUN},
+    {"held-out loss, local only (mean)", "quality.heldout_nll.local_only", REPORT_PLAIN,
+     REPORT_RUN},
+    {"share of the central gain", "quality.gain_share", REPORT_SHARE, REPORT_RUN},
+    {"acceptance before the change", "quality.acceptance.before", REPORT_SHARE, REPORT_RUN},
+    {"acceptance after it, with the base", "quality.acceptance.after_base", REPORT_SHARE,
+     REPORT_RUN},
+    {"acceptance at the end", "quality.acceptance.end", REPORT_SHARE, REPORT_RUN},
+    {"inferences", "fleet.inferences", REPORT_COUNT, REPORT_FLEET},
+    {"windows kept", "fleet.windows", REPORT_COUNT, REPORT_FLEET},
+    {"loss of typed text, first windows", "fleet.nll_reference", REPORT_PLAIN, REPORT_FLEET},
+    {"loss of typed text, newest windows", "fleet.nll_now", REPORT_PLAIN, REPORT_FLEET},
+    {"accepted, first windows", "fleet.acceptance_reference", REPORT_SHARE, REPORT_FLEET},
+    {"accepted, newest windows", "fleet.acceptance_now", REPORT_SHARE, REPORT_FLEET},
+    {NULL, NULL, REPORT_PLAIN, REPORT_ALWAYS},
+};
+
+const report_figure report_sync_figures[] = {
+    {"updates made", "sync.updates.made", REPORT_COUNT, REPORT_RUN},
+    {"updates acknowledged", "sync.updates.acknowledged", REPORT_COUNT, REPORT_RUN},
+    {"updates received", "sync.updates.received", REPORT_COUNT, REPORT_FLEET},
+    {"updates merged", "sync.updates.merged", REPORT_COUNT, REPORT_ALWAYS},
+    {"updates pending", "sync.updates.pending", REPORT_COUNT, REPORT_ALWAYS},
+    {"lost (audit)", "sync.updates.lost", REPORT_COUNT, REPORT_RUN},
+    {"counted twice (audit)", "sync.updates.twice", REPORT_COUNT, REPORT_RUN},
+    {"up, an update", "sync.bytes.up_per_update", REPORT_BYTES, REPORT_RUN},
+    {"down, a release and node", "sync.bytes.down_per_release_node", REPORT_BYTES, REPORT_RUN},
+    {"the full model", "sync.bytes.full_model", REPORT_BYTES, REPORT_RUN},
+    {NULL, NULL, REPORT_PLAIN, REPORT_ALWAYS},
+};
+
+bool report_shows(const json_t *report, const report_figure *figure)
+{
+    if (figure->where == REPORT_RUN)
+        return !report_is_fleet(report);
+    return figure->where == REPORT_ALWAYS || !isnan(report_number(report, figure->path));
 }

@@ -8,13 +8,16 @@
 #include "aggregator/report.h"
 
 /* Rows of a table or plot beyond these are left out, and the report says how many. */
-#define REPORT_RELEASES_MAX 60
-#define REPORT_NODES_MAX    64
-#define REPORT_RANKED_MAX   32
-#define REPORT_CHECKS_MAX   64
-#define REPORT_FAULTS_MAX   64
-#define REPORT_POINTS_MAX   400
-#define REPORT_NAME_BYTES   160 /* a name is cut here, at a character */
+#define REPORT_RELEASES_MAX  60
+#define REPORT_NODES_MAX     64
+#define REPORT_RANKED_MAX    32
+#define REPORT_CHECKS_MAX    64
+#define REPORT_FAULTS_MAX    64
+#define REPORT_DECISIONS_MAX 40
+#define REPORT_METRICS_MAX   8
+#define REPORT_BINS_MAX      32 /* of a histogram */
+#define REPORT_POINTS_MAX    400
+#define REPORT_NAME_BYTES    160 /* a name is cut here, at a character */
 
 /* "heldout_nll.base": a member of a member; NULL when any is absent. */
 const json_t *report_get(const json_t *object, const char *path);
@@ -30,6 +33,24 @@ typedef enum {
     REPORT_BYTES, /* 2.6 MB */
 } report_form;
 const char *report_format(double x, report_form form, char out[REPORT_NUMBER_BYTES]);
+
+/* Milliseconds since 1970 as "2026-11-22 03:04" UTC; "–" for NAN. */
+const char *report_time(double at_ms, char out[REPORT_NUMBER_BYTES]);
+
+/* A report is of a run that is over (a simulated or real fleet's summary) or of a fleet that goes
+ * on (an aggregator's store alone). */
+bool report_is_fleet(const json_t *report);
+
+/* The figures of a section, for text and HTML alike. Those of a run are left out of a fleet's
+ * report; those of a fleet are left out where they were not measured. */
+typedef struct {
+    const char *label, *path;
+    report_form form;
+    enum { REPORT_ALWAYS, REPORT_RUN, REPORT_FLEET } where;
+} report_figure;
+extern const report_figure report_coverage_figures[], report_quality_figures[],
+    report_sync_figures[]; /* end in a NULL label */
+bool report_shows(const json_t *report, const report_figure *figure);
 
 /* A buffer whose first error sticks. */
 typedef struct {

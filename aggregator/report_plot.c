@@ -43,7 +43,7 @@ typedef struct {
 
 const char *sh_plot_name(sh_plot plot)
 {
-    static const char *const names[SH_PLOTS] = {"loss", "acceptance", "drift"};
+    static const char *const names[SH_PLOTS] = {"loss", "acceptance", "drift", "histograms"};
     return (unsigned)plot < SH_PLOTS ? names[plot] : "?";
 }
 
@@ -291,6 +291,13 @@ typedef struct {
     bool share, from_zero;
 } strip;
 
+/* Where a point of the timeline stands: its window's number, in a fleet's report its time. */
+static double point_at(const json_t *point)
+{
+    double window = report_number(point, "window");
+    return isnan(window) ? report_number(point, "at_ms") : window;
+}
+
 static void put_strip(report_page *p, const json_t *timeline, const strip *s, const axis *x,
                       double top)
 {
@@ -313,7 +320,7 @@ static void put_strip(report_page *p, const json_t *timeline, const strip *s, co
     report_put(p, "<path class=\"l %s\" d=\"", s->class);
     for (size_t i = 0, drawn = 0; i < n; i++) {
         const json_t *point = json_array_get(timeline, i);
-        double at = report_number(point, "window"), value = report_number(point, s->key);
+        double at = point_at(point), value = report_number(point, s->key);
         if (!isfinite(at) || !isfinite(value))
             continue;
         last_x = place(x, at);
@@ -335,19 +342,32 @@ static void put_strip(report_page *p, const json_t *timeline, const strip *s, co
     }
 }
 
+static void put_x_label(report_page *p, bool is_time, const char *anchor, double value, double x,
+                        double y)
+{
+    char text[REPORT_NUMBER_BYTES + 16], time[REPORT_NUMBER_BYTES];
+    if (is_time)
+        snprintf(text, sizeof(text), "%s", report_time(value, time));
+    else
+        snprintf(text, sizeof(text), "window %.0f", value);
+    put_label(p, "m", anchor, x, y, text);
+}
+
 static void put_acceptance(report_page *p, const json_t *report, bool standalone)
 {
-    static const strip strips[] = {
+    const bool fleet = report_is_fleet(report);
+    const strip strips[] = {
         {"acceptance", "accepted completions", "c", "fc", true, true},
         {"nll", "prompt loss, nats a token", "a", "fa", false, false},
-        {"nodes_alarmed", "nodes in alarm so far", "b", "fb", false, true},
+        {fleet ? "alarms" : "nodes_alarmed", fleet ? "alarms" : "nodes in alarm so far", "b", "fb",
+         false, true},
     };
     const double strip_height = 132, height = SH_COUNT(strips) * strip_height + 34;
     const json_t *timeline = report_get(report, "quality.timeline");
     axis x = {INFINITY, -INFINITY, LEFT, WIDTH - RIGHT};
     put_begin(p, height, standalone, "Acceptance, prompt loss and alarms over the windows");
     for (size_t i = 0; i < json_array_size(timeline); i++)
-        include(&x, report_number(json_array_get(timeline, i), "window"));
+        include(&x, point_at(json_array_get(timeline, i)));
     if (!(x.low <= x.high)) {
         put_nothing(p, height, "no timeline was measured");
         put_end(p);
@@ -366,11 +386,8 @@ static void put_acceptance(report_page *p, const json_t *report, bool standalone
         }
         put_label(p, "tb", "middle", at, bottom - 8, "the text changes");
     }
-    char text[REPORT_NUMBER_BYTES + 16];
-    snprintf(text, sizeof(text), "window %.0f", first);
-    put_label(p, "m", "start", x.begin, height - 14, text);
-    snprintf(text, sizeof(text), "window %.0f", last);
-    put_label(p, "m", "end", x.end, height - 14, text);
+    put_x_label(p, fleet, "start", first, x.begin, height - 14);
+    put_x_label(p, fleet, "end", last, x.end, height - 14);
     put_end(p);
 }
 
@@ -434,10 +451,104 @@ static void put_drift(report_page *p, const json_t *report, bool standalone)
     put_end(p);
 }
 
+/* ---- histograms: what was and what is, a panel a metric ---- */
+
+#define PANEL_WIDTH  236.0
+#define PANEL_HEIGHT 150.0
+#define PANEL_APART  16.0
+#define PANELS_A_ROW 3
+
+/* Shares of the samples; false when there are none. */
+static bool shares(const json_t *row, const char *key, double out[REPORT_BINS_MAX], size_t *n)
+{
+    const json_t *bins = report_get(row, key);
+    double sum = 0;
+    *n = SH_MIN(json_array_size(bins), (size_t)REPORT_BINS_MAX);
+    for (size_t i = 0; i < *n; i++) {
+        const json_t *value = json_array_get(bins, i);
+        out[i] = json_is_number(value) ? fmax(json_number_value(value), 0) : 0;
+        sum += out[i];
+    }
+    for (size_t i = 0; i < *n; i++)
+        out[i] = fmin(out[i] / sum, 1);
+    return sum > 0 && isfinite(sum);
+}
+
+static void put_bars(report_page *p, const double *share, size_t n, double top,
+                     const double place[2])
+{
+    double width = PANEL_WIDTH / (double)n, height = PANEL_HEIGHT - 52;
+    for (size_t i = 0; i < n; i++) {
+        double tall = height * share[i] / top;
+        report_put(p,
+                   "<rect class=\"fa\" fill-opacity=\"0.55\" x=\"%.1f\" y=\"%.1f\" "
+                   "width=\"%.1f\" height=\"%.1f\"/>",
+                   place[0] + (double)i * width + 1, place[1] + 22 + height - tall,
+                   fmax(width - 2, 1), tall);
+    }
+}
+
+static void put_steps(report_page *p, const double *share, size_t n, double top,
+                      const double place[2])
+{
+    double width = PANEL_WIDTH / (double)n, height = PANEL_HEIGHT - 52;
+    report_put(p, "<path class=\"l b\" d=\"");
+    for (size_t i = 0; i < n; i++) {
+        double y = place[1] + 22 + height - height * share[i] / top;
+        report_put(p, "%c%.1f %.1fH%.1f", i ? 'L' : 'M', place[0] + (double)i * width, y,
+                   place[0] + (double)(i + 1) * width);
+    }
+    report_put(p, "\"/>\n");
+}
+
+static void put_panel(report_page *p, const json_t *row, double x, double y)
+{
+    double before[REPORT_BINS_MAX], now[REPORT_BINS_MAX], top = 0;
+    size_t n = 0, m = 0;
+    char text[2 * REPORT_NUMBER_BYTES], low[REPORT_NUMBER_BYTES], high[REPORT_NUMBER_BYTES];
+    bool known = shares(row, "reference", before, &n) & shares(row, "current", now, &m);
+    const double bottom = y + PANEL_HEIGHT - 30;
+    put_label(p, "", "start", x, y + 14, report_string(row, "metric"));
+    put_line(p, "x", (double[]){x, bottom, x + PANEL_WIDTH, bottom});
+    if (!known || n != m) {
+        put_label(p, "m", "middle", x + PANEL_WIDTH / 2, y + PANEL_HEIGHT / 2, "insufficient data");
+        return;
+    }
+    for (size_t i = 0; i < n; i++)
+        top = fmax(top, fmax(before[i], now[i]));
+    put_bars(p, now, n, top, (double[]){x, y});
+    put_steps(p, before, n, top, (double[]){x, y});
+    put_label(p, "m", "start", x, bottom + 16,
+              report_format(report_number(row, "low"), REPORT_PLAIN, low));
+    snprintf(text, sizeof(text), "%s %s",
+             report_format(report_number(row, "high"), REPORT_PLAIN, high),
+             report_string(row, "unit") != NULL ? report_string(row, "unit") : "");
+    put_label(p, "m", "end", x + PANEL_WIDTH, bottom + 16, text);
+}
+
+static void put_histograms(report_page *p, const json_t *report, bool standalone)
+{
+    const json_t *rows = report_get(report, "histograms");
+    size_t n = SH_MIN(json_array_size(rows), (size_t)REPORT_METRICS_MAX);
+    double height = 34 + ceil((double)n / PANELS_A_ROW) * (PANEL_HEIGHT + PANEL_APART);
+    height = n ? height : 120;
+    put_begin(p, height, standalone, "Reference and current distribution of each metric");
+    if (n == 0)
+        put_nothing(p, height, "no windows were read");
+    else
+        put_label(p, "m", "start", 8, 18,
+                  "share of inferences: line, the first windows; bars, the newest");
+    for (size_t i = 0; i < n; i++)
+        put_panel(p, json_array_get(rows, i),
+                  8 + (double)(i % PANELS_A_ROW) * (PANEL_WIDTH + PANEL_APART),
+                  34 + floor((double)i / PANELS_A_ROW) * (PANEL_HEIGHT + PANEL_APART));
+    put_end(p);
+}
+
 sh_status sh_report_plot(const json_t *report, sh_plot plot, bool standalone, sh_buf *out)
 {
-    static void (*const draw[SH_PLOTS])(report_page *, const json_t *,
-                                        bool) = {put_loss, put_acceptance, put_drift};
+    static void (*const draw[SH_PLOTS])(report_page *, const json_t *, bool) = {
+        put_loss, put_acceptance, put_drift, put_histograms};
     SH_ASSERT((unsigned)plot < SH_PLOTS);
     report_page page = {out, SH_OK};
     draw[plot](&page, report, standalone);

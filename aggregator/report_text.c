@@ -16,6 +16,13 @@ static void put_figure(report_page *p, const json_t *report, const char *label, 
     report_put(p, "  %-38s%s\n", label, report_format(report_number(report, path), form, text));
 }
 
+static void put_figures(report_page *p, const json_t *report, const report_figure *figure)
+{
+    for (; figure->label != NULL; figure++)
+        if (report_shows(report, figure))
+            put_figure(p, report, figure->label, figure->path, figure->form);
+}
+
 static void put_left_out(report_page *p, const json_t *part, const char *what)
 {
     double n = report_number(part, "left_out");
@@ -31,7 +38,12 @@ static void put_head(report_page *p, const json_t *report)
     report_put_plain(p, report_string(report, "verdict.headline"), 0);
     report_put(p, "\n  Do: ");
     report_put_plain(p, report_string(report, "verdict.recommendation"), 0);
-    report_put(p, "\n\nRun\n");
+    report_put(p, "\n");
+    if (report_is_fleet(report)) {
+        put_figure(p, report, "current release", "fleet.release", REPORT_COUNT);
+        return;
+    }
+    report_put(p, "\nRun\n");
     put_figure(p, run, "seed", "seed", REPORT_COUNT);
     put_figure(p, run, "nodes", "nodes", REPORT_COUNT);
     report_put(p, "  %-38s", "kernel, BLAS core");
@@ -48,10 +60,9 @@ static void put_coverage(report_page *p, const json_t *report)
 {
     const json_t *missing = report_get(report, "coverage.not_measured");
     report_put(p, "\nCoverage\n");
-    put_figure(p, report, "nodes reporting", "coverage.nodes_reporting", REPORT_COUNT);
-    put_figure(p, report, "nodes in alarm", "coverage.nodes_alarmed", REPORT_COUNT);
-    put_figure(p, report, "nodes that took the last release", "coverage.took_last_release",
-               REPORT_COUNT);
+    put_figures(p, report, report_coverage_figures);
+    if (report_is_fleet(report))
+        return;
     if (json_array_size(missing) > 0)
         report_put(p, "  not measured:\n");
     for (size_t i = 0; i < json_array_size(missing); i++) {
@@ -98,42 +109,70 @@ static void put_checks(report_page *p, const json_t *report)
 
 static void put_quality(report_page *p, const json_t *report)
 {
-    const json_t *q = report_get(report, "quality");
     report_put(p, "\nQuality\n");
-    put_figure(p, q, "held-out loss, base", "heldout_nll.base", REPORT_PLAIN);
-    put_figure(p, q, "held-out loss, final release", "heldout_nll.final", REPORT_PLAIN);
-    put_figure(p, q, "held-out loss, central LoRA", "heldout_nll.central_lora", REPORT_PLAIN);
-    put_figure(p, q, "held-out loss, local only (mean)", "heldout_nll.local_only", REPORT_PLAIN);
-    put_figure(p, q, "share of the central gain", "gain_share", REPORT_SHARE);
-    put_figure(p, q, "acceptance before the change", "acceptance.before", REPORT_SHARE);
-    put_figure(p, q, "acceptance after it, with the base", "acceptance.after_base", REPORT_SHARE);
-    put_figure(p, q, "acceptance at the end", "acceptance.end", REPORT_SHARE);
+    put_figures(p, report, report_quality_figures);
+}
+
+/* What moved, and by how much: means of the first and the newest windows. */
+static void put_shifts(report_page *p, const json_t *report)
+{
+    const json_t *rows = report_get(report, "histograms");
+    char n[3][REPORT_NUMBER_BYTES];
+    if (json_array_size(rows) == 0)
+        return;
+    report_put(p, "\n  %-20s%14s%14s%14s\n", "metric", "reference", "now", "shift");
+    for (size_t i = 0; i < json_array_size(rows); i++) {
+        const json_t *row = json_array_get(rows, i);
+        double before = report_number(row, "reference_mean");
+        double now = report_number(row, "current_mean");
+        report_put(p, "  ");
+        report_put_plain(p, report_string(row, "metric"), 20);
+        if (isnan(before) || isnan(now))
+            report_put(p, "%14s\n", "insufficient");
+        else
+            report_put(p, "%14s%14s%14s\n", report_format(before, REPORT_PLAIN, n[0]),
+                       report_format(now, REPORT_PLAIN, n[1]),
+                       report_format(now - before, REPORT_PLAIN, n[2]));
+    }
+}
+
+static void put_ranked(report_page *p, const json_t *row)
+{
+    char number[REPORT_NUMBER_BYTES];
+    bool alarm = !isnan(report_number(row, "first_alarm_window"));
+    report_put(p, "  ");
+    report_put_plain(p, report_string(row, "node"), 20);
+    report_put_plain(p, report_string(row, "topic"), 20);
+    report_put_plain(p, report_string(row, "metric"), 12);
+    report_put(p, "%14s",
+               alarm ? report_format(report_number(row, "log_evalue"), REPORT_PLAIN, number)
+                     : "no alarm");
+    double windows = report_number(row, "windows_to_alarm"), effect = report_number(row, "effect");
+    report_put(p, "%10s",
+               alarm && !isnan(windows) ? report_format(windows, REPORT_COUNT, number) : "");
+    if (alarm && !isnan(effect)) {
+        report_put(p, "%12s ", report_format(effect, REPORT_PLAIN, number));
+        report_put_plain(p, report_string(row, "unit"), 0);
+    }
+    report_put(p, "\n");
 }
 
 static void put_drift(report_page *p, const json_t *report)
 {
     const json_t *drift = report_get(report, "drift"), *rows = report_get(drift, "ranked");
-    char evidence[REPORT_NUMBER_BYTES], windows[REPORT_NUMBER_BYTES];
     report_put(p, "\nDrift\n");
-    put_figure(p, drift, "alarms before the change", "false_alarms", REPORT_COUNT);
-    put_figure(p, drift, "nodes in alarm after it", "alarmed", REPORT_COUNT);
-    put_figure(p, drift, "of these within 3 windows", "within_3_windows", REPORT_COUNT);
-    if (json_array_size(rows) == 0)
-        return;
-    report_put(p, "\n  %-20s%-20s%-12s%14s%10s\n", "node", "topic", "metric", "log e-value",
-               "windows");
-    for (size_t i = 0; i < json_array_size(rows); i++) {
-        const json_t *row = json_array_get(rows, i);
-        report_put(p, "  ");
-        report_put_plain(p, report_string(row, "node"), 20);
-        report_put_plain(p, report_string(row, "topic"), 20);
-        report_put_plain(p, report_string(row, "metric"), 12);
-        double e = report_number(row, "log_evalue"), w = report_number(row, "windows_to_alarm");
-        bool alarm = !isnan(report_number(row, "first_alarm_window"));
-        report_put(p, "%14s%10s\n", alarm ? report_format(e, REPORT_PLAIN, evidence) : "no alarm",
-                   alarm ? report_format(w, REPORT_COUNT, windows) : "");
+    if (!report_is_fleet(report)) {
+        put_figure(p, drift, "alarms before the change", "false_alarms", REPORT_COUNT);
+        put_figure(p, drift, "nodes in alarm after it", "alarmed", REPORT_COUNT);
+        put_figure(p, drift, "of these within 3 windows", "within_3_windows", REPORT_COUNT);
     }
+    if (json_array_size(rows) > 0)
+        report_put(p, "\n  %-20s%-20s%-12s%14s%10s%12s\n", "node", "topic", "metric", "log e-value",
+                   "windows", "effect");
+    for (size_t i = 0; i < json_array_size(rows); i++)
+        put_ranked(p, json_array_get(rows, i));
     put_left_out(p, drift, "nodes");
+    put_shifts(p, report);
 }
 
 static void put_releases(report_page *p, const json_t *report)
@@ -174,10 +213,7 @@ static void put_sync(report_page *p, const json_t *report)
     json_t *count;
     size_t reasons = 0;
     report_put(p, "\nSync\n");
-    put_figure(p, sync, "updates made", "updates.made", REPORT_COUNT);
-    put_figure(p, sync, "updates acknowledged", "updates.acknowledged", REPORT_COUNT);
-    put_figure(p, sync, "updates merged", "updates.merged", REPORT_COUNT);
-    put_figure(p, sync, "updates pending", "updates.pending", REPORT_COUNT);
+    put_figures(p, report, report_sync_figures);
     /* jansson's iteration takes a pointer to non-const, and does not write */
     json_object_foreach((json_t *)report_get(sync, "updates.refused"), reason, count)
     {
@@ -188,11 +224,6 @@ static void put_sync(report_page *p, const json_t *report)
         report_put_plain(p, reason, 29);
         report_put(p, "%s\n", report_format(json_number_value(count), REPORT_COUNT, text));
     }
-    put_figure(p, sync, "lost (audit)", "updates.lost", REPORT_COUNT);
-    put_figure(p, sync, "counted twice (audit)", "updates.twice", REPORT_COUNT);
-    put_figure(p, sync, "up, an update", "bytes.up_per_update", REPORT_BYTES);
-    put_figure(p, sync, "down, a release and node", "bytes.down_per_release_node", REPORT_BYTES);
-    put_figure(p, sync, "the full model", "bytes.full_model", REPORT_BYTES);
     const json_t *rows = report_get(faults, "rows");
     for (size_t i = 0; i < json_array_size(rows); i++) {
         const json_t *row = json_array_get(rows, i);
@@ -202,6 +233,21 @@ static void put_sync(report_page *p, const json_t *report)
         report_put(p, "\n");
     }
     put_left_out(p, faults, "faults");
+}
+
+static void put_decisions(report_page *p, const json_t *report)
+{
+    const json_t *rows = report_get(report, "decisions.rows");
+    char when[REPORT_NUMBER_BYTES];
+    if (json_array_size(rows) > 0)
+        report_put(p, "\nDecisions, newest first\n");
+    for (size_t i = json_array_size(rows); i-- > 0;) {
+        const json_t *row = json_array_get(rows, i);
+        report_put(p, "  %s  ", report_time(report_number(row, "at_ms"), when));
+        report_put_plain(p, report_string(row, "text"), 0);
+        report_put(p, "\n");
+    }
+    put_left_out(p, report_get(report, "decisions"), "decisions");
 }
 
 sh_status sh_report_text(const json_t *report, sh_buf *out)
@@ -214,5 +260,6 @@ sh_status sh_report_text(const json_t *report, sh_buf *out)
     put_drift(&page, report);
     put_releases(&page, report);
     put_sync(&page, report);
+    put_decisions(&page, report);
     return page.status;
 }

@@ -15,6 +15,9 @@ static int print_version(int argc, char **argv)
 
 static const sh_cli_entry commands[] = {
     {"model", "inspect, measure, run and quantize a model file", sh_cli_model},
+    {"aggregator", "command an aggregator: status, enrol, rollback, backup, ...",
+     sh_cli_aggregator},
+    {"init", "make the folder of a node or an aggregator", sh_cli_init},
     {"report", "make the drift report of a run", sh_cli_report},
     {"version", "print the version", print_version},
 };

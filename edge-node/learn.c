@@ -1,55 +1,22 @@
 #include "edge-node/learn.h"
 
+#include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "edge-node/node.h"
 
-#define UPDATE_BYTES_MAX (64u << 20)
-
-void sh_snapshot_release(sh_snapshot *s)
-{
-    free(s->tokens);
-    free(s->mask);
-    free(s->starts);
-    free(s->sessions);
-    *s = (sh_snapshot){0};
-}
-
-size_t sh_snapshot_targets(const sh_snapshot *s)
-{
-    size_t n = 0;
-    for (size_t i = 0; i < s->n_tokens; i++)
-        n += s->mask[i];
-    return n;
-}
-
-static sh_status reserve(sh_snapshot *s, size_t tokens)
-{
-    size_t need = s->n_tokens + tokens, max = SH_SNAPSHOT_TOKENS_MAX;
-    SH_TRY(sh_array_reserve((void **)&s->tokens, &s->tokens_cap, need, sizeof *s->tokens, max));
-    SH_TRY(sh_array_reserve((void **)&s->mask, &s->mask_cap, need, 1, max));
-    need = s->n_sessions + 1;
-    SH_TRY(sh_array_reserve((void **)&s->starts, &s->starts_cap, need, sizeof *s->starts, max));
-    return sh_array_reserve((void **)&s->sessions, &s->sessions_cap, need, sizeof *s->sessions,
-                            max);
-}
+#define LOGIT_ROWS 16 /* tokens whose logits are in memory at a time */
 
 /* Rows of one session are consecutive pieces; a piece whose predecessor left the ring begins a
  * text of its own. */
 static sh_status add_row(void *arg, const sh_feedback *row)
 {
-    sh_snapshot *s = arg;
-    SH_TRY(reserve(s, row->n));
-    bool goes_on = s->n_sessions && s->sessions[s->n_sessions - 1] == row->session;
-    if (!goes_on) {
-        s->starts[s->n_sessions] = (uint32_t)s->n_tokens;
-        s->sessions[s->n_sessions++] = row->session;
-    }
-    memcpy(s->tokens + s->n_tokens, row->tokens, row->n * sizeof *row->tokens);
-    memset(s->mask + s->n_tokens, row->target, row->n);
-    s->n_tokens += row->n;
-    return SH_OK;
+    uint8_t mask = row->target ? SH_TOKEN_TARGET : 0;
+    if (row->target && row->accepted)
+        mask |= SH_TOKEN_ACCEPTED;
+    return sh_snapshot_add(arg, row->session, row->tokens, row->n, mask);
 }
 
 sh_status sh_snapshot_read(sh_txn *txn, sh_snapshot *snapshot, sh_error *err)
@@ -57,138 +24,160 @@ sh_status sh_snapshot_read(sh_txn *txn, sh_snapshot *snapshot, sh_error *err)
     return sh_node_each_feedback(txn, add_row, snapshot, err);
 }
 
-static bool is_heldout(uint64_t session)
-{
-    uint64_t h = session * 0x9e3779b97f4a7c15ull;
-    return (h >> 32) % SH_LEARN_HELDOUT_ONE_IN == 0;
-}
-
-typedef struct {
-    int32_t *tokens;
-    uint8_t *mask;
-    size_t n, n_targets; /* tokens in the stream */
-} stream;
-
-/* One stream of the chosen sessions; room for a last sequence that is padded with non-targets. */
-static sh_status make_stream(const sh_snapshot *s, bool split, bool heldout, uint32_t length,
-                             stream *out)
-{
-    out->tokens = sh_calloc(s->n_tokens + length + 1, sizeof *out->tokens);
-    out->mask = sh_calloc(s->n_tokens + length + 1, 1);
-    if (!out->tokens || !out->mask)
-        return SH_ERR_NO_MEMORY;
-    for (size_t i = 0; i < s->n_sessions; i++) {
-        if (split && is_heldout(s->sessions[i]) != heldout)
-            continue;
-        size_t end = i + 1 < s->n_sessions ? s->starts[i + 1] : s->n_tokens;
-        size_t n = end - s->starts[i];
-        memcpy(out->tokens + out->n, s->tokens + s->starts[i], n * sizeof *s->tokens);
-        memcpy(out->mask + out->n, s->mask + s->starts[i], n);
-        out->n += n;
-    }
-    for (size_t i = 0; i < out->n; i++)
-        out->n_targets += out->mask[i];
-    return SH_OK;
-}
-
-/* Sequences of context + 1 tokens that overlap by one, so that every target is predicted once. */
-static sh_status make_data(const stream *s, uint32_t context, sh_train_data *out)
-{
-    size_t n = s->n > 1 ? (s->n - 2) / context + 1 : 0;
-    uint32_t length = context + 1;
-    int32_t *tokens = sh_calloc(SH_MAX(n, 1) * length, sizeof *tokens);
-    uint8_t *mask = sh_calloc(SH_MAX(n, 1) * length, 1);
-    if (!tokens || !mask) {
-        free(tokens);
-        free(mask);
-        return SH_ERR_NO_MEMORY;
-    }
-    for (size_t i = 0; i < n; i++) {
-        memcpy(tokens + i * length, s->tokens + i * context, length * sizeof *tokens);
-        memcpy(mask + i * length, s->mask + i * context, length);
-        mask[i * length] = 0;
-    }
-    *out = (sh_train_data){.tokens = tokens, .mask = mask, .n = n, .length = length};
-    return SH_OK;
-}
-
-static void data_release(stream *s, sh_train_data *d)
-{
-    free(s->tokens);
-    free(s->mask);
-    free((void *)d->tokens);
-    free((void *)d->mask);
-}
-
-void sh_learn_result_release(sh_learn_result *result)
-{
-    sh_buf_release(&result->update);
-}
-
-static sh_train_options train_options(const sh_learn_options *o, size_t n_sequences)
+sh_status sh_learn_run(const sh_model *base, const sh_snapshot *snapshot, const sh_learn_options *o,
+                       sh_round_result *out, sh_error *err)
 {
     const sh_train_plan *p = &o->plan;
-    uint64_t steps =
-        ((uint64_t)n_sequences * p->passes_milli + p->batch * 1000ull - 1) / (p->batch * 1000ull);
-    return (sh_train_options){.a_seed = p->a_seed,
-                              .rank = p->rank,
-                              .alpha = p->alpha,
-                              .lr = p->lr,
-                              .lr_final = p->lr_final,
-                              .clip = p->clip,
-                              .batch = p->batch,
-                              .steps = (uint32_t)SH_MIN(SH_MAX(steps, 1), p->steps_max),
-                              .warmup = p->warmup,
-                              .shuffle_seed = o->shuffle_seed,
-                              .threads = o->threads,
-                              .progress = o->progress,
-                              .progress_arg = o->progress_arg};
+    sh_round_options options = {.a_seed = p->a_seed,
+                                .shuffle_seed = o->shuffle_seed,
+                                .rank = p->rank,
+                                .alpha = p->alpha,
+                                .lr = p->lr,
+                                .lr_final = p->lr_final,
+                                .clip = p->clip,
+                                .batch = p->batch,
+                                .context = p->context,
+                                .passes_milli = p->passes_milli,
+                                .steps_max = p->steps_max,
+                                .warmup = p->warmup,
+                                .tokens_min = p->tokens_min,
+                                .threads = o->threads,
+                                .heldout = o->heldout,
+                                .progress = o->progress,
+                                .progress_arg = o->progress_arg};
+    return sh_round_train(base, snapshot, &options, out, err);
 }
 
-sh_status sh_learn_run(const sh_model *base, const sh_snapshot *snapshot,
-                       const sh_learn_options *options, sh_learn_result *out, sh_error *err)
+static void add_word(sh_learn_words *words, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+static void add_word(sh_learn_words *words, const char *format, ...)
 {
-    const sh_train_plan *plan = &options->plan;
-    stream train = {0}, held = {0};
-    sh_train_data data = {0}, held_data = {0};
-    sh_adapter *adapter = NULL;
-    sh_learn_result r = {0};
-    sh_train_result trained = {0};
-    sh_buf_init(&r.update, UPDATE_BYTES_MAX);
-    sh_status status = SH_OK;
-    SH_GOTO(make_stream(snapshot, options->heldout, false, plan->context, &train));
-    if (train.n_targets < SH_MAX(plan->tokens_min, 1))
-        SH_GOTO(sh_fail(err, SH_ERR_LIMIT, "training: %zu target tokens, the plan asks for %u",
-                        train.n_targets, plan->tokens_min));
-    SH_GOTO(make_data(&train, plan->context, &data));
-    if (options->heldout) {
-        SH_GOTO(make_stream(snapshot, true, true, plan->context, &held));
-        SH_GOTO(make_data(&held, plan->context, &held_data));
+    SH_ASSERT(words->n < SH_LEARN_WORDS_MAX);
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(words->words[words->n], sizeof words->words[0], format, args);
+    va_end(args);
+    SH_ASSERT(n > 0 && (size_t)n < sizeof words->words[0]);
+    words->n++;
+}
+
+void sh_learn_make_words(const sh_learn_options *o, sh_learn_words *out)
+{
+    const sh_train_plan *p = &o->plan;
+    out->n = 0;
+    add_word(out, "--a-seed=%" PRIu64, p->a_seed);
+    add_word(out, "--shuffle-seed=%" PRIu64, o->shuffle_seed);
+    add_word(out, "--rank=%u", p->rank);
+    /* Nine digits name a float exactly. */
+    add_word(out, "--alpha=%.9g", (double)p->alpha);
+    add_word(out, "--lr=%.9g", (double)p->lr);
+    add_word(out, "--lr-final=%.9g", (double)p->lr_final);
+    add_word(out, "--clip=%.9g", (double)p->clip);
+    add_word(out, "--batch=%u", p->batch);
+    add_word(out, "--context=%u", p->context);
+    add_word(out, "--passes-milli=%u", p->passes_milli);
+    add_word(out, "--steps-max=%u", p->steps_max);
+    add_word(out, "--warmup=%u", p->warmup);
+    add_word(out, "--tokens-min=%u", p->tokens_min);
+    add_word(out, "--threads=%u", SH_MAX(o->threads, 1));
+    add_word(out, "--heldout=%s", o->heldout ? "true" : "false");
+}
+
+/* ---- federated evaluation ---- */
+
+typedef struct {
+    sh_context *context;
+    uint32_t vocab;
+    float *logits; /* [LOGIT_ROWS, vocab] */
+    double nll[SH_SLICES];
+    uint64_t tokens[SH_SLICES];
+} scorer;
+
+/* n tokens from an empty cache; the first is no target. mask and tokens are [n]. */
+static sh_status score_window(scorer *c, const int32_t *tokens, const uint8_t *mask, size_t n,
+                              sh_error *err)
+{
+    sh_context_truncate(c->context, 0);
+    for (size_t at = 0; at + 1 < n; at += LOGIT_ROWS) {
+        uint32_t rows = (uint32_t)SH_MIN((size_t)LOGIT_ROWS, n - 1 - at);
+        SH_TRY(sh_context_decode(c->context, tokens + at, rows, SH_LOGITS_ALL, c->logits, err));
+        for (uint32_t i = 0; i < rows; i++) {
+            uint8_t m = mask[at + i + 1];
+            int32_t token = tokens[at + i + 1];
+            if (!(m & SH_TOKEN_TARGET))
+                continue;
+            if (token < 0 || (uint32_t)token >= c->vocab)
+                return sh_fail(err, SH_ERR_INVALID, "evaluation: token %d of a vocabulary of %u",
+                               token, c->vocab);
+            sh_slice_kind k = m & SH_TOKEN_ACCEPTED ? SH_SLICE_ACCEPTED : SH_SLICE_CORRECTED;
+            c->nll[k] += sh_nll(c->logits + (size_t)i * c->vocab, c->vocab, token);
+            c->tokens[k]++;
+        }
     }
-    SH_GOTO(
-        sh_lora_initialize(&base->config, plan->a_seed, plan->rank, plan->alpha, &adapter, err));
-    if (held.n_targets)
-        SH_GOTO(
-            sh_train_evaluate(base, NULL, &held_data, options->threads, &r.heldout_before, err));
-    sh_train_options to = train_options(options, data.n);
-    SH_GOTO(sh_lora_train(base, adapter, &data, &to, &trained, err));
-    if (held.n_targets)
-        SH_GOTO(
-            sh_train_evaluate(base, adapter, &held_data, options->threads, &r.heldout_after, err));
-    else /* no text was held out yet: the training loss is all there is to judge by */
-        r.heldout_before = trained.loss_first, r.heldout_after = trained.loss_last;
-    r.samples = train.n_targets;
-    r.tokens_seen = trained.tokens_seen;
-    r.steps = to.steps;
-    SH_GOTO(sh_adapter_encode(adapter, &r.update, err));
-    *out = r;
-    r.update = (sh_buf){0};
+    return SH_OK;
+}
+
+static bool has_target(const uint8_t *mask, size_t n)
+{
+    for (size_t i = 1; i < n; i++)
+        if (mask[i] & SH_TOKEN_TARGET)
+            return true;
+    return false;
+}
+
+static sh_status score_sessions(scorer *c, const sh_snapshot *s, uint32_t context, sh_error *err)
+{
+    for (size_t i = 0; i < s->n_sessions; i++) {
+        if (!sh_snapshot_is_heldout(s->sessions[i]))
+            continue;
+        size_t end = i + 1 < s->n_sessions ? s->starts[i + 1] : s->n_tokens;
+        /* Windows overlap by one token, so that every target but the first token is scored once. */
+        for (size_t at = s->starts[i]; at + 1 < end; at += context) {
+            size_t n = SH_MIN((size_t)context + 1, end - at);
+            if (has_target(s->mask + at, n))
+                SH_TRY(score_window(c, s->tokens + at, s->mask + at, n, err));
+        }
+    }
+    return SH_OK;
+}
+
+static sh_status score_model(const sh_model *model, const sh_snapshot *snapshot, uint32_t context,
+                             scorer *c, sh_error *err)
+{
+    sh_status status = SH_OK;
+    sh_context_options options = {.n_tokens_max = context, .batch_max = LOGIT_ROWS};
+    *c = (scorer){.vocab = model->config.vocab};
+    SH_GOTO(sh_context_create(model, &options, &c->context, err));
+    c->logits = sh_alloc_aligned((size_t)LOGIT_ROWS * c->vocab * sizeof *c->logits);
+    if (!c->logits)
+        SH_GOTO(sh_fail(err, SH_ERR_NO_MEMORY, "evaluation: no memory for logits"));
+    SH_GOTO(score_sessions(c, snapshot, context, err));
 cleanup:
-    if (status == SH_ERR_NO_MEMORY)
-        sh_fail(err, status, "training: no memory for %zu tokens", snapshot->n_tokens);
-    sh_buf_release(&r.update);
-    sh_adapter_destroy(&adapter);
-    data_release(&train, &data);
-    data_release(&held, &held_data);
+    free(c->logits);
+    sh_context_destroy(&c->context);
     return status;
+}
+
+sh_status sh_learn_evaluate(const sh_model *parent, const sh_model *candidate,
+                            const sh_snapshot *snapshot, uint32_t context, sh_slice_score *slices,
+                            uint32_t *n, sh_error *err)
+{
+    scorer p, c;
+    if (parent->config.vocab != candidate->config.vocab)
+        return sh_fail(err, SH_ERR_MISMATCH,
+                       "evaluation: the candidate has a vocabulary of %u tokens, its parent %u",
+                       candidate->config.vocab, parent->config.vocab);
+    context = SH_MAX(SH_MIN(SH_MIN(context, parent->config.context), candidate->config.context), 1);
+    SH_TRY(score_model(parent, snapshot, context, &p, err));
+    SH_TRY(score_model(candidate, snapshot, context, &c, err));
+    uint32_t found = 0;
+    for (uint32_t k = 0; k < SH_SLICES; k++)
+        if (p.tokens[k] > 0)
+            slices[found++] = (sh_slice_score){.slice = k,
+                                               .tokens = p.tokens[k],
+                                               .nll_parent = p.nll[k],
+                                               .nll_candidate = c.nll[k]};
+    *n = found;
+    return SH_OK;
 }

@@ -1,10 +1,10 @@
 /*
- * What a training job does: the node's feedback as packed sequences, a LoRA on the model that the
- * node serves, and the encoded update with the node's own held-out loss before and after.
+ * What the jobs of a node that learn do: its feedback as a snapshot, a plan as a training on it
+ * (trainer/snapshot.h), and a candidate's score on the part of it that was never trained on.
  *
- * A snapshot is a copy: the store may change while the job runs. Whole sessions (texts) are held
- * out, chosen by the hash of their number, so that no piece of a held-out text is trained on.
- * Threads: a snapshot is immutable once read; sh_learn_run may run beside others.
+ * A snapshot is a copy: the store may change while the job runs.
+ * Threads: a snapshot is immutable once read; sh_learn_run and sh_learn_evaluate may run beside
+ * others.
  */
 #ifndef SH_EDGE_LEARN_H
 #define SH_EDGE_LEARN_H
@@ -12,31 +12,10 @@
 #include "shared/model/model.h"
 #include "shared/store/store.h"
 #include "shared/wire/wire.h"
-#include "trainer/trainer.h"
-
-#define SH_SNAPSHOT_TOKENS_MAX  (64u << 20)
-#define SH_LEARN_HELDOUT_ONE_IN 8 /* sessions */
-
-typedef struct {
-    int32_t *tokens;    /* [n_tokens], sessions one after another */
-    uint8_t *mask;      /* [n_tokens], 1: a target */
-    uint32_t *starts;   /* [n_sessions], index of a session's first token */
-    uint64_t *sessions; /* [n_sessions] */
-    size_t n_tokens, n_sessions, tokens_cap, sessions_cap, mask_cap, starts_cap;
-} sh_snapshot;
+#include "trainer/snapshot.h"
 
 /* Appends the feedback rows of a node's store; call on a zeroed snapshot, or again to pool. */
 SH_MUST_USE sh_status sh_snapshot_read(sh_txn *txn, sh_snapshot *snapshot, sh_error *err);
-void sh_snapshot_release(sh_snapshot *snapshot);
-size_t sh_snapshot_targets(const sh_snapshot *snapshot);
-
-typedef struct {
-    sh_buf update; /* encoded adapter, GGUF; the caller's */
-    uint64_t samples, tokens_seen;
-    double heldout_before, heldout_after;
-    uint32_t steps;
-} sh_learn_result;
-void sh_learn_result_release(sh_learn_result *result);
 
 typedef struct {
     sh_train_plan plan;
@@ -44,14 +23,32 @@ typedef struct {
     unsigned threads;
     bool heldout; /* hold sessions out and report their loss; else train on everything */
     /* Called after each step; false cancels (SH_ERR_CANCELLED). May be NULL. */
-    bool (*progress)(void *arg, uint32_t step, double loss);
+    bool (*progress)(void *arg, uint32_t step, uint32_t steps, double loss);
     void *progress_arg;
 } sh_learn_options;
 
-/* SH_ERR_LIMIT: fewer target tokens than plan.tokens_min. An update is made whether it is better or
- * not: whether it is sent is the core's decision. */
+/* sh_round_train of a plan: the result is released with sh_round_result_release. Whether an update
+ * is sent is the core's decision. */
 SH_MUST_USE sh_status sh_learn_run(const sh_model *base, const sh_snapshot *snapshot,
-                                   const sh_learn_options *options, sh_learn_result *out,
+                                   const sh_learn_options *options, sh_round_result *out,
                                    sh_error *err);
+
+/* The words of `shoal-train round` that stand for the same options ("--rank=8", ...), so that the
+ * program makes the same bytes as sh_learn_run: an argv's tail, ended by NULL. progress is left
+ * out. */
+#define SH_LEARN_WORDS_MAX 16
+typedef struct {
+    char words[SH_LEARN_WORDS_MAX][48];
+    size_t n;
+} sh_learn_words;
+void sh_learn_make_words(const sh_learn_options *options, sh_learn_words *out);
+
+/* Scores two models on the held-out sessions' targets, as they run for users (quantized, session
+ * by session in windows of `context` tokens): sums of nats and counts of a slice each, in
+ * slices[0, *n), which has room for SH_SLICES. A slice without a token is left out; *n is 0 when
+ * nothing is held out. SH_ERR_MISMATCH when the vocabularies differ. */
+SH_MUST_USE sh_status sh_learn_evaluate(const sh_model *parent, const sh_model *candidate,
+                                        const sh_snapshot *snapshot, uint32_t context,
+                                        sh_slice_score *slices, uint32_t *n, sh_error *err);
 
 #endif

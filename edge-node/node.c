@@ -3,7 +3,7 @@
 #include <stdlib.h>
 
 const char *const sh_node_tables[SH_NODE_TABLES] = {"meta",   "record", "feedback", "window",
-                                                    "outbox", "chunk",  "ledger"};
+                                                    "outbox", "chunk",  "ledger",   "completion"};
 
 void sh_node_actions_clear(sh_node_actions *actions)
 {
@@ -44,7 +44,9 @@ sh_status node_send(node_step *s, const sh_msg *msg)
     SH_ASSERT(node_may_send(s));
     sh_buf bytes;
     sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
-    sh_status status = sh_msg_encode(msg, &bytes, s->err);
+    sh_msg mine = *msg;
+    mine.version = s->n->version;
+    sh_status status = sh_msg_encode(&mine, &bytes, s->err);
     if (status != SH_OK) {
         sh_buf_release(&bytes);
         return status;
@@ -69,7 +71,9 @@ static void set_timer(node_step *s)
 {
     sh_node *n = s->n;
     uint64_t due = SH_MIN(node_sync_due(n), node_monitor_due(n));
-    due = SH_MIN(due, n->take_retry_ms);
+    due = SH_MIN(due, SH_MIN(n->take_retry_ms, n->retain_ms));
+    if (n->state.erasing)
+        due = s->now_ms;
     if (due == NODE_NEVER || due == n->armed_ms)
         return;
     sh_node_action *action = node_act(s, SH_NODE_SET_TIMER);
@@ -80,6 +84,7 @@ static void set_timer(node_step *s)
 
 static sh_status finish(node_step *s)
 {
+    SH_TRY(node_retain(s));
     SH_TRY(node_pump(s));
     set_timer(s);
     return node_state_save(s);
@@ -133,6 +138,7 @@ static sh_status make_new(node_step *s, sh_bytes genesis)
 static sh_status load_or_make(node_step *s, sh_bytes genesis)
 {
     sh_node *n = s->n;
+    SH_TRY(node_schema_open(s));
     sh_status status = node_state_load(s->txn, &n->state, s->err);
     if (status == SH_ERR_NOT_FOUND)
         return make_new(s, genesis);
@@ -154,6 +160,8 @@ sh_status sh_node_create(const sh_node_options *options, sh_bytes genesis_manife
     n->options = *options;
     n->rng = *rng;
     n->armed_ms = n->take_retry_ms = NODE_NEVER;
+    n->retain_ms = now_ms; /* looks once what has become too old */
+    n->version = SH_WIRE_VERSION;
     n->enrol.due_ms = n->checkin.due_ms = n->want.due_ms = NODE_NEVER;
     n->want_size = SH_WIRE_WANT_MAX;
     node_step s = {n, txn, actions, now_ms, err};
@@ -161,6 +169,7 @@ sh_status sh_node_create(const sh_node_options *options, sh_bytes genesis_manife
     sh_status status = SH_OK;
     SH_GOTO(sh_outbox_get_counts(&outbox, txn, &n->counts, err));
     SH_GOTO(load_or_make(&s, genesis_manifest));
+    SH_GOTO(node_slots_lost(&s, genesis_manifest));
     sh_node_action *activate = node_act(&s, SH_NODE_ACTIVATE);
     activate->version = node_active(n)->version;
     activate->slot = n->state.active_slot;
@@ -188,6 +197,7 @@ static sh_status on_timer(node_step *s)
     sh_node *n = s->n;
     n->armed_ms = NODE_NEVER;
     SH_TRY(node_monitor_timer(s));
+    SH_TRY(node_erase_advance(s));
     if (n->take_retry_ms <= s->now_ms) {
         n->take_retry_ms = NODE_NEVER;
         SH_TRY(node_take_advance(s));
@@ -202,6 +212,8 @@ static sh_status on_job(node_step *s, const sh_node_job_result *result)
         return node_train_done(s, result);
     if (result->id != 0 && result->id == n->take_job)
         return node_take_done(s, result);
+    if (result->id != 0 && result->id == n->evaluate_job)
+        return node_evaluate_done(s, result);
     return SH_OK; /* cancelled, and it did not notice in time */
 }
 
@@ -225,10 +237,16 @@ sh_status sh_node_step(sh_node *node, const sh_node_event *event, sh_txn *txn,
         status = node_on_message(&s, event->message);
         break;
     case SH_NODE_INFERENCE:
-        status = node_on_inference(&s, &event->record);
+        status = node_on_inference(&s, &event->record, &event->completion);
         break;
     case SH_NODE_FEEDBACK:
         status = node_on_feedback(&s, &event->feedback);
+        break;
+    case SH_NODE_RATING:
+        status = node_on_rating(&s, &event->rating);
+        break;
+    case SH_NODE_ERASE:
+        status = node_on_erase(&s, event->user);
         break;
     case SH_NODE_JOB_DONE:
         status = on_job(&s, &event->result);
@@ -258,10 +276,18 @@ sh_node_status sh_node_get_status(const sh_node *node)
         .first_alarm_window = st->first_alarm_window,
         .feedback_tokens = st->feedback_tokens,
         .bad_messages = st->bad_messages,
+        .last_sync_ms = st->last_sync_ms,
+        .last_completion = st->last_completion,
         .link_up = node->link != LINK_DOWN,
         .drifting = st->drifting,
+        .welcome = node->link == LINK_WELCOME,
     };
-    for (int c = 0; c < SH_CLASSES; c++)
+    for (int c = 0; c < SH_CLASSES; c++) {
         status.outbox_items += node->counts.items[c];
+        status.outbox_bytes += node->counts.bytes[c];
+        status.dropped[c] = node->counts.dropped[c];
+    }
+    for (int m = 0; m < SH_METRICS; m++)
+        status.log_evalue[m] = sh_monitor_log_evalue(node->monitor, (sh_metric)m);
     return status;
 }

@@ -13,8 +13,8 @@
  *   - At most SH_NODE_ACTIONS_MAX actions a step; create and step clear the list first. Notes are
  *     left out when a step has much to do.
  *   - SH_ERR_FULL from a step or its commit: abort, make the core again, and begin the step's
- *     transaction with SH_TXN_RESERVE if the event is a message (acknowledgements free space);
- *     otherwise the event did not happen.
+ *     transaction with SH_TXN_RESERVE if the event is a message, a timer or an erasure (they free
+ *     space); otherwise the event did not happen.
  *   - An inference's record carries the version that it ran on; a request that began before an
  *     ACTIVATE says nothing about the release after it.
  *
@@ -37,14 +37,16 @@
 
 /* Tables of a node's store; the audit and the reports read them by these numbers. */
 enum {
-    SH_NODE_T_META,     /* "state" (node_state.c), "epoch", "monitor", "slot0", "slot1" and "take"
-                           (signed manifests), "outbox" (shared/sync) */
-    SH_NODE_T_RECORD,   /* seq -> sh_record, a ring */
-    SH_NODE_T_FEEDBACK, /* seq -> sh_feedback, a ring */
-    SH_NODE_T_WINDOW,   /* index -> encoded window, a ring */
-    SH_NODE_T_OUTBOX,   /* (class, seq) -> item; see shared/sync */
-    SH_NODE_T_CHUNK,    /* BLAKE2b -> bytes: blobs on their way up or down */
-    SH_NODE_T_LEDGER,   /* (class, seq) -> what was made and whether it was acknowledged */
+    SH_NODE_T_META,       /* "schema" (node_schema.c), "state", "candidate" (node_state.c), "epoch",
+                             "monitor", "slot0", "slot1" and "take" (signed manifests), "outbox"
+                             (shared/sync) */
+    SH_NODE_T_RECORD,     /* seq -> sh_record, a ring */
+    SH_NODE_T_FEEDBACK,   /* seq -> sh_feedback, a ring */
+    SH_NODE_T_WINDOW,     /* index -> encoded window, a ring */
+    SH_NODE_T_OUTBOX,     /* (class, seq) -> item; see shared/sync */
+    SH_NODE_T_CHUNK,      /* BLAKE2b -> bytes: blobs on their way up or down */
+    SH_NODE_T_LEDGER,     /* (class, seq) -> what was made and whether it was acknowledged */
+    SH_NODE_T_COMPLETION, /* id -> sh_completion_row, a ring: what feedback by id needs */
     SH_NODE_TABLES
 };
 extern const char *const sh_node_tables[SH_NODE_TABLES];
@@ -55,11 +57,21 @@ typedef struct {
     uint32_t cores;
     uint64_t memory_bytes;
     sh_monitor_options monitor;
-    uint64_t records_max, feedback_tokens_max, windows_max; /* rings */
+    /* Rings: the oldest go when one of its limits is passed. 0 is no limit of that kind, but for
+     * the counts. */
+    uint64_t records_max, feedback_tokens_max, windows_max, completions_max;
+    uint64_t records_bytes_max, completions_bytes_max;
+    uint64_t records_age_ms_max, feedback_age_ms_max, completions_age_ms_max;
     uint64_t outbox_quota_bytes[SH_CLASSES];
     uint64_t retry_min_ms, retry_max_ms; /* exponential, full jitter */
     uint32_t confirm_inferences;         /* healthy inferences that confirm a release */
     bool send_only_if_better;            /* own held-out loss must improve (design section 5) */
+    bool evaluate;                /* take part in federated evaluation when a plan asks for it */
+    uint64_t evaluate_tokens_min; /* target tokens of feedback below which it has nothing to say */
+    /* Bit i: the file of slot i is not what its manifest says. Create forgets that release, without
+     * refusing it; where it was the active one, the other slot's is active, or else the genesis
+     * release in slot 0. */
+    uint32_t lost_slots;
 } sh_node_options;
 
 typedef enum {
@@ -69,6 +81,8 @@ typedef enum {
     SH_NODE_MESSAGE,   /* bytes from the aggregator */
     SH_NODE_INFERENCE, /* a finished request's record */
     SH_NODE_FEEDBACK,  /* what the user did with it */
+    SH_NODE_RATING,    /* the same, by the id of a completion that the store still has */
+    SH_NODE_ERASE, /* everything that a user (0: anyone) wrote; a running training is cancelled */
     SH_NODE_JOB_DONE,
 } sh_node_event_kind;
 
@@ -80,21 +94,52 @@ typedef struct {
     bool accepted;   /* the completion was taken; else it was corrected */
     uint32_t n;
     const int32_t *tokens;
-    bool target; /* false: context only (the start of a text) */
+    bool target;    /* false: context only (the start of a text) */
+    uint64_t user;  /* hash of the user's name, 0: not said; what SH_NODE_ERASE finds it by */
+    uint64_t at_ms; /* when it was taken in; the core's to set */
 } sh_feedback;
 
-typedef enum { SH_JOB_TRAIN = 1, SH_JOB_INSTALL, SH_JOB_SMOKE } sh_node_job_kind;
+/* The text of one finished request, kept on the device, within retention, so that feedback by its
+ * id can be taken. Ids grow; the shell makes them (above sh_node_status.last_completion). */
+#define SH_NODE_COMPLETION_TOKENS_MAX 4096u /* context and proposal together */
+typedef struct {
+    uint64_t id; /* 0: none is kept */
+    uint64_t user, session;
+    uint32_t offset;        /* in the session's text, of the end of the prompt */
+    uint32_t n_context;     /* the last tokens of the prompt; the core stores those that the last
+                               feedback row, if it is of this session, does not reach */
+    uint32_t n;             /* what the model proposed */
+    const int32_t *tokens;  /* [n_context + n] */
+    uint64_t at_ms, record; /* the core's to set: time, sequence of the record */
+    uint32_t release_version;
+    uint8_t rated; /* sh_feedback_kind */
+} sh_completion_row;
+
+/* What the user did with completion `id`. The author's text begins where the prompt ended; without
+ * one an accepted completion stands for itself, and a rejected one teaches nothing. */
+typedef struct {
+    uint64_t id;
+    sh_feedback_kind kind; /* accept, edit, reject */
+    uint16_t edit_distance;
+    uint32_t n;
+    const int32_t *tokens;
+} sh_rating;
+
+typedef enum { SH_JOB_TRAIN = 1, SH_JOB_INSTALL, SH_JOB_SMOKE, SH_JOB_EVALUATE } sh_node_job_kind;
 
 /* SH_JOB_TRAIN: train an adapter on the feedback that the shell reads from the store (a snapshot),
  * against the active model. SH_JOB_INSTALL: put the chunks together in a slot, check the SHA-256,
- * fsync. SH_JOB_SMOKE: open the slot's model and run a few prompts. */
+ * fsync. SH_JOB_SMOKE: open the slot's model and run a few prompts. SH_JOB_EVALUATE: put the
+ * candidate's chunks together in a temporary file, score it and the active model on the held-out
+ * sessions of the feedback (sh_learn_evaluate), delete the file. */
 typedef struct {
     uint64_t id;
     sh_node_job_kind kind;
     sh_train_plan train;
-    uint64_t version; /* INSTALL, SMOKE */
-    uint32_t slot;    /* 0 or 1 */
-    sh_blob blob;     /* INSTALL; chunk_hashes valid during the action */
+    uint64_t version;   /* INSTALL, SMOKE */
+    uint32_t slot;      /* 0 or 1 */
+    sh_blob blob;       /* INSTALL, EVALUATE; chunk_hashes valid during the action */
+    uint64_t candidate; /* EVALUATE */
 } sh_node_job;
 
 typedef struct {
@@ -107,6 +152,9 @@ typedef struct {
     double heldout_before, heldout_after;
     /* SMOKE */
     double nll;
+    /* EVALUATE */
+    uint32_t n_slices;
+    sh_slice_score slices[SH_EVALUATION_SLICES_MAX];
 } sh_node_job_result;
 
 typedef struct {
@@ -114,7 +162,11 @@ typedef struct {
     uint64_t now_ms;
     sh_bytes message;
     sh_record record;
+    sh_completion_row completion; /* INFERENCE: id 0 when feedback by id is not wanted */
     sh_feedback feedback;
+    sh_rating rating; /* RATING; an id that is not there, or was rated otherwise, is noted and
+                         changes nothing: look first (sh_node_get_completion) */
+    uint64_t user;    /* ERASE */
     sh_node_job_result result;
 } sh_node_event;
 
@@ -139,6 +191,10 @@ typedef enum {
     SH_NOTE_DROPPED,
     SH_NOTE_TRAIN_STARTED,
     SH_NOTE_JOB_FAILED,
+    SH_NOTE_CHECKED_IN, /* a plan came */
+    SH_NOTE_EVALUATED,  /* number: candidate */
+    SH_NOTE_ERASED,     /* number: rows */
+    SH_NOTE_REJECTED,   /* the aggregator does not know this node's key */
 } sh_node_note;
 
 typedef struct {
@@ -178,20 +234,24 @@ typedef struct {
     uint32_t active_slot, training_round;
     uint64_t updates_made, updates_acked, inferences, windows, alarms;
     uint64_t first_alarm_window; /* 0: none */
-    uint64_t feedback_tokens, outbox_items;
+    uint64_t feedback_tokens, outbox_items, outbox_bytes;
+    uint64_t dropped[SH_CLASSES];
     uint64_t bad_messages;
-    bool link_up, drifting;
+    uint64_t last_sync_ms;         /* when the last plan came, 0: never */
+    uint64_t last_completion;      /* the largest id that was ever stored */
+    double log_evalue[SH_METRICS]; /* of each detector now */
+    bool link_up, drifting, welcome;
 } sh_node_status;
 sh_node_status sh_node_get_status(const sh_node *node);
 
 /* ---- what reports and the audit read of a node's store ---- */
 typedef enum { SH_LEDGER_OWED, SH_LEDGER_ACKED, SH_LEDGER_DROPPED } sh_ledger_state;
-/* What became of one update or alarm; kept after the outbox has forgotten it. */
+/* What became of one update, alarm or evaluation; kept after the outbox has forgotten it. */
 typedef struct {
     uint8_t cls; /* SH_CLASS_UPDATE, SH_CLASS_ALARM */
     uint64_t seq;
     sh_ledger_state state;
-    sh_hash sha256;               /* of the update's blob, of the alarm's payload */
+    sh_hash sha256;               /* of the update's blob, the alarm's payload; evaluation: 0 */
     uint64_t made_ms, settled_ms; /* settled: acknowledged or dropped */
 } sh_ledger_row;
 SH_MUST_USE sh_status sh_node_each_ledger(sh_txn *txn,
@@ -199,6 +259,15 @@ SH_MUST_USE sh_status sh_node_each_ledger(sh_txn *txn,
                                           void *arg, sh_error *err);
 /* The epoch of a node's store. SH_ERR_NOT_FOUND when no node was ever made in it. */
 SH_MUST_USE sh_status sh_node_stored_epoch(sh_txn *txn, uint64_t *epoch, sh_error *err);
+
+/* The row of a completion; tokens borrowed from the transaction or `copy` (initialized by the
+ * caller). SH_ERR_NOT_FOUND: never there, or past its retention. */
+SH_MUST_USE sh_status sh_node_get_completion(sh_txn *txn, uint64_t id, sh_buf *copy,
+                                             sh_completion_row *out, sh_error *err);
+/* Signed manifest of a slot (0 or 1), in the store's memory: which release lies in it.
+ * SH_ERR_NOT_FOUND. */
+SH_MUST_USE sh_status sh_node_get_slot(sh_txn *txn, uint32_t slot, sh_bytes *manifest,
+                                       sh_error *err);
 
 /* Feedback rows in the store, oldest first, for the training snapshot: fn is called for each. */
 SH_MUST_USE sh_status sh_node_each_feedback(sh_txn *txn,

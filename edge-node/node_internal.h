@@ -2,11 +2,16 @@
  * What the node core's files share: its state, and who does what.
  *   node.c          create, step, actions, timer, status
  *   node_state.c    META rows: state, monitor, manifests
+ *   node_schema.c   a store of an earlier version becomes one of this
  *   node_rows.c     FEEDBACK, LEDGER, RECORD rows and the readers of them
+ *   node_rating.c   COMPLETION rows, and feedback by the id of one
+ *   node_erase.c    what leaves by age, and what a user wrote
  *   node_monitor.c  inference records, windows, alarms, feedback
  *   node_sync.c     messages, check-in, outbox, chunks up
  *   node_release.c  manifests, chunks down, install, smoke, activate, confirm, fall back
+ *   node_slots.c    releases whose files are gone
  *   node_train.c    training plans and what training made
+ *   node_evaluate.c a candidate to score: chunks, job, what it found out
  *
  * node_state is what META "state" holds; the rest of sh_node is volatile: what a crash forgets of
  * it is sent or asked for again.
@@ -32,6 +37,8 @@
 #define NODE_HEALTHY_NLL_MAX 50.0 /* nats a token: e^50 is past any vocabulary */
 #define NODE_CONTEXT_FACTOR  4u   /* all feedback tokens : target tokens */
 #define NODE_MANIFEST_MAX    SH_WIRE_MANIFEST_MAX
+#define NODE_RETAIN_STEP_MAX 64u   /* rows of a ring that leave by age in a step */
+#define NODE_ERASE_STEP_MAX  1024u /* rows that an erasure looks at in a step */
 
 typedef struct {
     uint64_t version; /* 0: none */
@@ -65,6 +72,15 @@ typedef struct {
     bool drifting;
     uint64_t inferences, windows, alarms, first_alarm_window;
     uint64_t updates_made, updates_acked, bad_messages;
+    /* From version 2 on: */
+    uint64_t completion_rows, completion_bytes, last_completion;
+    uint64_t last_sync_ms;
+    bool erasing; /* of erase_user (0: all), the rows from `at` on and below `end` */
+    uint64_t erase_user, erase_feedback_at, erase_feedback_end;
+    uint64_t erase_completion_at, erase_completion_end, erased_rows;
+    node_release candidate; /* whose chunks are here, or on their way: META "candidate" */
+    uint64_t evaluated;     /* the last candidate that was answered */
+    uint32_t evaluate_tries;
 } node_state;
 
 typedef struct {
@@ -105,6 +121,13 @@ struct sh_node {
     uint8_t asked[SH_WIRE_WANT_MAX * sizeof(sh_hash)];
     uint32_t n_asked, asked_got, want_size;
 
+    uint32_t version;            /* of the protocol, that this link speaks */
+    node_retry bury[SH_CLASSES]; /* tombstones for what the aggregator forgot; see node_on_ack */
+
+    uint64_t retain_ms;    /* when a row may be too old */
+    uint64_t evaluate_job; /* id of the running EVALUATE; 0: none */
+    bool evaluate;         /* the last plan asked for the candidate */
+
     uint64_t take_job; /* id of the running INSTALL or SMOKE; 0: none */
     uint64_t take_retry_ms;
     uint64_t train_job;     /* id of the running TRAIN; 0: none */
@@ -143,15 +166,64 @@ sh_status node_manifest_del(node_step *s, const char *key);
 /* The manifest being taken; *copy holds its bytes (the caller's to release). */
 sh_status node_manifest_take(node_step *s, sh_buf *copy, sh_manifest *out);
 
+/* The plan of META "candidate"; *copy holds its chunks' hashes (initialized here, the caller's). */
+sh_status node_candidate_load(node_step *s, sh_buf *copy, sh_evaluate_plan *out);
+sh_status node_candidate_put(node_step *s, const sh_evaluate_plan *plan);
+sh_status node_candidate_del(node_step *s);
+
+/* ---- node_schema.c ---- */
+/* Makes the store one of this version, or fails: a newer one is not for us. */
+sh_status node_schema_open(node_step *s);
+
 /* ---- node_rows.c ---- */
+static inline void node_put_le(uint8_t *out, uint64_t x, size_t width)
+{
+    for (size_t i = 0; i < width; i++)
+        out[i] = (uint8_t)(x >> (8 * i));
+}
+static inline uint64_t node_get_le(const uint8_t *in, size_t width)
+{
+    uint64_t x = 0;
+    for (size_t i = 0; i < width; i++)
+        x |= (uint64_t)in[i] << (8 * i);
+    return x;
+}
+sh_status node_row_put(node_step *s, unsigned table, uint64_t seq, const void *value, size_t n);
+sh_status node_row_del(node_step *s, unsigned table, uint64_t seq);
+/* The first row of a table with a sequence >= from. SH_ERR_NOT_FOUND without an error's text. */
+sh_status node_row_next(node_step *s, unsigned table, uint64_t from, uint64_t *seq,
+                        sh_slice *value);
+uint64_t node_records_max(const sh_node *n); /* by count and by bytes */
+/* Tokens stay NULL. */
+sh_status node_feedback_head(sh_slice value, sh_feedback *out, sh_error *err);
+/* The last row of all. SH_ERR_NOT_FOUND when there is none. */
+sh_status node_feedback_last(node_step *s, sh_feedback *out);
+sh_status node_feedback_del(node_step *s, uint64_t seq, const sh_feedback *row);
+/* Rewrites row `seq` as the present version, as if taken in now. */
+sh_status node_feedback_migrate(node_step *s, uint64_t seq);
 sh_status node_record_put(node_step *s, const sh_record *record);
 sh_status node_feedback_put(node_step *s, const sh_feedback *feedback);
 sh_status node_window_put(node_step *s, const sh_window *window);
 sh_status node_ledger_add(node_step *s, sh_class cls, uint64_t seq, const sh_hash *sha256);
 sh_status node_ledger_settle(node_step *s, sh_class cls, uint64_t seq, sh_ledger_state how);
 
+/* ---- node_rating.c ---- */
+sh_status node_completion_put(node_step *s, const sh_completion_row *row);
+/* Tokens stay NULL. */
+sh_status node_completion_head(uint64_t id, sh_slice value, sh_completion_row *out, sh_error *err);
+sh_status node_completion_del(node_step *s, uint64_t id, size_t bytes);
+sh_status node_on_rating(node_step *s, const sh_rating *rating);
+
+/* ---- node_erase.c ---- */
+sh_status node_on_erase(node_step *s, uint64_t user);
+sh_status node_erase_advance(node_step *s);
+/* A row that is too old after age_ms (0: never) was put. */
+void node_retain_from(node_step *s, uint64_t age_ms);
+sh_status node_retain(node_step *s);
+
 /* ---- node_monitor.c ---- */
-sh_status node_on_inference(node_step *s, const sh_record *record);
+sh_status node_on_inference(node_step *s, const sh_record *record,
+                            const sh_completion_row *completion);
 sh_status node_on_feedback(node_step *s, const sh_feedback *feedback);
 sh_status node_take_window(node_step *s, const sh_window_result *closed);
 sh_status node_monitor_timer(node_step *s);
@@ -165,8 +237,8 @@ sh_status node_pump(node_step *s);
 uint64_t node_sync_due(const sh_node *n);
 void node_checkin_soon(node_step *s);
 sh_status node_outbox_put(node_step *s, sh_class cls, sh_item_kind kind, sh_bytes payload);
-/* Deletes those chunks of blob that neither `keep` (may be NULL) nor the release being taken nor an
- * owed update other than `except` (a sequence, 0: none) needs. */
+/* Deletes those chunks of blob that neither `keep` (may be NULL) nor the release being taken nor
+ * the candidate nor an owed update other than `except` (a sequence, 0: none) needs. */
 sh_status node_chunks_delete(node_step *s, const sh_blob *blob, uint64_t except,
                              const sh_blob *keep);
 
@@ -177,6 +249,7 @@ sh_status node_want(node_step *s);
 sh_status node_take_advance(node_step *s);
 sh_status node_take_done(node_step *s, const sh_node_job_result *result);
 sh_status node_activate(node_step *s);
+sh_status node_slots_lost(node_step *s, sh_bytes genesis); /* options.lost_slots */
 sh_status node_judge_health(node_step *s, const sh_record *record);
 
 /* ---- node_train.c ---- */
@@ -184,5 +257,13 @@ void node_on_train_plan(node_step *s, const sh_train_plan *plan);
 void node_train_consider(node_step *s);
 void node_train_cancel(node_step *s);
 sh_status node_train_done(node_step *s, const sh_node_job_result *result);
+
+/* ---- node_evaluate.c ---- */
+sh_status node_on_evaluate_plan(node_step *s, const sh_evaluate_plan *plan);
+sh_status node_evaluate_advance(node_step *s);
+sh_status node_evaluate_done(node_step *s, const sh_node_job_result *result);
+void node_evaluate_stop(node_step *s); /* cancels; until a plan asks for it again */
+/* Forgets the candidate and those of its chunks that `next` (may be NULL) does not share. */
+sh_status node_candidate_drop(node_step *s, const sh_blob *next);
 
 #endif

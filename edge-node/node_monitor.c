@@ -68,7 +68,8 @@ cleanup:
     return status;
 }
 
-sh_status node_on_inference(node_step *s, const sh_record *record)
+sh_status node_on_inference(node_step *s, const sh_record *record,
+                            const sh_completion_row *completion)
 {
     sh_node *n = s->n;
     sh_record mine = *record;
@@ -76,6 +77,14 @@ sh_status node_on_inference(node_step *s, const sh_record *record)
     mine.seq = n->state.record_next;
     n->dirty = true;
     SH_TRY(node_record_put(s, &mine));
+    if (completion->id != 0) {
+        sh_completion_row row = *completion;
+        row.at_ms = s->now_ms;
+        row.record = mine.seq;
+        row.release_version = mine.release_version;
+        row.rated = SH_FEEDBACK_NONE;
+        SH_TRY(node_completion_put(s, &row));
+    }
     n->state.inferences++;
     bool was_closed = sh_monitor_add(n->monitor, &mine, &closed);
     if (was_closed)

@@ -88,6 +88,8 @@ sh_status node_on_manifest(node_step *s, sh_bytes bytes)
         return SH_OK;
     }
     SH_TRY(take_drop(s, &manifest.model));
+    if (!sh_hash_equal(&st->candidate.sha256, &manifest.model.sha256))
+        SH_TRY(node_candidate_drop(s, &manifest.model)); /* another release than it has come */
     SH_TRY(node_manifest_put(s, node_meta_take, bytes));
     st->take = TAKE_DOWNLOAD;
     st->take_tries = 0;
@@ -104,22 +106,28 @@ sh_status node_want(node_step *s)
 {
     sh_node *n = s->n;
     sh_buf bytes = {0};
-    sh_manifest manifest;
     sh_status status = SH_OK;
-    if (n->state.take != TAKE_DOWNLOAD) {
-        stop_asking(n);
-        return SH_OK;
-    }
     /* Asked again with something missing: the peer sends so many at a time, or some were lost. */
     if (n->n_asked > 0 && n->asked_got > 0)
         n->want_size = SH_MAX(n->asked_got, NODE_WANT_MIN);
     if (n->asked_got > 0)
         n->want.attempt = 0;
     n->asked_got = 0;
-    SH_GOTO(node_manifest_take(s, &bytes, &manifest));
-    SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &manifest.model, n->asked, n->want_size,
-                            &n->n_asked, s->err));
-    if (n->n_asked == 0) { /* whole: what waits is the active release's confirmation */
+    n->n_asked = 0;
+    if (n->state.take == TAKE_DOWNLOAD) {
+        sh_manifest manifest;
+        SH_GOTO(node_manifest_take(s, &bytes, &manifest));
+        SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &manifest.model, n->asked, n->want_size,
+                                &n->n_asked, s->err));
+    }
+    if (n->n_asked == 0 && n->evaluate && n->evaluate_job == 0) {
+        sh_evaluate_plan plan;
+        sh_buf_release(&bytes);
+        SH_GOTO(node_candidate_load(s, &bytes, &plan));
+        SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &plan.model, n->asked, n->want_size,
+                                &n->n_asked, s->err));
+    }
+    if (n->n_asked == 0) { /* a whole release waits for the active one's confirmation */
         stop_asking(n);
         goto cleanup;
     }
@@ -148,7 +156,8 @@ sh_status node_on_chunk(node_step *s, const sh_msg_chunk *chunk)
         if (n->n_asked > 0)
             return SH_OK;
         n->want = (node_retry){.due_ms = s->now_ms}; /* the next ones */
-        return node_take_advance(s);
+        SH_TRY(node_take_advance(s));
+        return node_evaluate_advance(s);
     }
     return SH_OK; /* not asked for, or come twice */
 }
@@ -222,6 +231,8 @@ static sh_status refuse_taking(node_step *s)
 {
     remember_refused(s, s->n->state.taking.version);
     SH_TRY(take_drop(s, NULL));
+    if (sh_hash_equal(&s->n->state.candidate.sha256, &s->n->state.taking.sha256))
+        SH_TRY(node_candidate_drop(s, NULL));
     node_checkin_soon(s);
     return SH_OK;
 }
@@ -280,6 +291,7 @@ sh_status node_activate(node_step *s)
     st->active_slot = slot;
     st->healthy = 0;
     SH_GOTO(take_drop(s, NULL));
+    SH_GOTO(node_candidate_drop(s, NULL)); /* it is this one, or its parent is no more */
     tell_active(s);
     node_note(s, SH_NOTE_RELEASE_ACTIVE, node_active(n)->version);
     if (n->options.confirm_inferences == 0) {
@@ -301,6 +313,7 @@ static sh_status fall_back(node_step *s)
     remember_refused(s, node_active(n)->version);
     if (n->train_job != 0 && n->training.base_version == node_active(n)->version)
         node_train_cancel(s);
+    SH_TRY(node_candidate_drop(s, NULL));
     st->slots[st->active_slot] = (node_release){0};
     SH_TRY(node_manifest_del(s, st->active_slot == 0 ? node_meta_slot0 : node_meta_slot1));
     st->active_slot = other;

@@ -1,49 +1,64 @@
 /*
  * Rows of a node's store; keys are a sequence (8, big-endian), of the ledger class (1) and
- * sequence. FEEDBACK  version (1), flags (1: accepted, 2: target), session (8), offset (4), n (4),
- *             n tokens (4 each); little-endian
- *   LEDGER    version (1), state (1), made_ms (8), settled_ms (8), sha256 (32); little-endian
- *   RECORD    shared/stats/record.h; WINDOW shared/stats/window.h, whole
+ * sequence.
+ *   FEEDBACK  version (1), flags (1: accepted, 2: target), session (8), offset (4), n (4), user
+ * (8), at_ms (8), n tokens (4 each); little-endian. Version 1 has neither user nor at_ms LEDGER
+ * version (1), state (1), made_ms (8), settled_ms (8), sha256 (32); little-endian RECORD
+ * shared/stats/record.h; WINDOW shared/stats/window.h, whole
  */
 #include "edge-node/node_internal.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define FEEDBACK_VERSION 1
-#define FEEDBACK_HEAD    18
+#define FEEDBACK_VERSION 2
+#define FEEDBACK_HEAD    34
+#define FEEDBACK_HEAD_1  18
 #define FLAG_ACCEPTED    1u
 #define FLAG_TARGET      2u
 #define LEDGER_VERSION   1
 #define LEDGER_BYTES     50
 #define LEDGER_KEY       9
 
-static void put_le(uint8_t *out, uint64_t x, size_t width)
-{
-    for (size_t i = 0; i < width; i++)
-        out[i] = (uint8_t)(x >> (8 * i));
-}
+#define RECORD_ROW_BYTES (8 + SH_RECORD_BYTES)
 
-static uint64_t get_le(const uint8_t *in, size_t width)
-{
-    uint64_t x = 0;
-    for (size_t i = 0; i < width; i++)
-        x |= (uint64_t)in[i] << (8 * i);
-    return x;
-}
-
-static sh_status put_row(node_step *s, unsigned table, uint64_t seq, const void *value, size_t n)
+sh_status node_row_put(node_step *s, unsigned table, uint64_t seq, const void *value, size_t n)
 {
     uint8_t key[8];
     sh_key_put_u64(key, seq);
     return sh_txn_put(s->txn, table, key, sizeof(key), value, n, s->err);
 }
 
-static sh_status del_row(node_step *s, unsigned table, uint64_t seq)
+sh_status node_row_del(node_step *s, unsigned table, uint64_t seq)
 {
     uint8_t key[8];
     sh_key_put_u64(key, seq);
     return sh_txn_del(s->txn, table, key, sizeof(key), s->err);
+}
+
+sh_status node_row_next(node_step *s, unsigned table, uint64_t from, uint64_t *seq, sh_slice *value)
+{
+    uint8_t from_key[8];
+    sh_cursor *cursor = NULL;
+    sh_slice key;
+    sh_key_put_u64(from_key, from);
+    SH_TRY(sh_cursor_open(s->txn, table, &cursor, s->err));
+    sh_status status = sh_cursor_seek(cursor, from_key, sizeof(from_key), &key, value);
+    sh_cursor_close(&cursor);
+    if (status == SH_ERR_NOT_FOUND)
+        return status;
+    if (status != SH_OK || key.n != sizeof(from_key))
+        return sh_fail(s->err, status != SH_OK ? status : SH_ERR_CORRUPT,
+                       "node: table %u cannot be read", table);
+    *seq = sh_key_get_u64(key.data);
+    return SH_OK;
+}
+
+uint64_t node_records_max(const sh_node *n)
+{
+    uint64_t bytes = n->options.records_bytes_max;
+    uint64_t rows = bytes == 0 ? UINT64_MAX : SH_MAX(bytes / RECORD_ROW_BYTES, (uint64_t)1);
+    return SH_MIN(rows, n->options.records_max);
 }
 
 sh_status node_record_put(node_step *s, const sh_record *record)
@@ -52,10 +67,11 @@ sh_status node_record_put(node_step *s, const sh_record *record)
     uint8_t bytes[SH_RECORD_BYTES];
     SH_ASSERT(record->seq == st->record_next);
     sh_record_encode(record, bytes);
-    SH_TRY(put_row(s, SH_NODE_T_RECORD, record->seq, bytes, sizeof(bytes)));
+    SH_TRY(node_row_put(s, SH_NODE_T_RECORD, record->seq, bytes, sizeof(bytes)));
     st->record_next++;
-    while (st->record_next - st->record_first > s->n->options.records_max)
-        SH_TRY(del_row(s, SH_NODE_T_RECORD, st->record_first++));
+    node_retain_from(s, s->n->options.records_age_ms_max);
+    while (st->record_next - st->record_first > node_records_max(s->n))
+        SH_TRY(node_row_del(s, SH_NODE_T_RECORD, st->record_first++));
     return SH_OK;
 }
 
@@ -66,7 +82,7 @@ sh_status node_window_put(node_step *s, const sh_window *window)
     sh_buf_init(&bytes, SH_WINDOW_BYTES_MAX);
     sh_status status = sh_window_encode(window, true, &bytes);
     if (status == SH_OK)
-        status = put_row(s, SH_NODE_T_WINDOW, window->index, bytes.data, bytes.len);
+        status = node_row_put(s, SH_NODE_T_WINDOW, window->index, bytes.data, bytes.len);
     else
         status = sh_fail(s->err, status, "node: a window cannot be encoded");
     sh_buf_release(&bytes);
@@ -74,34 +90,71 @@ sh_status node_window_put(node_step *s, const sh_window *window)
         return status;
     st->window_next = window->index + 1;
     while (st->window_next - st->window_first > s->n->options.windows_max)
-        SH_TRY(del_row(s, SH_NODE_T_WINDOW, st->window_first++));
+        SH_TRY(node_row_del(s, SH_NODE_T_WINDOW, st->window_first++));
     return SH_OK;
 }
 
 /* ---- feedback ---- */
 
-typedef struct {
-    sh_feedback row; /* tokens NULL */
-    const uint8_t *tokens;
-} feedback_row;
+static size_t feedback_head_bytes(uint8_t version)
+{
+    return version == 1 ? FEEDBACK_HEAD_1 : FEEDBACK_HEAD;
+}
 
-static sh_status feedback_decode(sh_slice value, feedback_row *out, sh_error *err)
+static const uint8_t *feedback_tokens(sh_slice value)
 {
     const uint8_t *p = value.data;
-    if (value.n < FEEDBACK_HEAD || p[0] != FEEDBACK_VERSION)
+    return p + feedback_head_bytes(p[0]);
+}
+
+sh_status node_feedback_head(sh_slice value, sh_feedback *out, sh_error *err)
+{
+    const uint8_t *p = value.data;
+    if (value.n < FEEDBACK_HEAD_1 || p[0] == 0 || p[0] > FEEDBACK_VERSION ||
+        value.n < feedback_head_bytes(p[0]))
         return sh_fail(err, SH_ERR_CORRUPT, "feedback row: %zu bytes of an unknown layout",
                        value.n);
     sh_feedback row = {
         .accepted = (p[1] & FLAG_ACCEPTED) != 0,
         .target = (p[1] & FLAG_TARGET) != 0,
-        .session = get_le(p + 2, 8),
-        .offset = (uint32_t)get_le(p + 10, 4),
-        .n = (uint32_t)get_le(p + 14, 4),
+        .session = node_get_le(p + 2, 8),
+        .offset = (uint32_t)node_get_le(p + 10, 4),
+        .n = (uint32_t)node_get_le(p + 14, 4),
     };
+    if (p[0] > 1) {
+        row.user = node_get_le(p + 18, 8);
+        row.at_ms = node_get_le(p + 26, 8);
+    }
     if (row.n == 0 || row.n > SH_NODE_FEEDBACK_ROW_MAX ||
-        value.n != FEEDBACK_HEAD + (size_t)row.n * 4)
+        value.n != feedback_head_bytes(p[0]) + (size_t)row.n * 4)
         return sh_fail(err, SH_ERR_CORRUPT, "feedback row: %u tokens in %zu bytes", row.n, value.n);
-    *out = (feedback_row){row, p + FEEDBACK_HEAD};
+    *out = row;
+    return SH_OK;
+}
+
+sh_status node_feedback_last(node_step *s, sh_feedback *out)
+{
+    sh_cursor *cursor = NULL;
+    sh_slice value;
+    SH_TRY(sh_cursor_open(s->txn, SH_NODE_T_FEEDBACK, &cursor, s->err));
+    sh_status status = sh_cursor_last(cursor, NULL, &value);
+    sh_cursor_close(&cursor);
+    if (status == SH_OK)
+        return node_feedback_head(value, out, s->err);
+    return status == SH_ERR_NOT_FOUND ? status
+                                      : sh_fail(s->err, status, "node: feedback cannot be read");
+}
+
+sh_status node_feedback_del(node_step *s, uint64_t seq, const sh_feedback *row)
+{
+    node_state *st = &s->n->state;
+    SH_TRY(node_row_del(s, SH_NODE_T_FEEDBACK, seq));
+    st->feedback_all_tokens -= SH_MIN(row->n, st->feedback_all_tokens);
+    if (row->target) {
+        st->feedback_tokens -= SH_MIN(row->n, st->feedback_tokens);
+        st->feedback_rows -= SH_MIN(1, st->feedback_rows);
+    }
+    s->n->dirty = true;
     return SH_OK;
 }
 
@@ -109,23 +162,18 @@ static sh_status feedback_trim(node_step *s)
 {
     node_state *st = &s->n->state;
     uint64_t max = s->n->options.feedback_tokens_max;
-    while (st->feedback_first < st->feedback_next &&
-           (st->feedback_tokens > max || st->feedback_all_tokens / NODE_CONTEXT_FACTOR > max)) {
-        uint8_t key[8];
+    while (st->feedback_tokens > max || st->feedback_all_tokens / NODE_CONTEXT_FACTOR > max) {
         sh_slice value;
-        feedback_row old;
-        sh_key_put_u64(key, st->feedback_first);
-        if (sh_txn_get(s->txn, SH_NODE_T_FEEDBACK, key, sizeof(key), &value) != SH_OK)
-            return sh_fail(s->err, SH_ERR_CORRUPT, "feedback row %llu is missing",
-                           (unsigned long long)st->feedback_first);
-        SH_TRY(feedback_decode(value, &old, s->err));
-        SH_TRY(del_row(s, SH_NODE_T_FEEDBACK, st->feedback_first));
-        st->feedback_first++;
-        st->feedback_all_tokens -= old.row.n;
-        if (old.row.target) {
-            st->feedback_tokens -= old.row.n;
-            st->feedback_rows--;
-        }
+        sh_feedback old;
+        uint64_t seq;
+        sh_status status = node_row_next(s, SH_NODE_T_FEEDBACK, st->feedback_first, &seq, &value);
+        if (status == SH_ERR_NOT_FOUND)
+            return sh_fail(s->err, SH_ERR_CORRUPT, "feedback: %llu tokens counted, and no row",
+                           (unsigned long long)st->feedback_all_tokens);
+        SH_TRY(status);
+        SH_TRY(node_feedback_head(value, &old, s->err));
+        SH_TRY(node_feedback_del(s, seq, &old));
+        st->feedback_first = seq + 1;
     }
     return SH_OK;
 }
@@ -141,12 +189,14 @@ sh_status node_feedback_put(node_step *s, const sh_feedback *feedback)
     value[0] = FEEDBACK_VERSION;
     value[1] =
         (uint8_t)((feedback->accepted ? FLAG_ACCEPTED : 0) | (feedback->target ? FLAG_TARGET : 0));
-    put_le(value + 2, feedback->session, 8);
-    put_le(value + 10, feedback->offset, 4);
-    put_le(value + 14, feedback->n, 4);
+    node_put_le(value + 2, feedback->session, 8);
+    node_put_le(value + 10, feedback->offset, 4);
+    node_put_le(value + 14, feedback->n, 4);
+    node_put_le(value + 18, feedback->user, 8);
+    node_put_le(value + 26, s->now_ms, 8);
     for (uint32_t i = 0; i < feedback->n; i++)
-        put_le(value + FEEDBACK_HEAD + 4 * (size_t)i, (uint32_t)feedback->tokens[i], 4);
-    sh_status status = put_row(s, SH_NODE_T_FEEDBACK, st->feedback_next, value, bytes);
+        node_put_le(value + FEEDBACK_HEAD + 4 * (size_t)i, (uint32_t)feedback->tokens[i], 4);
+    sh_status status = node_row_put(s, SH_NODE_T_FEEDBACK, st->feedback_next, value, bytes);
     free(value);
     if (status != SH_OK)
         return status;
@@ -156,7 +206,30 @@ sh_status node_feedback_put(node_step *s, const sh_feedback *feedback)
         st->feedback_tokens += feedback->n;
         st->feedback_rows++;
     }
+    s->n->dirty = true;
+    node_retain_from(s, s->n->options.feedback_age_ms_max);
     return feedback_trim(s);
+}
+
+sh_status node_feedback_migrate(node_step *s, uint64_t seq)
+{
+    sh_slice value;
+    sh_feedback row;
+    uint64_t at;
+    SH_TRY(node_row_next(s, SH_NODE_T_FEEDBACK, seq, &at, &value));
+    SH_TRY(node_feedback_head(value, &row, s->err));
+    size_t bytes = FEEDBACK_HEAD + (size_t)row.n * 4;
+    uint8_t *now = sh_calloc(1, bytes);
+    if (now == NULL)
+        return sh_fail(s->err, SH_ERR_NO_MEMORY, "node: feedback of %u tokens", row.n);
+    memcpy(now, value.data, FEEDBACK_HEAD_1);
+    now[0] = FEEDBACK_VERSION;
+    node_put_le(now + 18, row.user, 8);
+    node_put_le(now + 26, s->now_ms, 8);
+    memcpy(now + FEEDBACK_HEAD, feedback_tokens(value), (size_t)row.n * 4);
+    sh_status status = node_row_put(s, SH_NODE_T_FEEDBACK, at, now, bytes);
+    free(now);
+    return status;
 }
 
 /* Calls visit for every row of a table. */
@@ -197,12 +270,13 @@ static sh_status visit_feedback(void *arg, sh_slice key, sh_slice value, sh_erro
 {
     (void)key;
     feedback_visit *v = arg;
-    feedback_row row;
-    SH_TRY(feedback_decode(value, &row, err));
-    for (uint32_t i = 0; i < row.row.n; i++)
-        v->tokens[i] = (int32_t)get_le(row.tokens + 4 * (size_t)i, 4);
-    row.row.tokens = v->tokens;
-    return v->fn(v->arg, &row.row);
+    sh_feedback row;
+    SH_TRY(node_feedback_head(value, &row, err));
+    const uint8_t *tokens = feedback_tokens(value);
+    for (uint32_t i = 0; i < row.n; i++)
+        v->tokens[i] = (int32_t)node_get_le(tokens + 4 * (size_t)i, 4);
+    row.tokens = v->tokens;
+    return v->fn(v->arg, &row);
 }
 
 sh_status sh_node_each_feedback(sh_txn *txn, sh_status (*fn)(void *arg, const sh_feedback *row),
@@ -234,8 +308,8 @@ static sh_status ledger_decode(sh_slice key, sh_slice value, sh_ledger_row *out,
         .cls = k[0],
         .seq = sh_key_get_u64(k + 1),
         .state = (sh_ledger_state)p[1],
-        .made_ms = get_le(p + 2, 8),
-        .settled_ms = get_le(p + 10, 8),
+        .made_ms = node_get_le(p + 2, 8),
+        .settled_ms = node_get_le(p + 10, 8),
     };
     memcpy(out->sha256.b, p + 18, sizeof(out->sha256.b));
     return SH_OK;
@@ -247,8 +321,8 @@ static sh_status ledger_put(node_step *s, const sh_ledger_row *row)
     ledger_key(key, row->cls, row->seq);
     value[0] = LEDGER_VERSION;
     value[1] = (uint8_t)row->state;
-    put_le(value + 2, row->made_ms, 8);
-    put_le(value + 10, row->settled_ms, 8);
+    node_put_le(value + 2, row->made_ms, 8);
+    node_put_le(value + 10, row->settled_ms, 8);
     memcpy(value + 18, row->sha256.b, sizeof(row->sha256.b));
     return sh_txn_put(s->txn, SH_NODE_T_LEDGER, key, sizeof(key), value, sizeof(value), s->err);
 }

@@ -1,21 +1,28 @@
 /*
  * META "state": magic "SHNS" (4), version (4), the fields of node_state in order, integers
  * little-endian in 4 or 8 bytes, hashes as 32; then the first 16 bytes of BLAKE2b-256 of all that.
+ * Version 1 ends before completion_rows.
  * META "epoch": 8 bytes, big-endian. META "monitor": shared/stats' bytes; it lags behind: the
  * records after monitor_seq are counted again from the RECORD table. META "slot0", "slot1", "take":
- * signed manifests.
+ * signed manifests. META "candidate": version (1), candidate (8), parent (8), SHA-256 (32),
+ * bytes (8), hashes of its chunks (32 each); little-endian.
  */
 #include "edge-node/node_internal.h"
 
+#include <stdlib.h>
 #include <string.h>
 
-#define STATE_VERSION  1u
+#define STATE_VERSION  2u
 #define STATE_MAX      1024u
 #define CHECKSUM_BYTES 16u
+
+#define CANDIDATE_VERSION 1
+#define CANDIDATE_HEAD    57
 
 static const char meta_state[] = "state";
 static const char meta_epoch[] = "epoch";
 static const char meta_monitor[] = "monitor";
+static const char meta_candidate[] = "candidate";
 const char node_meta_take[] = "take";
 const char node_meta_slot0[] = "slot0";
 const char node_meta_slot1[] = "slot1";
@@ -72,9 +79,30 @@ static void visit_release(walk *w, node_release *r)
     visit_u64(w, &r->bytes);
 }
 
-static void visit_state(walk *w, node_state *s)
+static void visit_bool(walk *w, bool *x)
 {
-    uint32_t drifting = s->drifting;
+    uint32_t wide = *x;
+    visit_u32(w, &wide);
+    *x = wide != 0;
+}
+
+static void visit_state_2(walk *w, node_state *s)
+{
+    uint64_t *const numbers[] = {
+        &s->completion_rows,    &s->completion_bytes,    &s->last_completion,
+        &s->last_sync_ms,       &s->erase_user,          &s->erase_feedback_at,
+        &s->erase_feedback_end, &s->erase_completion_at, &s->erase_completion_end,
+        &s->erased_rows,        &s->evaluated,
+    };
+    for (size_t i = 0; i < SH_COUNT(numbers); i++)
+        visit_u64(w, numbers[i]);
+    visit_bool(w, &s->erasing);
+    visit_release(w, &s->candidate);
+    visit_u32(w, &s->evaluate_tries);
+}
+
+static void visit_state(walk *w, uint32_t version, node_state *s)
+{
     visit_u64(w, &s->epoch);
     visit_u32(w, &s->active_slot);
     for (int i = 0; i < NODE_SLOTS; i++)
@@ -100,8 +128,9 @@ static void visit_state(walk *w, node_state *s)
     for (size_t i = 0; i < SH_COUNT(numbers); i++)
         visit_u64(w, numbers[i]);
     visit_u32(w, &s->alarm_mask);
-    visit_u32(w, &drifting);
-    s->drifting = drifting != 0;
+    visit_bool(w, &s->drifting);
+    if (version > 1)
+        visit_state_2(w, s);
 }
 
 static bool state_holds(const node_state *s)
@@ -133,10 +162,10 @@ sh_status node_state_load(sh_txn *txn, node_state *state, sh_error *err)
     uint32_t version = 0;
     node_state got = {0};
     visit_u32(&w, &version);
-    if (version != STATE_VERSION)
-        return sh_fail(err, SH_ERR_UNSUPPORTED, "node state: version %u, known is %u", version,
-                       STATE_VERSION);
-    visit_state(&w, &got);
+    if (version == 0 || version > STATE_VERSION)
+        return sh_fail(err, SH_ERR_UNSUPPORTED, "node state: version %u, known are 1 to %u",
+                       version, STATE_VERSION);
+    visit_state(&w, version, &got);
     if (w.bad || w.at != w.n || !state_holds(&got))
         return sh_fail(err, SH_ERR_CORRUPT, "node state: fields do not fit together");
     *state = got;
@@ -149,7 +178,7 @@ static sh_status save_state(node_step *s)
     walk w = {bytes, 4, sizeof(bytes) - CHECKSUM_BYTES, true, false};
     uint32_t version = STATE_VERSION;
     visit_u32(&w, &version);
-    visit_state(&w, &s->n->state);
+    visit_state(&w, version, &s->n->state);
     SH_ASSERT(!w.bad);
     sh_hash sum = sh_blake2b(bytes, w.at);
     memcpy(bytes + w.at, sum.b, CHECKSUM_BYTES);
@@ -180,7 +209,7 @@ sh_status node_state_save(node_step *s)
 {
     sh_node *n = s->n;
     uint64_t behind = n->state.record_next - 1 - n->state.monitor_seq;
-    if (n->monitor_dirty || behind >= SH_MIN((uint64_t)NODE_MONITOR_SAVE, n->options.records_max))
+    if (n->monitor_dirty || behind >= SH_MIN((uint64_t)NODE_MONITOR_SAVE, node_records_max(n)))
         SH_TRY(save_monitor(s));
     if (!n->dirty)
         return SH_OK;
@@ -253,4 +282,66 @@ sh_status node_manifest_take(node_step *s, sh_buf *copy, sh_manifest *out)
     if (sh_buf_append(copy, value.data, value.n) != SH_OK)
         return sh_fail(s->err, SH_ERR_NO_MEMORY, "node: manifest of %zu bytes", value.n);
     return sh_manifest_verify(copy->data, copy->len, &s->n->options.release_key, out, s->err);
+}
+
+sh_status sh_node_get_slot(sh_txn *txn, uint32_t slot, sh_bytes *manifest, sh_error *err)
+{
+    const char *key = slot == 0 ? node_meta_slot0 : node_meta_slot1;
+    sh_slice value;
+    SH_ASSERT(slot < NODE_SLOTS);
+    sh_status status = sh_txn_get(txn, SH_NODE_T_META, key, strlen(key), &value);
+    if (status != SH_OK)
+        return sh_fail(err, status, "no release lies in slot %u", slot);
+    *manifest = (sh_bytes){value.data, value.n};
+    return SH_OK;
+}
+
+sh_status node_candidate_put(node_step *s, const sh_evaluate_plan *plan)
+{
+    size_t hashes = (size_t)plan->model.n_chunks * sizeof(sh_hash);
+    uint8_t *value = sh_calloc(1, CANDIDATE_HEAD + hashes);
+    if (value == NULL)
+        return sh_fail(s->err, SH_ERR_NO_MEMORY, "node: a candidate of %u chunks",
+                       plan->model.n_chunks);
+    value[0] = CANDIDATE_VERSION;
+    node_put_le(value + 1, plan->candidate, 8);
+    node_put_le(value + 9, plan->parent_version, 8);
+    memcpy(value + 17, plan->model.sha256.b, sizeof(sh_hash));
+    node_put_le(value + 49, plan->model.bytes, 8);
+    memcpy(value + CANDIDATE_HEAD, plan->model.chunk_hashes, hashes);
+    sh_status status =
+        sh_txn_put(s->txn, SH_NODE_T_META, meta_candidate, sizeof(meta_candidate) - 1, value,
+                   CANDIDATE_HEAD + hashes, s->err);
+    free(value);
+    return status;
+}
+
+sh_status node_candidate_del(node_step *s)
+{
+    return sh_txn_del(s->txn, SH_NODE_T_META, meta_candidate, sizeof(meta_candidate) - 1, s->err);
+}
+
+sh_status node_candidate_load(node_step *s, sh_buf *copy, sh_evaluate_plan *out)
+{
+    sh_slice value;
+    sh_status status =
+        sh_txn_get(s->txn, SH_NODE_T_META, meta_candidate, sizeof(meta_candidate) - 1, &value);
+    sh_buf_init(copy, SH_BLOB_CHUNKS_MAX * sizeof(sh_hash));
+    if (status != SH_OK)
+        return sh_fail(s->err, SH_ERR_CORRUPT, "node: the candidate is missing");
+    const uint8_t *p = value.data;
+    if (value.n < CANDIDATE_HEAD || p[0] != CANDIDATE_VERSION ||
+        (value.n - CANDIDATE_HEAD) % sizeof(sh_hash) != 0)
+        return sh_fail(s->err, SH_ERR_CORRUPT, "node: a candidate of %zu bytes", value.n);
+    if (sh_buf_append(copy, p + CANDIDATE_HEAD, value.n - CANDIDATE_HEAD) != SH_OK)
+        return sh_fail(s->err, SH_ERR_NO_MEMORY, "node: a candidate of %zu bytes", value.n);
+    *out = (sh_evaluate_plan){
+        .candidate = node_get_le(p + 1, 8),
+        .parent_version = node_get_le(p + 9, 8),
+        .model = {.bytes = node_get_le(p + 49, 8),
+                  .n_chunks = (uint32_t)(copy->len / sizeof(sh_hash)),
+                  .chunk_hashes = copy->data},
+    };
+    memcpy(out->model.sha256.b, p + 17, sizeof(sh_hash));
+    return SH_OK;
 }

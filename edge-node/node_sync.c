@@ -13,6 +13,12 @@
 
 /* ---- outbox ---- */
 
+/* Every sequence of the classes that updates and alarms go in has a row. */
+static bool is_in_ledger(uint8_t kind)
+{
+    return kind == SH_ITEM_UPDATE || kind == SH_ITEM_ALARM || kind == SH_ITEM_EVALUATION;
+}
+
 static uint64_t weigh(void *arg, const sh_msg_item *item)
 {
     (void)arg;
@@ -38,7 +44,7 @@ static sh_status on_drop(void *arg, const sh_msg_item *item)
         SH_TRY(sh_update_meta_decode(item->payload.data, item->payload.n, &meta, s->err));
         SH_TRY(node_chunks_delete(s, &meta.blob, item->seq, NULL));
     }
-    if (item->kind == SH_ITEM_UPDATE || item->kind == SH_ITEM_ALARM)
+    if (is_in_ledger(item->kind))
         SH_TRY(node_ledger_settle(s, item->cls, item->seq, SH_LEDGER_DROPPED));
     return SH_OK;
 }
@@ -61,7 +67,7 @@ sh_status node_outbox_put(node_step *s, sh_class cls, sh_item_kind kind, sh_byte
     sh_node *n = s->n;
     sh_outbox outbox = outbox_of(s);
     uint64_t seq;
-    if (kind == SH_ITEM_UPDATE || kind == SH_ITEM_ALARM) {
+    if (is_in_ledger((uint8_t)kind)) {
         /* The row comes first: an item over its whole quota is dropped as it is put. */
         sh_hash sha256 = sh_sha256(payload.data, payload.n);
         if (kind == SH_ITEM_UPDATE) {
@@ -69,6 +75,9 @@ sh_status node_outbox_put(node_step *s, sh_class cls, sh_item_kind kind, sh_byte
             SH_TRY(sh_update_meta_decode(payload.data, payload.n, &meta, s->err));
             sha256 = meta.blob.sha256;
         }
+        /* The aggregator keeps no evaluation once it has decided: nothing is to be compared. */
+        if (kind == SH_ITEM_EVALUATION)
+            sha256 = (sh_hash){{0}};
         SH_TRY(node_ledger_add(s, cls, n->counts.next_seq[cls], &sha256));
     }
     SH_TRY(sh_outbox_put(&outbox, s->txn, cls, kind, payload, &seq, s->err));
@@ -109,7 +118,7 @@ sh_status node_chunks_delete(node_step *s, const sh_blob *blob, uint64_t except,
                              const sh_blob *also)
 {
     owed_updates owed = {0};
-    sh_buf take = {0};
+    sh_buf take = {0}, candidate = {0};
     sh_blob *keep = NULL;
     size_t n_keep = 0;
     sh_status status = collect_owed(s, except, &owed);
@@ -117,7 +126,7 @@ sh_status node_chunks_delete(node_step *s, const sh_blob *blob, uint64_t except,
         status = sh_fail(s->err, status, "node: the updates owed cannot be read");
         goto cleanup;
     }
-    keep = sh_calloc(owed.n + 2, sizeof(*keep));
+    keep = sh_calloc(owed.n + 3, sizeof(*keep));
     if (keep == NULL) {
         status = sh_fail(s->err, SH_ERR_NO_MEMORY, "node: %zu updates owed", owed.n);
         goto cleanup;
@@ -135,16 +144,29 @@ sh_status node_chunks_delete(node_step *s, const sh_blob *blob, uint64_t except,
         SH_GOTO(node_manifest_take(s, &take, &manifest));
         keep[n_keep++] = manifest.model;
     }
+    if (s->n->state.candidate.version != 0) {
+        sh_evaluate_plan plan;
+        SH_GOTO(node_candidate_load(s, &candidate, &plan));
+        keep[n_keep++] = plan.model;
+    }
     SH_GOTO(sh_blob_delete(s->txn, SH_NODE_T_CHUNK, blob, keep, n_keep, s->err));
 cleanup:
     free(keep);
     free(owed.lengths);
     sh_buf_release(&owed.bytes);
     sh_buf_release(&take);
+    sh_buf_release(&candidate);
     return status;
 }
 
 /* ---- link ---- */
+
+/* Everything owed goes out again. */
+static void forget_flight(sh_node *n)
+{
+    memset(n->in_flight, 0, sizeof(n->in_flight));
+    memset(n->send_from, 0, sizeof(n->send_from));
+}
 
 void node_on_link(node_step *s, bool up)
 {
@@ -153,10 +175,11 @@ void node_on_link(node_step *s, bool up)
     uint64_t due = up ? s->now_ms : NODE_NEVER;
     n->enrol = n->checkin = (node_retry){.due_ms = due};
     n->want = (node_retry){.due_ms = NODE_NEVER};
-    if (up && n->state.take == TAKE_DOWNLOAD)
+    if (up && (n->state.take == TAKE_DOWNLOAD || n->evaluate))
         n->want.due_ms = due;
-    memset(n->in_flight, 0, sizeof(n->in_flight));
-    memset(n->send_from, 0, sizeof(n->send_from));
+    n->version = SH_WIRE_VERSION;
+    memset(n->bury, 0, sizeof(n->bury));
+    forget_flight(n);
     n->n_serve = n->n_asked = n->asked_got = 0;
     n->want_size = SH_WIRE_WANT_MAX;
     n->hold_ms = 0;
@@ -269,8 +292,9 @@ static sh_status send_items(node_step *s)
             if (status != SH_OK)
                 return sh_fail(s->err, status, "outbox: cannot be read");
             n->send_from[cls] = item.seq + 1;
-            if (is_in_flight(n, item.cls, item.seq))
-                continue;
+            bool unknown = n->version < 2 && item.kind == SH_ITEM_EVALUATION;
+            if (unknown || is_in_flight(n, item.cls, item.seq))
+                continue; /* the other has no such kind: it stays owed */
             *f = (node_in_flight){.used = true, .cls = item.cls, .seq = item.seq};
             SH_TRY(send_item(s, f, &item));
         }
@@ -375,9 +399,52 @@ static sh_status on_acked(void *arg, const sh_msg_item *item)
         n->dirty = true;
         node_note(s, SH_NOTE_UPDATE_ACKED, item->seq);
     }
-    if (item->kind == SH_ITEM_UPDATE || item->kind == SH_ITEM_ALARM)
+    if (is_in_ledger(item->kind))
         return node_ledger_settle(s, item->cls, item->seq, SH_LEDGER_ACKED);
     return SH_OK;
+}
+
+/* The first sequence above the high-water mark that the bitmap has; SH_SEQ_MAX + 1: none. */
+static uint64_t first_marked(const sh_msg_ack *ack)
+{
+    for (unsigned w = 0; w < SH_ACK_BITMAP_WORDS; w++)
+        for (unsigned bit = 0; bit < 64 && ack->bitmap[w] != 0; bit++)
+            if (ack->bitmap[w] >> bit & 1)
+                return ack->high_water + 1 + 64 * w + bit;
+    return SH_SEQ_MAX + 1;
+}
+
+/* A restored aggregator may have forgotten what it acknowledged, and the node has it no more: a
+ * tombstone lets the high-water mark pass. An old acknowledgement looks the same; then it is a
+ * duplicate there, and changes nothing. */
+static sh_status bury_gap(node_step *s, const sh_outbox *outbox, const sh_msg_ack *ack)
+{
+    sh_node *n = s->n;
+    node_retry *retry = &n->bury[ack->cls];
+    sh_msg_item owed;
+    uint64_t end = n->counts.next_seq[ack->cls];
+    sh_status status = sh_outbox_next(outbox, s->txn, ack->cls, 0, &owed);
+    if (status != SH_OK && status != SH_ERR_NOT_FOUND)
+        return sh_fail(s->err, status, "outbox: cannot be read");
+    if (status == SH_OK)
+        end = owed.seq;
+    end = SH_MIN(end, first_marked(ack));
+    if (end <= ack->high_water + 1) {
+        *retry = (node_retry){0};
+        return SH_OK;
+    }
+    if (retry->due_ms > s->now_ms || !node_may_send(s))
+        return SH_OK; /* the next acknowledgement shows it again */
+    sh_msg msg = {.type = SH_MSG_ITEM};
+    msg.item = (sh_msg_item){
+        .epoch = n->state.epoch,
+        .cls = ack->cls,
+        .seq = ack->high_water + 1,
+        .kind = SH_ITEM_TOMBSTONE,
+        .last_seq = end - 1,
+    };
+    node_retry_arm(s, retry);
+    return node_send(s, &msg);
 }
 
 static sh_status on_ack(node_step *s, const sh_msg_ack *ack)
@@ -397,7 +464,8 @@ static sh_status on_ack(node_step *s, const sh_msg_ack *ack)
             *s->err = local;
         return status;
     }
-    return sh_outbox_get_counts(&outbox, s->txn, &n->counts, s->err);
+    SH_TRY(sh_outbox_get_counts(&outbox, s->txn, &n->counts, s->err));
+    return bury_gap(s, &outbox, ack);
 }
 
 static void on_want(node_step *s, const sh_msg_want *want)
@@ -420,6 +488,7 @@ static void on_welcome(node_step *s, const sh_msg_welcome *welcome)
         return; /* late: the next link enrols anew */
     if (!welcome->accepted) {
         n->link = LINK_REJECTED;
+        node_note(s, SH_NOTE_REJECTED, 0);
         if (n->enrol.due_ms == NODE_NEVER)
             node_retry_arm(s, &n->enrol);
         return;
@@ -435,6 +504,9 @@ static sh_status on_plan(node_step *s, const sh_msg_plan *plan)
         uint64_t wait = SH_MAX(plan->return_after_ms, (uint64_t)NODE_RETURN_MIN_MS);
         n->checkin = (node_retry){.due_ms = s->now_ms + SH_MIN(wait, (uint64_t)NODE_RETURN_MAX_MS)};
     }
+    n->state.last_sync_ms = s->now_ms;
+    n->dirty = true;
+    node_note(s, SH_NOTE_CHECKED_IN, 0);
     node_on_train_plan(s, &plan->train);
     if (plan->manifest.n > 0) {
         sh_status status = node_on_manifest(s, plan->manifest);
@@ -442,15 +514,30 @@ static sh_status on_plan(node_step *s, const sh_msg_plan *plan)
             return bad_message(s, status, "the manifest does not hold");
         SH_TRY(status);
     }
+    SH_TRY(node_on_evaluate_plan(s, &plan->evaluate));
     node_train_consider(s);
     return SH_OK;
 }
 
-static void on_error(node_step *s, const sh_msg_error *error)
+/* The other does not speak our version, but this one. */
+static void speak(node_step *s, uint32_t version)
 {
     sh_node *n = s->n;
+    n->version = version;
+    n->enrol = n->checkin = (node_retry){.due_ms = s->now_ms};
+    if (n->want.due_ms != NODE_NEVER)
+        n->want = (node_retry){.due_ms = s->now_ms};
+    forget_flight(n);
+}
+
+static void on_error(node_step *s, const sh_msg *msg)
+{
+    sh_node *n = s->n;
+    const sh_msg_error *error = &msg->error;
     if (n->link == LINK_DOWN)
         return;
+    if (msg->version < n->version && strcmp(error->code, sh_status_name(SH_ERR_UNSUPPORTED)) == 0)
+        speak(s, msg->version);
     uint64_t quiet = SH_MIN(error->retry_after_ms, n->options.retry_max_ms);
     if (quiet > 0)
         n->hold_ms = s->now_ms + quiet;
@@ -483,7 +570,7 @@ sh_status node_on_message(node_step *s, sh_bytes message)
         return status == SH_ERR_CORRUPT ? bad_message(s, status, "the chunk is not what it says")
                                         : status;
     case SH_MSG_ERROR:
-        on_error(s, &msg.error);
+        on_error(s, &msg);
         return SH_OK;
     default:
         return bad_message(s, SH_ERR_INVALID, "a node does not take this message");

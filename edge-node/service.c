@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "shared/base/rng.h"
 #include "shared/math/quant.h"
+#include "shared/model/sampler.h"
 
 #define BATCH              16u   /* tokens scored a decode: their logits are kept side by side */
 #define PROJECTION_SCALE   48.0f /* one standard deviation of the vocabulary, in int8 steps */
@@ -33,11 +33,19 @@ struct sh_session {
     uint32_t n_history, n_prefix; /* prefix: 1 when BOS comes first */
     float *last;                  /* [vocab] logits after the last token */
     float *scratch;               /* [BATCH, vocab] */
-    bool has_last;
+    bool has_last;                /* else what the context lacks of the history is run first */
     /* since the last completion */
     double nll_sum, projection_sum[SH_PROJECTIONS];
     uint32_t n_typed, n_scored, n_bytes, evaluated;
     sh_record counts; /* its buckets */
+    /* the proposal under way, or the last one */
+    sh_proposing how;
+    int32_t *proposed; /* [n_tokens_max] */
+    uint32_t n_proposed;
+    sh_stop stop;
+    bool proposing, done;
+    double logprob_sum, least_logprob, entropy_sum;
+    sh_sample_item *nucleus; /* [vocab], made when first needed */
 };
 
 /* ---- frozen ---- */
@@ -176,6 +184,11 @@ sh_hash sh_frozen_hash(const sh_frozen *frozen)
     return frozen->hash;
 }
 
+uint32_t sh_frozen_vocab(const sh_frozen *frozen)
+{
+    return frozen->vocab;
+}
+
 static word_class class_of(const sh_frozen *f, int32_t token)
 {
     return token >= 0 && (uint32_t)token < f->vocab ? (word_class)f->word[token] : WORD_OTHER;
@@ -219,9 +232,10 @@ sh_status sh_session_create(const sh_model *model, const sh_frozen *frozen,
     s->vocab = model->config.vocab;
     s->release_version = options->release_version;
     s->history = sh_calloc(n_max, sizeof(int32_t));
+    s->proposed = sh_calloc(n_max, sizeof(int32_t));
     s->last = sh_calloc(s->vocab, sizeof(float));
     s->scratch = sh_calloc((size_t)s->vocab * BATCH, sizeof(float));
-    if (s->history == NULL || s->last == NULL || s->scratch == NULL) {
+    if (s->history == NULL || s->proposed == NULL || s->last == NULL || s->scratch == NULL) {
         status = sh_fail(err, SH_ERR_NO_MEMORY, "session of %u tokens: no memory", n_max);
         goto cleanup;
     }
@@ -241,6 +255,8 @@ void sh_session_destroy(sh_session **session)
         return;
     sh_context_destroy(&s->context);
     free(s->history);
+    free(s->proposed);
+    free(s->nucleus);
     free(s->last);
     free(s->scratch);
     free(s);
@@ -255,17 +271,25 @@ static void clear_measurement(sh_session *s)
     s->counts = (sh_record){0};
 }
 
+/* Runs what the context lacks of the remembered tokens, so that there are logits after the last. */
+static sh_status catch_up(sh_session *s, sh_error *err)
+{
+    uint32_t there = sh_context_length(s->context);
+    if (s->has_last || s->n_history == 0)
+        return SH_OK;
+    SH_TRY(sh_context_decode(s->context, s->history + there, s->n_history - there, SH_LOGITS_LAST,
+                             s->last, err));
+    s->has_last = true;
+    s->evaluated += s->n_history - there;
+    return SH_OK;
+}
+
 /* Runs the remembered tokens from the start. */
 static sh_status run_history(sh_session *s, sh_error *err)
 {
     sh_context_truncate(s->context, 0);
     s->has_last = false;
-    if (s->n_history == 0)
-        return SH_OK;
-    SH_TRY(sh_context_decode(s->context, s->history, s->n_history, SH_LOGITS_LAST, s->last, err));
-    s->has_last = true;
-    s->evaluated += s->n_history;
-    return SH_OK;
+    return catch_up(s, err);
 }
 
 /* Makes room for n more tokens: the later half of the text stays. */
@@ -319,6 +343,27 @@ sh_status sh_session_switch(sh_session *session, const sh_model *model, uint32_t
     return run_history(s, err);
 }
 
+const int32_t *sh_session_text(const sh_session *session, uint32_t *n)
+{
+    *n = session->n_history - session->n_prefix;
+    return session->history + session->n_prefix;
+}
+
+void sh_session_cut(sh_session *session, uint32_t n)
+{
+    sh_session *s = session;
+    SH_ASSERT(!s->proposing);
+    clear_measurement(s);
+    memset(s->proposed, 0, s->n_tokens_max * sizeof(int32_t));
+    if (n >= s->n_history - s->n_prefix)
+        return;
+    s->n_history = s->n_prefix + n;
+    memset(s->history + s->n_history, 0, (s->n_tokens_max - s->n_history) * sizeof(int32_t));
+    /* The logits after the last token that stays are gone: it is run again. */
+    sh_context_truncate(s->context, s->n_history > 0 ? s->n_history - 1 : 0);
+    s->has_last = false;
+}
+
 /* ---- typing ---- */
 
 static void measure_token(sh_session *s, int32_t token, const float *logits)
@@ -342,6 +387,8 @@ sh_status sh_session_type(sh_session *session, const int32_t *tokens, size_t n, 
         if (tokens[i] < 0 || (uint32_t)tokens[i] >= s->vocab)
             return sh_fail(err, SH_ERR_INVALID, "token %d at %zu is outside the vocabulary of %u",
                            tokens[i], i, s->vocab);
+    SH_ASSERT(!s->proposing);
+    SH_TRY(catch_up(s, err));
     for (size_t at = 0; at < n;) {
         uint32_t piece = (uint32_t)SH_MIN(n - at, (size_t)BATCH);
         /* Up to the brim and no further, so that where the text slides does not depend on how it
@@ -384,102 +431,152 @@ static void judge_logits(const float *logits, uint32_t vocab, int32_t token, dou
     *entropy = log(sum) - weighted / sum;
 }
 
-static int32_t best_token(const float *logits, uint32_t vocab)
+static int32_t token_at(const sh_session *s, uint32_t i)
 {
-    uint32_t best = 0;
-    for (uint32_t i = 1; i < vocab; i++)
-        if (logits[i] > logits[best])
-            best = i;
-    return (int32_t)best;
-}
-
-static int32_t token_at(const sh_session *s, const sh_completion *c, uint32_t i)
-{
-    return i < s->n_history ? s->history[i] : c->tokens[i - s->n_history];
+    return i < s->n_history ? s->history[i] : s->proposed[i - s->n_history];
 }
 
 /* Share of the proposed tokens that end a run of NGRAM tokens which was there before. */
-static float repeated_share(const sh_session *s, const sh_completion *c)
+static float repeated_share(const sh_session *s)
 {
     uint32_t repeated = 0;
-    for (uint32_t i = 0; i < c->n; i++) {
+    for (uint32_t i = 0; i < s->n_proposed; i++) {
         uint32_t end = s->n_history + i;
         bool found = false;
         for (uint32_t before = NGRAM - 1; before < end && !found; before++) {
             uint32_t same = 0;
-            while (same < NGRAM && token_at(s, c, before - same) == token_at(s, c, end - same))
+            while (same < NGRAM && token_at(s, before - same) == token_at(s, end - same))
                 same++;
             found = same == NGRAM;
         }
         repeated += found;
     }
-    return c->n > 0 ? (float)repeated / (float)c->n : 0.0f;
+    return s->n_proposed > 0 ? (float)repeated / (float)s->n_proposed : 0.0f;
 }
 
-static void fill_record(const sh_session *s, sh_completion *c, const double *logprobs,
-                        double entropy_sum)
+static void fill_record(const sh_session *s, sh_record *r)
 {
-    sh_record *r = &c->record;
+    uint32_t n = s->n_proposed;
     *r = s->counts; /* the buckets */
     r->release_version = s->release_version;
     r->prompt_tokens = (uint16_t)SH_MIN(s->n_typed, (uint32_t)UINT16_MAX);
-    r->output_tokens = (uint16_t)c->n;
+    r->output_tokens = (uint16_t)SH_MIN(n, (uint32_t)UINT16_MAX);
     r->prompt_nll = s->n_scored > 0 ? (float)(s->nll_sum / s->n_scored) : 0.0f;
     r->byte_fallback = s->n_typed > 0 ? (float)s->n_bytes / (float)s->n_typed : 0.0f;
-    double sum = 0, least = 0;
-    for (uint32_t i = 0; i < c->n; i++) {
-        sum += logprobs[i];
-        least = SH_MIN(least, logprobs[i]);
-    }
-    r->mean_logprob = c->n > 0 ? (float)(sum / c->n) : 0.0f;
-    r->least_logprob = (float)least;
-    r->mean_entropy = c->n > 0 ? (float)(entropy_sum / c->n) : 0.0f;
-    r->repeated_4grams = repeated_share(s, c);
+    r->mean_logprob = n > 0 ? (float)(s->logprob_sum / n) : 0.0f;
+    r->least_logprob = (float)s->least_logprob;
+    r->mean_entropy = n > 0 ? (float)(s->entropy_sum / n) : 0.0f;
+    r->repeated_4grams = repeated_share(s);
+    r->stop = (uint8_t)(s->done ? s->stop : SH_STOP_CANCELLED);
     for (unsigned k = 0; k < SH_PROJECTIONS && s->n_typed > 0; k++) {
         double mean = s->projection_sum[k] / s->n_typed * PROJECTION_SCALE;
         r->projection[k] = (int8_t)lrint(SH_MAX(-127.0, SH_MIN(127.0, mean)));
     }
 }
 
-sh_status sh_session_complete(sh_session *session, uint32_t max_tokens, sh_completion *out,
-                              sh_error *err)
+sh_status sh_session_propose(sh_session *session, const sh_proposing *how, sh_error *err)
 {
     sh_session *s = session;
-    sh_completion c = {0};
-    double logprobs[SH_WORD_TOKENS_MAX], entropy_sum = 0;
-    sh_stop stop = SH_STOP_WORD;
-    SH_ASSERT(max_tokens > 0 && max_tokens <= SH_WORD_TOKENS_MAX);
+    SH_ASSERT(!s->proposing && how->max_tokens > 0);
+    SH_ASSERT(how->max_tokens <= SH_MAX(s->n_tokens_max / 2, s->n_tokens_max - s->n_history));
+    SH_TRY(catch_up(s, err));
     if (!s->has_last)
         return sh_fail(err, SH_ERR_INVALID, "session: nothing was typed, there is no next word");
-    SH_TRY(make_room(s, max_tokens, err));
+    if (how->temperature > 0 && how->top_p < 1 && s->nucleus == NULL) {
+        s->nucleus = sh_calloc(s->vocab, sizeof(*s->nucleus));
+        if (s->nucleus == NULL)
+            return sh_fail(err, SH_ERR_NO_MEMORY, "session: no memory to sample with top_p");
+    }
+    SH_TRY(make_room(s, how->max_tokens, err));
+    s->how = *how;
+    s->n_proposed = 0;
+    s->proposing = true;
+    s->done = false;
+    s->logprob_sum = s->least_logprob = s->entropy_sum = 0;
+    return SH_OK;
+}
+
+static bool ends(sh_session *s, sh_stop stop)
+{
+    s->stop = stop;
+    s->done = true;
+    return true;
+}
+
+/* Whether the proposal is over before what follows it is known. */
+static bool is_over(sh_session *s)
+{
+    if (s->done)
+        return true;
+    if (s->n_proposed == 0)
+        return false;
+    if (s->how.one_word)
+        /* what stands alone is a word, whatever would follow */
+        return class_of(s->frozen, s->proposed[0]) == WORD_OTHER && ends(s, SH_STOP_WORD);
+    return s->n_proposed == s->how.max_tokens && ends(s, SH_STOP_LIMIT);
+}
+
+sh_status sh_session_next(sh_session *session, int32_t *token, bool *done, sh_error *err)
+{
+    sh_session *s = session;
     const float *logits = s->last;
-    for (;;) {
-        int32_t token = best_token(logits, s->vocab);
-        double entropy;
-        if (token == sh_tokenizer_eos(s->model->tokenizer)) {
-            stop = SH_STOP_END_OF_TEXT;
-            break;
-        }
-        if (c.n > 0 && !goes_on(s->frozen, c.tokens[0], token))
-            break;
-        if (c.n == max_tokens) {
-            stop = SH_STOP_LIMIT;
-            break;
-        }
-        judge_logits(logits, s->vocab, token, &logprobs[c.n], &entropy);
-        entropy_sum += entropy;
-        c.tokens[c.n++] = token;
-        if (class_of(s->frozen, c.tokens[0]) == WORD_OTHER)
-            break; /* stands alone, whatever would follow */
-        SH_TRY(sh_context_decode(s->context, &token, 1, SH_LOGITS_LAST, s->scratch, err));
+    double logprob, entropy;
+    SH_ASSERT(s->proposing);
+    *done = is_over(s);
+    if (*done)
+        return SH_OK;
+    if (s->n_proposed > 0) {
+        SH_TRY(sh_context_decode(s->context, &s->proposed[s->n_proposed - 1], 1, SH_LOGITS_LAST,
+                                 s->scratch, err));
         logits = s->scratch;
         s->evaluated++;
     }
+    int32_t next = sh_sample_top_p(logits, s->vocab, s->how.temperature, s->how.top_p, s->nucleus,
+                                   &s->how.rng);
+    if (next == sh_tokenizer_eos(s->model->tokenizer))
+        *done = ends(s, SH_STOP_END_OF_TEXT);
+    else if (s->how.one_word && s->n_proposed > 0 && !goes_on(s->frozen, s->proposed[0], next))
+        *done = ends(s, SH_STOP_WORD);
+    else if (s->n_proposed == s->how.max_tokens)
+        *done = ends(s, SH_STOP_LIMIT);
+    if (*done)
+        return SH_OK;
+    judge_logits(logits, s->vocab, next, &logprob, &entropy);
+    s->logprob_sum += logprob;
+    s->least_logprob = SH_MIN(s->least_logprob, logprob);
+    s->entropy_sum += entropy;
+    s->proposed[s->n_proposed++] = next;
+    *token = next;
+    return SH_OK;
+}
+
+void sh_session_end(sh_session *session, sh_proposal *out)
+{
+    sh_session *s = session;
+    SH_ASSERT(s->proposing);
     sh_context_truncate(s->context, s->n_history);
-    fill_record(s, &c, logprobs, entropy_sum);
-    c.record.stop = (uint8_t)stop;
-    c.evaluated = s->evaluated;
+    *out = (sh_proposal){.n = s->n_proposed, .tokens = s->proposed, .evaluated = s->evaluated};
+    fill_record(s, &out->record);
+    s->proposing = false;
     clear_measurement(s);
+}
+
+sh_status sh_session_complete(sh_session *session, uint32_t max_tokens, sh_completion *out,
+                              sh_error *err)
+{
+    sh_proposing how = {.max_tokens = max_tokens, .one_word = true, .top_p = 1};
+    sh_proposal proposal;
+    sh_status status = SH_OK;
+    int32_t token;
+    SH_ASSERT(max_tokens > 0 && max_tokens <= SH_WORD_TOKENS_MAX);
+    SH_TRY(sh_session_propose(session, &how, err));
+    for (bool done = false; status == SH_OK && !done;)
+        status = sh_session_next(session, &token, &done, err);
+    sh_session_end(session, &proposal);
+    if (status != SH_OK)
+        return status;
+    sh_completion c = {.n = proposal.n, .evaluated = proposal.evaluated, .record = proposal.record};
+    memcpy(c.tokens, proposal.tokens, c.n * sizeof(c.tokens[0]));
     *out = c;
     return SH_OK;
 }

@@ -1,9 +1,10 @@
 /*
- * The inference service: completes the word that a user is typing, and measures itself while it
- * does. A session is one text being typed into one model.
+ * The inference service: completes the word that a user is typing, or generates any text after it,
+ * and measures itself while it does. A session is one text being typed into one model.
  *
  * Invariants
- *   - The cache holds what the author typed, never what the model proposed.
+ *   - The cache holds what the author typed, never what the model proposed: a generation's tokens
+ *     are cut off at its end.
  *   - What it remembers is at most n_tokens_max tokens; when they are used up, the later half stays
  *     and is run again. The same tokens typed give the same completions and the same numbers,
  *     however they are split into calls.
@@ -21,6 +22,7 @@
 #ifndef SH_EDGE_SERVICE_H
 #define SH_EDGE_SERVICE_H
 
+#include "shared/base/rng.h"
 #include "shared/model/model.h"
 #include "shared/stats/record.h"
 
@@ -40,11 +42,19 @@ void sh_frozen_destroy(sh_frozen **frozen);
 /* Names the embedding and the projection: SHA-256 of a label, the genesis file's hash and the
  * seed. */
 sh_hash sh_frozen_hash(const sh_frozen *frozen);
+uint32_t sh_frozen_vocab(const sh_frozen *frozen);
 /* How many of the first tokens make one word: the first, and those after it that go on with it (no
  * space before them, letters, digits, apostrophe, hyphen, bytes past ASCII); at most max. */
 uint32_t sh_word_length(const sh_frozen *frozen, const int32_t *tokens, uint32_t n, uint32_t max);
 
-typedef enum { SH_STOP_WORD, SH_STOP_LIMIT, SH_STOP_END_OF_TEXT } sh_stop;
+/* Why a record's output ended. */
+typedef enum {
+    SH_STOP_WORD,
+    SH_STOP_LIMIT,
+    SH_STOP_END_OF_TEXT,
+    SH_STOP_STRING,   /* a stop string of the request */
+    SH_STOP_CANCELLED /* the user was gone before the end */
+} sh_stop;
 
 typedef struct {
     uint32_t n;
@@ -85,5 +95,36 @@ SH_MUST_USE sh_status sh_session_type(sh_session *session, const int32_t *tokens
  * closes the measurement of what was typed. SH_ERR_INVALID when there is nothing to go on from. */
 SH_MUST_USE sh_status sh_session_complete(sh_session *session, uint32_t max_tokens,
                                           sh_completion *out, sh_error *err);
+
+/* ---- the same, token by token, of any length ---- */
+typedef struct {
+    uint32_t max_tokens;      /* 1 .. half of n_tokens_max, or all that is left of it */
+    bool one_word;            /* ends where the next word begins */
+    float temperature, top_p; /* 0: greedy; sampler.h */
+    sh_rng rng;
+} sh_proposing;
+typedef struct {
+    uint32_t n;
+    const int32_t *tokens; /* borrowed until the session is used again */
+    uint32_t evaluated;    /* as in sh_completion */
+    sh_record record;
+} sh_proposal;
+
+/* propose, next until *done, end; end may come at any time, and must before anything else is done
+ * with the session. After an error of next, too. */
+SH_MUST_USE sh_status sh_session_propose(sh_session *session, const sh_proposing *how,
+                                         sh_error *err);
+/* *token is untouched when *done. */
+SH_MUST_USE sh_status sh_session_next(sh_session *session, int32_t *token, bool *done,
+                                      sh_error *err);
+/* Closes the measurement. record.stop is SH_STOP_CANCELLED when *done was not reached. */
+void sh_session_end(sh_session *session, sh_proposal *out);
+
+/* The text as far as it is remembered, without BOS; borrowed until the session is used again. */
+const int32_t *sh_session_text(const sh_session *session, uint32_t *n);
+/* Forgets, and wipes from memory, what comes after the first n tokens of that text, and what was
+ * measured since the last completion. Touches no model: after it switch and begin, too, may follow
+ * when the model is gone. */
+void sh_session_cut(sh_session *session, uint32_t n);
 
 #endif

@@ -1,6 +1,7 @@
 /*
- * shoal-train: trains a LoRA adapter or a whole small model on a text file, or measures a text's
- * loss. Thin: everything is in trainer.h; here are options, text in, progress and JSON out.
+ * shoal-train: trains a LoRA adapter or a whole small model on a text file, measures a text's loss,
+ * or does a node's round of training (round_main.c). Thin: everything is in trainer.h; here are
+ * options, text in, progress and JSON out.
  */
 #include <signal.h>
 #include <stdio.h>
@@ -14,6 +15,7 @@
 #include "shared/base/log.h"
 #include "shared/base/option.h"
 #include "shared/math/blas.h"
+#include "trainer/round_main.h"
 #include "trainer/trainer.h"
 
 #define PROGRAM        "shoal-train"
@@ -228,12 +230,12 @@ static void data_release(sh_train_data *data)
 
 /* ---- progress ---- */
 
-static volatile sig_atomic_t interrupted;
+volatile sig_atomic_t sh_train_interrupted;
 
 static void on_signal(int number)
 {
     (void)number;
-    interrupted = 1;
+    sh_train_interrupted = 1;
 }
 
 static double seconds_now(void)
@@ -273,14 +275,19 @@ static bool on_step(void *arg, uint32_t step, double loss)
         if (p->save_status != SH_OK)
             return false;
     }
-    return !interrupted;
+    return !sh_train_interrupted;
 }
 
-static progress_state progress_start(const common_options *o)
+static void catch_signals(void)
 {
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+}
+
+static progress_state progress_start(const common_options *o)
+{
+    catch_signals();
     return (progress_state){
         .options = o, .start = seconds_now(), .terminal = isatty(STDERR_FILENO) == 1};
 }
@@ -541,6 +548,12 @@ cleanup:
 
 /* ---- main ---- */
 
+static sh_status run_round(int argc, char **argv, sh_error *err)
+{
+    catch_signals();
+    return sh_round_main(argc, argv, err);
+}
+
 static const struct {
     const char *name;
     const sh_command *command;
@@ -549,6 +562,7 @@ static const struct {
     {"lora", &lora_command, run_lora},
     {"full", &full_command, run_full},
     {"eval", &eval_command, run_eval},
+    {"round", &sh_round_command, run_round},
 };
 
 static void print_help(const sh_command *command)
@@ -582,7 +596,7 @@ int main(int argc, char **argv)
         return status == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
     }
     bool help = argc > 1 && asks_for_help(argc, argv);
-    fprintf(help ? stdout : stderr, "usage: " PROGRAM " lora|full|eval [OPTIONS]; "
+    fprintf(help ? stdout : stderr, "usage: " PROGRAM " lora|full|eval|round [OPTIONS]; "
                                     "'" PROGRAM " lora --help' lists the options of one\n");
     return help ? 0 : 2;
 }

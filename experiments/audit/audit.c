@@ -313,7 +313,8 @@ static void check_made(sh_audit *a, const made_item *m)
     const char *name = a->names[m->node], *what = class_name(m->cls);
     unsigned long long seq = m->seq;
     const kept_item *k = kept_find(a, m->epoch, m->cls, m->seq);
-    if (m->state == SH_LEDGER_ACKED && !k)
+    bool kept = !sh_hash_is_zero(&m->sha256); /* an evaluation is not, once it was used */
+    if (m->state == SH_LEDGER_ACKED && !k && kept)
         find(a, &a->result.lost, "%s: %s %llu was acknowledged, the aggregator does not have it",
              name, what, seq);
     if (m->state == SH_LEDGER_OWED && !m->in_outbox && !k)

@@ -35,11 +35,15 @@ static const sh_command command = {
     "or changed. Exit status 0: none; 1: some, each named in \"findings\".",
     "shoal-audit --dir out/quickstart-seed-1"};
 
+/* A simulated process keeps its store in `dir`, a real one in `dir`/store. The tables are
+ * those of version 1, so that older runs are read, too: the audit needs no other. */
 static sh_status open_store(const char *dir, const char *const *tables, size_t n, sh_store **out,
                             sh_error *err)
 {
     sh_store_options o = {.tables = tables, .n_tables = n, .read_only = true};
-    return sh_store_open_lmdb(dir, &o, out, err);
+    char inner[SH_PATH_BYTES];
+    SH_TRY(sh_path_join(inner, sizeof inner, dir, "store", err));
+    return sh_store_open_lmdb(sh_file_exists(inner) ? inner : dir, &o, out, err);
 }
 
 static int by_name(const void *a, const void *b)
@@ -83,7 +87,7 @@ static sh_status audit_nodes(sh_audit *audit, const char *dir, sh_error *err)
     SH_GOTO(list_nodes(nodes, &names, &n, err));
     for (size_t i = 0; i < n; i++) {
         SH_GOTO(sh_path_join(path, sizeof path, nodes, names[i], err));
-        SH_GOTO(open_store(path, sh_node_tables, SH_NODE_TABLES, &store, err));
+        SH_GOTO(open_store(path, sh_node_tables, SH_NODE_T_COMPLETION, &store, err));
         SH_GOTO(sh_audit_add_node(audit, store, names[i], err));
         sh_store_close(&store);
     }
@@ -107,7 +111,7 @@ static sh_status run(const options *o, bool *clean, sh_error *err)
         return sh_fail(err, SH_ERR_USAGE, "--dir is needed; see --help");
     SH_GOTO(sh_audit_create(&audit, err));
     SH_GOTO(sh_path_join(path, sizeof path, o->dir, "aggregator", err));
-    SH_GOTO(open_store(path, sh_coord_tables, SH_COORD_TABLES, &store, err));
+    SH_GOTO(open_store(path, sh_coord_tables, SH_COORD_T_EVALUATION, &store, err));
     SH_GOTO(sh_audit_add_aggregator(audit, store, err));
     SH_GOTO(audit_nodes(audit, o->dir, err));
     sh_audit_finish(audit, &result, &findings);

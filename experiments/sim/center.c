@@ -204,6 +204,10 @@ static sh_status take_note(sim *s, const sh_coord_action *a, sh_error *err)
         sim_progress_line(s, "candidate %llu refused by the gate, loss %.3f",
                           (unsigned long long)a->number, s->candidate_loss);
         break;
+    case SH_CNOTE_INCONCLUSIVE:
+        sim_progress_line(s, "candidate %llu inconclusive: too few nodes have scored it",
+                          (unsigned long long)a->number);
+        break;
     default:
         break;
     }

@@ -9,11 +9,12 @@
 
 #define RESTART_MS 60000
 /* Of faults.crash-rate, a step: half before, half after its commit. */
-#define STEP_CRASHES       0.01
-#define TRAIN_MS_PER_TOKEN 40.0 /* of the reference device, over all passes */
-#define INSTALL_MS         5000
-#define SMOKE_MS           10000
-#define BULK_BYTES         1024 /* messages over this are looked into for the byte counts */
+#define STEP_CRASHES          0.01
+#define TRAIN_MS_PER_TOKEN    40.0 /* of the reference device, over all passes */
+#define EVALUATE_MS_PER_TOKEN 10.0 /* two models forward */
+#define INSTALL_MS            5000
+#define SMOKE_MS              10000
+#define BULK_BYTES            1024 /* messages over this are looked into for the byte counts */
 
 enum { RESTART_BOOT, RESTART_CRASH };
 
@@ -217,6 +218,25 @@ static sh_status start_installation(sim *s, uint32_t i, sim_job **jobp, const sh
     return sim_job_start(s, jobp, INSTALL_MS, err);
 }
 
+/* A candidate's chunks and the feedback that it is scored on. */
+static sh_status start_evaluation(sim *s, uint32_t i, sim_job **jobp, const sh_node_job *want,
+                                  sh_error *err)
+{
+    sim_node *n = &s->nodes[i];
+    sim_job *job = *jobp;
+    sh_txn *txn = NULL;
+    SH_TRY(sh_txn_begin(n->store, SH_TXN_READ, &txn, err));
+    sh_status status = sh_snapshot_read(txn, &job->snapshot, err);
+    if (status == SH_OK)
+        job->status = sh_blob_get(txn, SH_NODE_T_CHUNK, &want->blob, &job->bytes, &job->err);
+    sh_txn_abort(&txn);
+    SH_TRY(status);
+    job->model = n->slots[want->slot];
+    double tokens = (double)sh_snapshot_targets(&job->snapshot);
+    return sim_job_start(s, jobp, (uint64_t)(tokens * EVALUATE_MS_PER_TOKEN / n->speed) + 1000,
+                         err);
+}
+
 static sh_status start_job(sim *s, uint32_t i, const sh_node_job *want, sh_error *err)
 {
     sim_node *n = &s->nodes[i];
@@ -234,6 +254,9 @@ static sh_status start_job(sim *s, uint32_t i, const sh_node_job *want, sh_error
     case SH_JOB_SMOKE:
         job->installed = n->slots[want->slot];
         status = sim_job_start(s, &job, SMOKE_MS, err);
+        break;
+    case SH_JOB_EVALUATE:
+        status = start_evaluation(s, i, &job, want, err);
         break;
     case SH_JOB_INSTALL:
         status = start_installation(s, i, &job, want, err);
@@ -262,6 +285,9 @@ static sh_status end_job(sim *s, sim_job *job, sh_error *err)
         n->slots[job->slot] = job->installed;
     } else if (job->kind == SH_JOB_SMOKE) {
         e.result.nll = job->nll;
+    } else if (job->kind == SH_JOB_EVALUATE && job->status == SH_OK) {
+        e.result.n_slices = job->n_slices;
+        memcpy(e.result.slices, job->slices, sizeof job->slices);
     }
     uint64_t made = n->updates_made;
     SH_TRY(step(s, i, &e, err));

@@ -80,6 +80,16 @@ static sh_status make_candidate(sim_job *job, sh_rng *rng)
     return SH_OK;
 }
 
+/* A candidate is mostly a little better than its parent. */
+static void make_scores(sim_job *job, sh_rng *rng)
+{
+    job->n_slices = SH_SLICES;
+    for (uint32_t i = 0; i < SH_SLICES; i++) {
+        double change = sh_rng_unit(rng) - 0.8;
+        job->slices[i] = (sh_slice_score){i, 500, 500 * 4.0, 500 * (4.0 + change)};
+    }
+}
+
 static void run(sim_job *job)
 {
     sh_rng rng;
@@ -104,6 +114,10 @@ static void run(sim_job *job)
         job->gated.slice_candidate[0] = job->gated.loss_candidate;
         break;
     }
+    case SH_JOB_EVALUATE:
+        if (job->status == SH_OK)
+            make_scores(job, &rng);
+        break;
     default: /* INSTALL was checked by its SHA-256; SMOKE has nothing to run */
         job->nll = 3;
         break;

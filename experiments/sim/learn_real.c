@@ -82,6 +82,19 @@ static sh_status smoke(sim_job *job)
     return status;
 }
 
+static sh_status evaluate(sim_job *job)
+{
+    sim *s = job->sim;
+    const sh_model *candidate = NULL;
+    sh_hash sha256;
+    if (job->status != SH_OK)
+        return job->status;
+    SH_TRY(sh_job_put_file(s->objects, job->bytes.data, job->bytes.len, &sha256, &job->err));
+    SH_TRY(sim_model_get(s, &sha256, &candidate, &job->err));
+    return sh_learn_evaluate(job->model, candidate, &job->snapshot, (uint32_t)s->options.context,
+                             job->slices, &job->n_slices, &job->err);
+}
+
 static sh_status merge(sim_job *job)
 {
     sim *s = job->sim;
@@ -124,6 +137,9 @@ static void run(sim_job *job)
         break;
     case SH_JOB_SMOKE:
         job->status = smoke(job);
+        break;
+    case SH_JOB_EVALUATE:
+        job->status = evaluate(job);
         break;
     case SIM_COORD_KIND + SH_COORD_MERGE:
         job->status = merge(job);

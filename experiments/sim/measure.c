@@ -125,11 +125,12 @@ static sh_learn_options baseline_options(const sim *s, double passes)
     return o;
 }
 
-static bool central_progress(void *arg, uint32_t step, double loss)
+static bool central_progress(void *arg, uint32_t step, uint32_t steps, double loss)
 {
     if (step % CENTRAL_TELL_STEPS == 0)
-        sim_progress_line(arg, "measuring: one LoRA on the pooled corrections, step %u, loss %.3f",
-                          step, loss);
+        sim_progress_line(arg,
+                          "measuring: one LoRA on the pooled corrections, step %u of %u, loss %.3f",
+                          step, steps, loss);
     return true;
 }
 
@@ -137,7 +138,7 @@ static bool central_progress(void *arg, uint32_t step, double loss)
 static sh_status central(sim *s, sim_measures *m, sh_error *err)
 {
     sh_snapshot pooled = {0};
-    sh_learn_result learned = {0};
+    sh_round_result learned = {0};
     const sh_model *base = NULL, *model = NULL;
     uint64_t trained = 0;
     sh_status status = SH_OK;
@@ -159,7 +160,7 @@ static sh_status central(sim *s, sim_measures *m, sh_error *err)
     SH_GOTO(heldout_loss_of(s, model, &m->heldout_central, err));
 cleanup:
     sh_snapshot_release(&pooled);
-    sh_learn_result_release(&learned);
+    sh_round_result_release(&learned);
     return status;
 }
 
@@ -168,7 +169,7 @@ typedef struct {
     double passes;
     uint32_t *nodes; /* which node stands for a topic */
     sh_snapshot *snapshots;
-    sh_learn_result *learned;
+    sh_round_result *learned;
     sh_status *statuses;
     sh_error *errors;
 } local_runs;
@@ -218,7 +219,7 @@ static sh_status local_only(sim *s, sim_measures *m, sh_error *err)
         if (l.snapshots)
             sh_snapshot_release(&l.snapshots[t]);
         if (l.learned)
-            sh_learn_result_release(&l.learned[t]);
+            sh_round_result_release(&l.learned[t]);
     }
     free(l.snapshots);
     free(l.learned);

@@ -54,8 +54,8 @@ static counts count(const sim *s)
         c.acked += n->updates_acked;
         c.windows += n->windows;
         c.alarmed += n->alarm_window != 0;
-        if (n->core)
-            c.newest += sh_node_get_status(n->core).active_version == s->version_seen;
+        uint64_t version = n->core ? sh_node_get_status(n->core).active_version : n->active_version;
+        c.newest += version == s->version_seen && version > 0;
     }
     return c;
 }
@@ -97,8 +97,12 @@ static void draw_live(sim *s, progress *p)
     char when[32];
     if (p->drawn)
         fprintf(stderr, "\033[%dA", p->drawn);
-    fprintf(stderr, "\033[J  virtual time  %s   wall %.0f s\n", virtual_time(s, when, sizeof when),
-            sim_wall_seconds() - s->wall_start_s);
+    double wall_s = sim_wall_seconds() - s->wall_start_s;
+    if (s->real_processes)
+        fprintf(stderr, "\033[J  time          %.0f s\n", wall_s);
+    else
+        fprintf(stderr, "\033[J  virtual time  %s   wall %.0f s\n",
+                virtual_time(s, when, sizeof when), wall_s);
     fprintf(stderr, "  phase         %-8s ", sim_phase_names[s->phase]);
     draw_bar(phase_share(s, &c), 30);
     fprintf(stderr, "\n  nodes online  %u/%u   alarmed %llu   on newest release %llu\n", c.online,
@@ -121,19 +125,21 @@ static void draw_plain(sim *s)
     char when[32], loss[32] = "-";
     if (s->gate_loss > 0)
         snprintf(loss, sizeof loss, "%.3f", s->gate_loss);
+    if (!s->real_processes)
+        fprintf(stderr, "time=\"%s\" ", virtual_time(s, when, sizeof when));
     fprintf(stderr,
-            "time=\"%s\" phase=%s done=%.0f%% online=%u/%u alarmed=%llu updates=%llu acked=%llu "
+            "phase=%s done=%.0f%% online=%u/%u alarmed=%llu updates=%llu acked=%llu "
             "release=%llu loss=%s wall_s=%.0f\n",
-            virtual_time(s, when, sizeof when), sim_phase_names[s->phase], 100 * phase_share(s, &c),
-            c.online, s->n_nodes, (unsigned long long)c.alarmed, (unsigned long long)c.made,
-            (unsigned long long)c.acked, (unsigned long long)SH_MAX(s->version_seen, 1), loss,
+            sim_phase_names[s->phase], 100 * phase_share(s, &c), c.online, s->n_nodes,
+            (unsigned long long)c.alarmed, (unsigned long long)c.made, (unsigned long long)c.acked,
+            (unsigned long long)SH_MAX(s->version_seen, 1), loss,
             sim_wall_seconds() - s->wall_start_s);
 }
 
 void sim_progress_tick(sim *s, bool force)
 {
     progress *p = s->progress;
-    if (!p || (!force && s->events % 64 != 0))
+    if (!p || (!force && !s->real_processes && s->events % 64 != 0))
         return;
     double now = sim_wall_seconds();
     if (!force && now - p->last_s < (p->live ? LIVE_S : PLAIN_S))

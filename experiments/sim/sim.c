@@ -28,7 +28,13 @@ uint32_t sim_node_of(const sim *s, const sh_hash *key)
 {
     const uint8_t *b = key->b; /* make_nodes put the index there in clear */
     uint32_t i = (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | b[3];
-    return i < s->n_nodes && sh_hash_equal(&s->nodes[i].key, key) ? i : s->n_nodes;
+    if (i < s->n_nodes && sh_hash_equal(&s->nodes[i].key, key))
+        return i;
+    if (!s->real_processes)
+        return s->n_nodes;
+    for (i = 0; i < s->n_nodes && !sh_hash_equal(&s->nodes[i].key, key); i++)
+        ;
+    return i;
 }
 
 double sim_crash_rate(const sim *s)
@@ -110,7 +116,7 @@ void sim_job_destroy(sim_job **job)
         sh_pool_wait(j->sim->pool, &j->running);
     sh_snapshot_release(&j->snapshot);
     sh_buf_release(&j->bytes);
-    sh_learn_result_release(&j->learned);
+    sh_round_result_release(&j->learned);
     for (uint32_t i = 0; j->updates && i < j->coord.n_inputs; i++)
         sh_buf_release(&j->updates[i]);
     free(j->updates);
@@ -165,7 +171,8 @@ static sh_node_options make_node_options(const sim_options *o, const sh_coord_op
                          .retry_min_ms = 2000,
                          .retry_max_ms = 600000,
                          .confirm_inferences = 20,
-                         .send_only_if_better = true};
+                         .send_only_if_better = true,
+                         .evaluate = true};
     n.monitor.window = (uint32_t)o->window;
     n.monitor.reference = (uint32_t)o->reference;
     n.monitor.average_run_length = o->average_run_length;
@@ -190,7 +197,11 @@ static sh_coord_options make_coord_options(const sim *s)
                           .rounds_max = 0,
                           .round_ms_max = 4 * (uint64_t)o->offline_ms,
                           .checkin_ms = 120000,
-                          .chunk_budget = 16};
+                          .chunk_budget = 16,
+                          .canary_nodes_min = (uint32_t)o->canary_nodes_min,
+                          .canary_tokens_min = (uint64_t)o->canary_tokens_min,
+                          .canary_share = o->canary_share,
+                          .canary_ms_max = (uint64_t)o->canary_ms_max};
     c.train = (sh_train_plan){.rank = (uint32_t)o->rank,
                               .alpha = (float)o->alpha,
                               .lr = (float)o->lr,
@@ -313,7 +324,7 @@ static sh_status make_folders(sim *s, sh_error *err)
     return sh_dir_make(s->objects, err);
 }
 
-static sh_status find_inputs(const sim_options *o, sh_error *err)
+sh_status sim_find_inputs(const sim_options *o, sh_error *err)
 {
     if (!sh_file_exists(o->base))
         return sh_fail(err, SH_ERR_NOT_FOUND, "%s: not there; --base should name a GGUF model",
@@ -334,16 +345,22 @@ static void shuffle_texts(const sim *s, sim_text_list *list, uint64_t stream)
     }
 }
 
-static sh_status load_real(sim *s, sh_error *err)
+sh_status sim_load_texts(sim *s, sh_error *err)
 {
     const sh_model *model = NULL;
-    SH_TRY(make_genesis(s, err));
     SH_TRY(sim_model_get(s, &s->genesis_sha, &model, err));
     SH_TRY(sh_frozen_create(model, &s->frozen, err));
     SH_TRY(sim_texts_load(s->options.texts, model->tokenizer, &s->texts, err));
     shuffle_texts(s, &s->texts.before[SIM_TRAFFIC], 0);
     for (size_t t = 0; t < s->texts.n_topics; t++)
         shuffle_texts(s, &s->texts.topic[t][SIM_TRAFFIC], t + 1);
+    return SH_OK;
+}
+
+static sh_status load_real(sim *s, sh_error *err)
+{
+    SH_TRY(make_genesis(s, err));
+    SH_TRY(sim_load_texts(s, err));
     return make_suite(s, err);
 }
 
@@ -369,7 +386,7 @@ static void begin_hash(sim *s)
     sh_sha256_update(&s->hash, s->genesis_sha.b, sizeof s->genesis_sha.b);
 }
 
-sh_status sim_create(const sim_options *options, sim **out, sh_error *err)
+sh_status sim_create_empty(const sim_options *options, sim **out, sh_error *err)
 {
     sim *s = sh_calloc(1, sizeof *s);
     if (!s)
@@ -397,8 +414,24 @@ sh_status sim_create(const sim_options *options, sim **out, sh_error *err)
     SH_GOTO(sh_pool_create((unsigned)options->threads, &s->pool, err));
     s->coord_options = make_coord_options(s);
     s->node_options = make_node_options(options, &s->coord_options);
+    s->program = "shoal-sim";
+    s->command = &sim_run_command;
+    s->command_options = &s->options;
+    *out = s;
+    s = NULL;
+cleanup:
+    sim_destroy(&s);
+    return status;
+}
+
+sh_status sim_create(const sim_options *options, sim **out, sh_error *err)
+{
+    sim *s = NULL;
+    SH_TRY(sim_create_empty(options, &s, err));
+    bool real = s->learning == &sim_learning_real;
+    sh_status status = SH_OK;
     if (real)
-        SH_GOTO(find_inputs(options, err)); /* before anything is written */
+        SH_GOTO(sim_find_inputs(options, err)); /* before anything is written */
     if (real || strcmp(options->store, "lmdb") == 0)
         SH_GOTO(make_folders(s, err));
     if (real)
@@ -445,6 +478,8 @@ void sim_destroy(sim **sp)
     if (s->models_mutex)
         pthread_mutex_destroy(s->models_mutex);
     free(s->models_mutex);
+    json_decref(s->extra);
+    json_decref(s->extra_checks);
     free(s->timeline);
     free(s->nodes);
     free(s);

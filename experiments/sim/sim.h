@@ -51,6 +51,8 @@ typedef struct {
     int64_t staleness_max;
     double norm_factor_max, cosine_min, gate_overall_max, gate_slice_max, server_scale;
     int64_t gate_tokens, heldout_tokens;
+    int64_t canary_nodes_min, canary_tokens_min, canary_ms_max;
+    double canary_share;
     /* presence and network */
     double offline_share, drop, duplicate;
     int64_t offline_ms, delay_ms, bandwidth;
@@ -81,7 +83,7 @@ struct sim_job {
     sh_snapshot snapshot;
     sh_train_plan plan;
     float poison; /* B is multiplied by this; 1: honest */
-    sh_buf bytes; /* INSTALL: the file */
+    sh_buf bytes; /* INSTALL, EVALUATE: the file */
     uint32_t slot;
     uint64_t version;
     sh_coord_job coord;
@@ -93,9 +95,11 @@ struct sim_job {
     /* outputs */
     sh_status status;
     sh_error err;
-    sh_learn_result learned;
+    sh_round_result learned;
     const sh_model *installed;
     double nll;
+    sh_slice_score slices[SH_SLICES]; /* EVALUATE */
+    uint32_t n_slices;
     sim_typed typed; /* TEXT */
     sh_merge_job_result merged;
     sh_coord_job_result gated;
@@ -170,6 +174,13 @@ typedef enum {
 
 struct sim {
     sim_options options;
+    /* A fleet of real processes (experiments/fleet) fills this struct from what it sees of them, so
+     * that one measurement, one summary and one display serve both. */
+    bool real_processes;
+    const char *program;       /* "shoal-sim" */
+    const sh_command *command; /* its option table, for the summary */
+    const void *command_options;
+    json_t *extra, *extra_checks; /* owned: more fields of the summary, more rows of its checks */
     sim_canary canary;
     /* Called after each event, when set: what must hold at any time. Its failure ends the run. */
     sh_status (*probe)(sim *s, void *arg, sh_error *err);
@@ -221,6 +232,12 @@ struct sim {
 
 /* ---- sim.c: life cycle and loop ---- */
 SH_MUST_USE sh_status sim_create(const sim_options *options, sim **out, sh_error *err);
+/* The part of it that has no cores and no stores: options, workers, tables of nodes. */
+SH_MUST_USE sh_status sim_create_empty(const sim_options *options, sim **out, sh_error *err);
+/* Whether base and texts are there; then the texts, shuffled by the seed, and the frozen embedding
+ * of the genesis model, which s->genesis_sha names. */
+SH_MUST_USE sh_status sim_find_inputs(const sim_options *options, sh_error *err);
+SH_MUST_USE sh_status sim_load_texts(sim *s, sh_error *err);
 void sim_destroy(sim **s);
 /* Runs the phases to the end of SETTLE. */
 SH_MUST_USE sh_status sim_run(sim *s, sh_error *err);
@@ -275,8 +292,11 @@ SH_MUST_USE sh_status sim_summary(sim *s, const sim_measures *measures, const sh
                                   json_t **out, bool *ok, sh_error *err);
 
 /* The summary of a run that could not begin. */
-SH_MUST_USE sh_status sim_summary_unborn(const sim_options *options, const sh_error *why,
-                                         sh_error *err);
+SH_MUST_USE sh_status sim_summary_unborn(const char *program, const sim_options *options,
+                                         const sh_error *why, sh_error *err);
+
+/* ---- table.c ---- */
+void sim_print_table(const json_t *summary); /* for people, on stdout */
 
 /* ---- progress.c ---- */
 void sim_progress_begin(sim *s);

@@ -63,15 +63,6 @@ static void check(summary *m, const char *name, json_t *value, const char *limit
     m->ok = m->ok && ok;
 }
 
-/* The index of the node that the key belongs to; n_nodes: none. */
-static uint32_t node_index(const sim *s, const sh_hash *key)
-{
-    uint32_t i = 0;
-    while (i < s->n_nodes && !sh_hash_equal(&s->nodes[i].key, key))
-        i++;
-    return i;
-}
-
 static sh_status add_release(void *arg, const sh_release_row *r)
 {
     summary *m = arg;
@@ -112,7 +103,7 @@ static sh_status add_release(void *arg, const sh_release_row *r)
 static sh_status add_update(void *arg, const sh_update_row *u)
 {
     summary *m = arg;
-    int64_t node = node_index(m->s, &u->id.node);
+    int64_t node = sim_node_of(m->s, &u->id.node);
     bool scale = node == m->s->options.poison_scale_node;
     bool sign = node == m->s->options.poison_sign_node, poisoned = scale || sign;
     m->sent_scale = m->sent_scale || scale;
@@ -423,9 +414,9 @@ static void add_configuration(summary *m)
 {
     static const char *const without[] = {"out", "texts", "base", "threads", "json", "plain"};
     json_t *all = json_object(), *hashed = json_object();
-    for (size_t i = 0; i < sim_run_command.n_options; i++) {
-        const sh_option *o = &sim_run_command.options[i];
-        const char *field = (const char *)&m->s->options + o->offset;
+    for (size_t i = 0; i < m->s->command->n_options; i++) {
+        const sh_option *o = &m->s->command->options[i];
+        const char *field = (const char *)m->s->command_options + o->offset;
         json_t *value = o->type == SH_OPTION_FLAG   ? json_boolean(*(const bool *)field)
                         : o->type == SH_OPTION_INT  ? json_integer(*(const int64_t *)field)
                         : o->type == SH_OPTION_REAL ? sh_json_number(*(const double *)field)
@@ -449,7 +440,7 @@ static void add_head(summary *m, const sh_error *run_error)
 {
     sim *s = m->s;
     sh_json_set(m->root, "version", json_integer(1));
-    sh_json_set(m->root, "program", json_string("shoal-sim"));
+    sh_json_set(m->root, "program", json_string(s->program));
     sh_json_set(m->root, "seed", json_integer((json_int_t)s->options.seed));
     sh_json_set(m->root, "result_hash", json_null()); /* filled last; keeps its place */
     sh_json_set(m->root, "ok", json_false());
@@ -463,9 +454,23 @@ static void add_head(summary *m, const sh_error *run_error)
     sh_json_set(m->root, "learning", json_string(s->learning->name));
     sh_json_set(m->root, "kernel", json_string(sh_kernel_level()));
     sh_json_set(m->root, "blas_core", json_string(sh_blas_core()));
-    sh_json_set(m->root, "virtual_ms", integer(s->now_ms));
-    sh_json_set(m->root, "events", integer(s->events));
+    sh_json_set(m->root, "virtual_ms", s->real_processes ? json_null() : integer(s->now_ms));
+    sh_json_set(m->root, "events", s->real_processes ? json_null() : integer(s->events));
     sh_json_set(m->root, "wall_s", sh_json_number(sim_wall_seconds() - s->wall_start_s));
+}
+
+/* What the program that ran the fleet has to say beside. */
+static void add_extra(summary *m)
+{
+    size_t i;
+    const json_t *row;
+    json_array_foreach(m->s->extra_checks, i, row)
+    {
+        json_array_append(m->checks, (json_t *)row);
+        m->ok = m->ok && json_is_true(json_object_get(row, "ok"));
+    }
+    if (m->s->extra)
+        json_object_update_missing(m->root, m->s->extra);
 }
 
 /* A part that cannot be made leaves its figures out; the document is written all the same. */
@@ -479,14 +484,15 @@ static void note_failure(summary *m, sh_status status, const sh_error *err)
 }
 
 /* A run that never began has a summary too: why, and that it is not ok. */
-sh_status sim_summary_unborn(const sim_options *options, const sh_error *why, sh_error *err)
+sh_status sim_summary_unborn(const char *program, const sim_options *options, const sh_error *why,
+                             sh_error *err)
 {
     char path[SH_PATH_BYTES];
     SH_TRY(sh_dir_make(options->out, err));
     SH_TRY(sh_path_join(path, sizeof path, options->out, "summary.json", err));
     json_t *root = json_object();
     sh_json_set(root, "version", json_integer(1));
-    sh_json_set(root, "program", json_string("shoal-sim"));
+    sh_json_set(root, "program", json_string(program));
     sh_json_set(root, "seed", json_integer((json_int_t)options->seed));
     sh_json_set(root, "result_hash", json_null());
     sh_json_set(root, "ok", json_false());
@@ -525,10 +531,12 @@ sh_status sim_summary(sim *s, const sim_measures *measures, const sh_error *run_
     if (s->options.bad_scale_round > 0)
         check(&m, "candidates refused by the gate", integer(m.gate_refused), ">= 1",
               m.gate_refused >= 1);
+    add_extra(&m);
     add_phases(&m);
     add_configuration(&m);
     sh_hash h = sh_sha256_final(&s->hash);
-    sh_json_set(m.root, "result_hash", hex(&h));
+    if (!s->real_processes) /* which never run the same way twice */
+        sh_json_set(m.root, "result_hash", hex(&h));
     sh_json_set(m.root, "ok", json_boolean(m.ok));
     if (strcmp(s->options.store, "lmdb") == 0) {
         SH_GOTO(sh_path_join(path, sizeof path, s->options.out, "summary.json", err));

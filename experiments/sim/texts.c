@@ -25,6 +25,13 @@ void sim_texts_release(sim_texts *t)
     *t = (sim_texts){0};
 }
 
+void sim_texts_keep(sim_texts *t, size_t n)
+{
+    for (; t->n_topics > n; t->n_topics--)
+        for (int s = 0; s < SIM_SPLITS; s++)
+            list_release(&t->topic[t->n_topics - 1][s]);
+}
+
 static sh_status load_list(const char *dir, const char *prefix, int split,
                            const sh_tokenizer *tokenizer, sim_text_list *list, sh_error *err)
 {

@@ -41,6 +41,8 @@ SH_MUST_USE sh_status sim_texts_find(const char *dir, sh_error *err);
 SH_MUST_USE sh_status sim_texts_load(const char *dir, const sh_tokenizer *tokenizer, sim_texts *out,
                                      sh_error *err);
 void sim_texts_release(sim_texts *texts);
+/* Forgets all topics but the first n. */
+void sim_texts_keep(sim_texts *texts, size_t n);
 /* The first texts of a list, joined, at most max tokens. *out is malloc'ed. */
 SH_MUST_USE sh_status sim_texts_join(const sim_text_list *list, size_t max, int32_t **out,
                                      size_t *n);

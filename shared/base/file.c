@@ -142,32 +142,33 @@ static int sync_folder(const char *path)
     return reason == EINVAL ? 0 : reason; /* a file system without folder syncs */
 }
 
-static int open_temporary(const char *path, char *temp, size_t temp_bytes)
+static int open_temporary(const char *path, mode_t mode, char *temp, size_t temp_bytes)
 {
     static atomic_uint serial;
     for (int i = 0; i < TEMP_TRIES; i++) {
         snprintf(temp, temp_bytes, "%s.tmp-%ld-%u", path, (long)getpid(),
                  atomic_fetch_add(&serial, 1));
-        int fd = open(temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        int fd = open(temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
         if (fd >= 0 || errno != EEXIST)
             return fd;
     }
     return -1;
 }
 
-sh_status sh_file_write_atomic(const char *path, const void *bytes, size_t n, sh_error *err)
+static sh_status write_atomic(const char *path, const void *bytes, size_t n, bool private,
+                              sh_error *err)
 {
     if (strlen(path) >= SH_PATH_BYTES - TEMP_SUFFIX_BYTES)
         return fail_errno(err, ENAMETOOLONG, "write", path);
     char temp[SH_PATH_BYTES];
-    int fd = open_temporary(path, temp, sizeof temp);
+    int fd = open_temporary(path, private ? 0600 : 0666, temp, sizeof temp);
     if (fd < 0)
         return fail_errno(err, errno, "write", path);
 
     /* A file that was private stays private. */
     struct stat info;
     int reason = 0;
-    if (stat(path, &info) == 0 && fchmod(fd, info.st_mode & 0777) != 0)
+    if (!private && stat(path, &info) == 0 && fchmod(fd, info.st_mode & 0777) != 0)
         reason = errno;
     if (!reason)
         reason = write_all(fd, bytes, n);
@@ -183,6 +184,16 @@ sh_status sh_file_write_atomic(const char *path, const void *bytes, size_t n, sh
     }
     reason = sync_folder(path);
     return reason ? fail_errno(err, reason, "sync the folder of", path) : SH_OK;
+}
+
+sh_status sh_file_write_atomic(const char *path, const void *bytes, size_t n, sh_error *err)
+{
+    return write_atomic(path, bytes, n, false, err);
+}
+
+sh_status sh_file_write_private(const char *path, const void *bytes, size_t n, sh_error *err)
+{
+    return write_atomic(path, bytes, n, true, err);
 }
 
 sh_status sh_map_open(const char *path, sh_map *out, sh_error *err)

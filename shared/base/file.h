@@ -14,6 +14,9 @@ SH_MUST_USE sh_status sh_file_read(const char *path, size_t max_bytes, uint8_t *
  * old bytes or the new ones. */
 SH_MUST_USE sh_status sh_file_write_atomic(const char *path, const void *bytes, size_t n,
                                            sh_error *err);
+/* The same with mode 0600, from the first byte on: for keys and what users wrote. */
+SH_MUST_USE sh_status sh_file_write_private(const char *path, const void *bytes, size_t n,
+                                            sh_error *err);
 typedef struct {
     const uint8_t *data;
     size_t bytes;

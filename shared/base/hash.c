@@ -84,6 +84,16 @@ sh_status sh_sha256_file(const char *path, sh_hash *out, uint64_t *bytes, sh_err
     return SH_OK;
 }
 
+void sh_random_bytes(void *out, size_t n)
+{
+    randombytes_buf(out, n);
+}
+
+bool sh_bytes_equal(const void *a, const void *b, size_t n)
+{
+    return sodium_memcmp(a, b, n) == 0;
+}
+
 bool sh_hash_equal(const sh_hash *a, const sh_hash *b)
 {
     return memcmp(a->b, b->b, sizeof a->b) == 0;

@@ -44,6 +44,11 @@ bool sh_hash_is_zero(const sh_hash *h);
 void sh_hex(const void *bytes, size_t n, char *out); /* 2n + 1 bytes */
 SH_MUST_USE sh_status sh_hash_parse(const char *hex, sh_hash *out, sh_error *err);
 
+/* From the system's generator: for keys, epochs and seeds of real processes. The simulator and the
+ * cores never call it. */
+void sh_random_bytes(void *out, size_t n);
+bool sh_bytes_equal(const void *a, const void *b, size_t n); /* in constant time: for secrets */
+
 /* A key pair from a 32-byte seed: the same seed, the same pair. */
 void sh_sign_keypair(const uint8_t seed[32], sh_sign_public_key *pk, sh_sign_secret_key *sk);
 sh_signature sh_sign(const void *bytes, size_t n, const sh_sign_secret_key *sk);

@@ -49,6 +49,11 @@ void sh_json_set(json_t *object, const char *key, json_t *value)
     SH_ASSERT(!failed);
 }
 
+json_t *sh_json_uint(uint64_t x)
+{
+    return json_integer((json_int_t)SH_MIN(x, (uint64_t)INT64_MAX));
+}
+
 json_t *sh_json_number(double x)
 {
     return isfinite(x) ? json_real(x) : json_null();

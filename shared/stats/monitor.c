@@ -100,6 +100,15 @@ double sh_monitor_threshold(const sh_monitor *monitor)
     return log(monitor->options.average_run_length * detectors());
 }
 
+double sh_monitor_log_evalue(const sh_monitor *monitor, sh_metric metric)
+{
+    const sh_watch *watch = &monitor->watch[metric];
+    if (!watch->baseline.ready)
+        return 0;
+    double up = sh_edetector_log_value(&watch->up), down = sh_edetector_log_value(&watch->down);
+    return watches[metric].both_ways ? fmax(up, down) : up;
+}
+
 uint64_t sh_monitor_next_window(const sh_monitor *monitor)
 {
     return monitor->window.index;
@@ -246,7 +255,7 @@ static void judge(const sh_monitor *m, sh_metric metric, sh_metric_result *resul
     double threshold = sh_monitor_threshold(m);
     double up = sh_edetector_log_value(&watch->up), down = sh_edetector_log_value(&watch->down);
     bool both = watches[metric].both_ways;
-    result->log_evalue = both ? fmax(up, down) : up;
+    result->log_evalue = sh_monitor_log_evalue(m, metric);
     if (result->insufficient)
         return;
     double needed = fmax(m->options.effect_min[metric],

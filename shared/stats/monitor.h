@@ -95,6 +95,7 @@ void sh_monitor_note_drop(sh_monitor *monitor, sh_drop what, uint64_t n);
 
 /* log(average run length x number of detectors): what log_evalue must reach. */
 double sh_monitor_threshold(const sh_monitor *monitor);
+double sh_monitor_log_evalue(const sh_monitor *monitor, sh_metric metric); /* now */
 uint64_t sh_monitor_next_window(const sh_monitor *monitor); /* index of the open window */
 
 /* The whole state, for the transaction of the node's step: at most SH_MONITOR_BYTES_MAX bytes,

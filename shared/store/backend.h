@@ -13,6 +13,8 @@
 typedef struct {
     void (*close)(sh_store *store);
     sh_status (*sync)(sh_store *store, sh_error *err);
+    sh_status (*compact)(sh_store *store, sh_error *err);
+    sh_status (*backup)(sh_store *store, const char *dir, sh_error *err);
     uint64_t (*bytes_used)(const sh_store *store);
     sh_status (*begin)(sh_store *store, int kind, sh_txn **out, sh_error *err);
     sh_status (*commit)(sh_txn *txn, sh_error *err); /* frees txn in any case */

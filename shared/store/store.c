@@ -29,6 +29,17 @@ sh_status sh_store_sync(sh_store *store, sh_error *err)
     return store->backend->sync(store, err);
 }
 
+sh_status sh_store_compact(sh_store *store, sh_error *err)
+{
+    SH_ASSERT(!store->read_only);
+    return store->backend->compact(store, err);
+}
+
+sh_status sh_store_backup(sh_store *store, const char *dir, sh_error *err)
+{
+    return store->backend->backup(store, dir, err);
+}
+
 uint64_t sh_store_bytes_used(const sh_store *store)
 {
     return store->backend->bytes_used(store);

@@ -63,6 +63,16 @@ SH_MUST_USE sh_status sh_store_open_memory(const sh_store_options *options, sh_s
                                            sh_error *err);
 void sh_store_close(sh_store **store); /* takes NULL; every transaction has ended */
 SH_MUST_USE sh_status sh_store_sync(sh_store *store, sh_error *err);
+/* Writes the whole store anew and puts that in place of the file, so that what was deleted is gone
+ * from it: LMDB leaves deleted values in free pages and in the slack of others. At any moment of it
+ * a crash leaves the old file or the new one. Takes twice the disk space for a while, and holds up
+ * every begin. SH_ERR_LIMIT: a transaction is open, or another process reads the store: end that
+ * and try again. After another error than these two the store may be unusable until it is opened
+ * again. The memory store has nothing to do. */
+SH_MUST_USE sh_status sh_store_compact(sh_store *store, sh_error *err);
+/* Makes dir and in it a copy of what is committed now, which opens as a store, while transactions
+ * go on. SH_ERR_EXISTS: a store is there. Not for the memory store (SH_ERR_UNSUPPORTED). */
+SH_MUST_USE sh_status sh_store_backup(sh_store *store, const char *dir, sh_error *err);
 /* Bytes that could not be used for something else: LMDB's pages less the free ones. */
 uint64_t sh_store_bytes_used(const sh_store *store);
 

@@ -1,6 +1,7 @@
 /*
  * The store on disk: an LMDB environment (a folder with data.mdb and lock.mdb) with one named
- * database a table, and the file writer.lock, whose flock says that a process writes here.
+ * database a table, and the files writer.lock, whose flock says that a process writes here, and
+ * readers.lock, which other processes that read hold shared.
  *
  * The reserve. LMDB's only limit is its map, so plain writers run on a map that is reserve_bytes
  * short of bytes_max, and a SH_TXN_RESERVE writer near the limit on the whole of it. Changing the
@@ -12,6 +13,10 @@
  * what is free less what is missing from the reserve. LMDB does not say what a transaction has
  * taken, so `pages_taken` is an upper bound.
  *
+ * Compaction puts every row into a new environment, the folder "compact" in this one, and renames
+ * its data.mdb over the old one while no process has that open. LMDB's own compacting copy would
+ * take along the stale ends of overflow pages.
+ *
  * Durability. With syncing on LMDB writes and fdatasyncs all pages before it writes, with O_DSYNC,
  * the meta page (under a sector) that makes them count.
  */
@@ -19,6 +24,7 @@
 #include <fcntl.h>
 #include <lmdb.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
@@ -33,6 +39,8 @@
 #define LIST_PAGE_IDS    500 /* of free pages, in a page of their list */
 #define LIST_PAGES_SPARE 8
 #define FILE_MODE        0600 /* what a store holds is its owner's */
+#define DIR_MODE         0700
+#define COMPACT_STEP     ((uint64_t)16 << 20) /* bytes of a transaction of the new environment */
 
 typedef struct lmdb_store lmdb_store;
 struct lmdb_store {
@@ -40,7 +48,9 @@ struct lmdb_store {
     MDB_env *env;
     MDB_dbi tables[SH_STORE_TABLES_MAX];
     char *dir;
+    char *names[SH_STORE_TABLES_MAX];
     int writer_fd; /* holds the flock; -1: read only */
+    int readers_fd;
     bool no_sync;
     size_t page_bytes;
     /* Under `lock`: */
@@ -48,7 +58,7 @@ struct lmdb_store {
     unsigned open; /* transactions */
     bool writing;
     bool whole_map; /* the map is bytes_max, not less the reserve */
-    bool unmapped;  /* changing the map failed: nothing can be read or written any more */
+    bool unmapped;  /* changing the map or the file failed: nothing can be read or written */
     /* The registry of environments that this process has open: */
     dev_t device;
     ino_t inode;
@@ -472,7 +482,7 @@ static void lmdb_cursor_close(sh_cursor *base)
 static sh_status lmdb_sync(sh_store *base, sh_error *err)
 {
     lmdb_store *store = (lmdb_store *)base;
-    int rc = mdb_env_sync(store->env, 1);
+    int rc = store->unmapped ? MDB_PANIC : mdb_env_sync(store->env, 1);
     return rc ? fail_mdb(store, rc, "sync", err) : SH_OK;
 }
 
@@ -480,7 +490,7 @@ static uint64_t lmdb_bytes_used(const sh_store *base)
 {
     lmdb_store *store = (lmdb_store *)(uintptr_t)base; /* for its lock */
     pthread_mutex_lock(&store->lock);
-    uint64_t used = high_water(store);
+    uint64_t used = store->env ? high_water(store) : 0;
     MDB_txn *txn = NULL;
     if (!store->unmapped && mdb_txn_begin(store->env, NULL, MDB_RDONLY, &txn) == 0) {
         used -= SH_MIN(used, free_pages(txn, UINT64_MAX) * store->page_bytes);
@@ -538,6 +548,22 @@ static sh_status lock_writer(lmdb_store *store, sh_error *err)
     return SH_OK;
 }
 
+/* The file that keeps a compaction and the readers of other processes apart: a writer has it open,
+ * a reader holds it shared. A reader that may not write here goes without. */
+static sh_status open_readers_lock(lmdb_store *store, sh_error *err)
+{
+    char path[SH_PATH_BYTES];
+    SH_TRY(sh_path_join(path, sizeof(path), store->dir, "readers.lock", err));
+    int flags = store->base.read_only ? O_RDWR : O_RDWR | O_CREAT;
+    store->readers_fd = open(path, flags | O_CLOEXEC, FILE_MODE);
+    if (store->readers_fd < 0)
+        return store->base.read_only ? SH_OK : fail_mdb(store, errno, "open readers.lock", err);
+    int rc = 0;
+    while (store->base.read_only && (rc = flock(store->readers_fd, LOCK_SH)) != 0 && errno == EINTR)
+        continue;
+    return rc != 0 ? fail_mdb(store, errno, "lock readers.lock", err) : SH_OK;
+}
+
 static sh_status open_env(lmdb_store *store, sh_error *err)
 {
     unsigned flags = MDB_NOTLS;
@@ -576,7 +602,7 @@ static sh_status open_env(lmdb_store *store, sh_error *err)
     return SH_OK;
 }
 
-static sh_status open_tables(lmdb_store *store, const char *const *names, sh_error *err)
+static sh_status open_tables(lmdb_store *store, sh_error *err)
 {
     bool reads = store->base.read_only;
     MDB_txn *txn = NULL;
@@ -584,11 +610,11 @@ static sh_status open_tables(lmdb_store *store, const char *const *names, sh_err
     if (rc)
         return fail_mdb(store, rc, "begin a transaction", err);
     for (size_t t = 0; t < store->base.n_tables; t++) {
-        rc = mdb_dbi_open(txn, names[t], reads ? 0 : MDB_CREATE, &store->tables[t]);
+        rc = mdb_dbi_open(txn, store->names[t], reads ? 0 : MDB_CREATE, &store->tables[t]);
         if (rc) {
             mdb_txn_abort(txn);
             return sh_fail(err, status_of(rc), "store '%s': cannot open table '%s': %s", store->dir,
-                           names[t], reason(rc));
+                           store->names[t], reason(rc));
         }
     }
     rc = mdb_txn_commit(txn);
@@ -614,6 +640,198 @@ static sh_status sync_names(const lmdb_store *store, sh_error *err)
     return sync_dir(store, parent, err);
 }
 
+/* ---- compaction and backup ---- */
+
+static const char *const env_files[] = {"data.mdb", "lock.mdb"};
+
+static sh_status compact_path(const lmdb_store *store, const char *name, char *out, sh_error *err)
+{
+    char dir[SH_PATH_BYTES];
+    SH_TRY(sh_path_join(dir, sizeof(dir), store->dir, "compact", err));
+    return sh_path_join(out, SH_PATH_BYTES, dir, name, err);
+}
+
+static sh_status remove_compact(lmdb_store *store, sh_error *err)
+{
+    char path[SH_PATH_BYTES];
+    for (size_t i = 0; i < SH_COUNT(env_files); i++) {
+        SH_TRY(compact_path(store, env_files[i], path, err));
+        if (unlink(path) != 0 && errno != ENOENT)
+            return fail_mdb(store, errno, "remove an unfinished compaction", err);
+    }
+    SH_TRY(sh_path_join(path, sizeof(path), store->dir, "compact", err));
+    if (rmdir(path) != 0 && errno != ENOENT)
+        return fail_mdb(store, errno, "remove an unfinished compaction", err);
+    return SH_OK;
+}
+
+/* Puts a table's rows into the same table of another environment, in transactions of its own. */
+static int copy_table(lmdb_store *store, MDB_txn *from, size_t table, MDB_env *to)
+{
+    MDB_cursor *cursor = NULL;
+    MDB_txn *txn = NULL;
+    MDB_dbi dbi;
+    MDB_val k, v;
+    uint64_t bytes = 0;
+    int rc = mdb_txn_begin(to, NULL, 0, &txn);
+    if (rc == 0)
+        rc = mdb_dbi_open(txn, store->names[table], MDB_CREATE, &dbi);
+    if (rc == 0)
+        rc = mdb_cursor_open(from, store->tables[table], &cursor);
+    while (rc == 0 && (rc = mdb_cursor_get(cursor, &k, &v, MDB_NEXT)) == 0) {
+        rc = mdb_put(txn, dbi, &k, &v, MDB_APPEND);
+        bytes += k.mv_size + v.mv_size;
+        if (rc != 0 || bytes < COMPACT_STEP)
+            continue;
+        bytes = 0;
+        rc = mdb_txn_commit(txn);
+        txn = NULL;
+        if (rc == 0)
+            rc = mdb_txn_begin(to, NULL, 0, &txn);
+    }
+    if (cursor)
+        mdb_cursor_close(cursor);
+    if (rc == MDB_NOTFOUND) {
+        rc = mdb_txn_commit(txn);
+        txn = NULL;
+    }
+    if (txn)
+        mdb_txn_abort(txn);
+    return rc;
+}
+
+static int copy_tables(lmdb_store *store, MDB_env *to)
+{
+    MDB_txn *from = NULL;
+    MDB_stat stat;
+    MDB_dbi main_dbi;
+    int rc = mdb_txn_begin(store->env, NULL, MDB_RDONLY, &from);
+    if (rc == 0)
+        rc = mdb_dbi_open(from, NULL, 0, &main_dbi);
+    if (rc == 0)
+        rc = mdb_stat(from, main_dbi, &stat);
+    if (rc == 0 && stat.ms_entries != store->base.n_tables)
+        rc = MDB_INCOMPATIBLE; /* tables that we did not open would be lost */
+    for (size_t t = 0; t < store->base.n_tables && rc == 0; t++)
+        rc = copy_table(store, from, t, to);
+    if (from)
+        mdb_txn_abort(from);
+    return rc;
+}
+
+/* Makes the folder "compact" with all rows in it, synced. */
+static sh_status write_compact(lmdb_store *store, sh_error *err)
+{
+    char dir[SH_PATH_BYTES];
+    MDB_env *to = NULL;
+    unsigned flags = store->no_sync ? MDB_NOSYNC | MDB_NOMETASYNC : 0;
+    SH_TRY(remove_compact(store, err));
+    SH_TRY(sh_path_join(dir, sizeof(dir), store->dir, "compact", err));
+    if (mkdir(dir, DIR_MODE) != 0)
+        return fail_mdb(store, errno, "make its folder 'compact'", err);
+    int rc = mdb_env_create(&to);
+    if (rc == 0)
+        rc = mdb_env_set_maxdbs(to, (MDB_dbi)store->base.n_tables);
+    if (rc == 0)
+        rc = mdb_env_set_mapsize(to, (size_t)(store->base.bytes_max + store->base.reserve_bytes));
+    if (rc == 0)
+        rc = mdb_env_open(to, dir, MDB_NOTLS | flags, FILE_MODE);
+    if (rc == 0)
+        rc = copy_tables(store, to);
+    if (to)
+        mdb_env_close(to);
+    return rc ? fail_mdb(store, rc, "write its rows anew", err) : SH_OK;
+}
+
+/* Under the lock, without transactions, and with no other process that reads. */
+static sh_status replace_file(lmdb_store *store, sh_error *err)
+{
+    char from[SH_PATH_BYTES], to[SH_PATH_BYTES];
+    SH_TRY(write_compact(store, err));
+    SH_TRY(compact_path(store, "data.mdb", from, err));
+    SH_TRY(sh_path_join(to, sizeof(to), store->dir, "data.mdb", err));
+    mdb_env_close(store->env);
+    store->env = NULL;
+    store->unmapped = true;
+    store->whole_map = false;
+    if (rename(from, to) != 0)
+        return fail_mdb(store, errno, "put the new file in place", err);
+    if (!store->no_sync)
+        SH_TRY(sync_dir(store, store->dir, err));
+    SH_TRY(open_env(store, err));
+    SH_TRY(open_tables(store, err));
+    store->unmapped = false;
+    return remove_compact(store, err);
+}
+
+static sh_status lmdb_compact(sh_store *base, sh_error *err)
+{
+    lmdb_store *store = (lmdb_store *)base;
+    sh_status status;
+    pthread_mutex_lock(&store->lock);
+    if (store->unmapped) {
+        status = sh_fail(err, SH_ERR_IO, "store '%s': its map is gone; open it again", store->dir);
+    } else if (store->open > 0) {
+        status = sh_fail(err, SH_ERR_LIMIT,
+                         "store '%s': not compacted, a transaction is open: end it", store->dir);
+    } else if (flock(store->readers_fd, LOCK_EX | LOCK_NB) != 0) {
+        status = sh_fail(err, SH_ERR_LIMIT,
+                         "store '%s': not compacted, another process reads it: end that and try "
+                         "again",
+                         store->dir);
+    } else {
+        status = replace_file(store, err);
+        if (status != SH_OK && !store->unmapped)
+            (void)remove_compact(store, NULL);
+        (void)flock(store->readers_fd, LOCK_UN);
+    }
+    pthread_mutex_unlock(&store->lock);
+    return status;
+}
+
+/* A copy beside its name, synced, then renamed: no half copy is ever taken for one. */
+static sh_status copy_to(lmdb_store *store, const char *dir, const char *path, sh_error *err)
+{
+    char part[SH_PATH_BYTES];
+    SH_TRY(sh_path_join(part, sizeof(part), dir, "data.mdb.part", err));
+    int fd = open(part, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, FILE_MODE);
+    if (fd < 0)
+        return fail_mdb(store, errno, "make the copy's file", err);
+    int rc = mdb_env_copyfd2(store->env, fd, MDB_CP_COMPACT);
+    if (rc == 0 && fsync(fd) != 0)
+        rc = errno;
+    if (close(fd) != 0 && rc == 0)
+        rc = errno;
+    if (rc == 0 && rename(part, path) != 0)
+        rc = errno;
+    if (rc == 0)
+        return sync_dir(store, dir, err);
+    (void)unlink(part);
+    return fail_mdb(store, rc, "copy it", err);
+}
+
+static sh_status lmdb_backup(sh_store *base, const char *dir, sh_error *err)
+{
+    lmdb_store *store = (lmdb_store *)base;
+    char path[SH_PATH_BYTES];
+    SH_TRY(sh_dir_make(dir, err));
+    SH_TRY(sh_path_join(path, sizeof(path), dir, "data.mdb", err));
+    if (access(path, F_OK) == 0)
+        return sh_fail(err, SH_ERR_EXISTS, "store '%s': there is one in '%s' already", store->dir,
+                       dir);
+    pthread_mutex_lock(&store->lock);
+    bool usable = !store->unmapped;
+    store->open += usable; /* the map must stay */
+    pthread_mutex_unlock(&store->lock);
+    if (!usable)
+        return sh_fail(err, SH_ERR_IO, "store '%s': its map is gone; open it again", store->dir);
+    sh_status status = copy_to(store, dir, path, err);
+    pthread_mutex_lock(&store->lock);
+    store->open--;
+    pthread_mutex_unlock(&store->lock);
+    return status;
+}
+
 static void lmdb_close(sh_store *base)
 {
     lmdb_store *store = (lmdb_store *)base;
@@ -622,6 +840,10 @@ static void lmdb_close(sh_store *base)
         mdb_env_close(store->env);
     if (store->writer_fd >= 0)
         close(store->writer_fd); /* and with it the flock */
+    if (store->readers_fd >= 0)
+        close(store->readers_fd);
+    for (size_t t = 0; t < store->base.n_tables; t++)
+        free(store->names[t]);
     unregister_store(store);
     pthread_mutex_destroy(&store->lock);
     free(store->dir);
@@ -631,6 +853,8 @@ static void lmdb_close(sh_store *base)
 static const sh_store_backend lmdb_backend = {
     .close = lmdb_close,
     .sync = lmdb_sync,
+    .compact = lmdb_compact,
+    .backup = lmdb_backup,
     .bytes_used = lmdb_bytes_used,
     .begin = lmdb_begin,
     .commit = lmdb_commit,
@@ -653,8 +877,14 @@ static sh_status open_parts(lmdb_store *store, const sh_store_options *options, 
     SH_TRY(register_store(store, err));
     if (!options->read_only)
         SH_TRY(lock_writer(store, err));
+    SH_TRY(open_readers_lock(store, err));
+    for (size_t t = 0; t < store->base.n_tables; t++)
+        if ((store->names[t] = strdup(options->tables[t])) == NULL)
+            return sh_fail(err, SH_ERR_NO_MEMORY, "store '%s': no memory", store->dir);
+    if (!options->read_only)
+        SH_TRY(remove_compact(store, err)); /* what a crash left may hold what was deleted */
     SH_TRY(open_env(store, err));
-    SH_TRY(open_tables(store, options->tables, err));
+    SH_TRY(open_tables(store, err));
     if (!options->read_only && !options->no_sync)
         SH_TRY(sync_names(store, err));
     return SH_OK;
@@ -678,7 +908,7 @@ sh_status sh_store_open_lmdb(const char *dir, const sh_store_options *options, s
     store->base = common;
     store->dir = copy;
     store->no_sync = options->no_sync;
-    store->writer_fd = -1;
+    store->writer_fd = store->readers_fd = -1;
     pthread_mutex_init(&store->lock, NULL);
     sh_status status = open_parts(store, options, err);
     if (status == SH_OK)

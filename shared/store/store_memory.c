@@ -365,7 +365,22 @@ static uint64_t mem_bytes_used(const sh_store *store)
     return ((const mem_store *)store)->used;
 }
 
+static sh_status memory_compact(sh_store *store, sh_error *err)
+{
+    (void)store;
+    (void)err;
+    return SH_OK;
+}
+
+static sh_status memory_backup(sh_store *store, const char *dir, sh_error *err)
+{
+    (void)store;
+    return sh_fail(err, SH_ERR_UNSUPPORTED, "store in memory: it cannot be copied to '%s'", dir);
+}
+
 static const sh_store_backend memory_backend = {
+    .compact = memory_compact,
+    .backup = memory_backup,
     .close = mem_close,
     .sync = mem_sync,
     .bytes_used = mem_bytes_used,

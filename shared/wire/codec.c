@@ -168,7 +168,7 @@ static sh_status check_field(const wire_schema *schema, const wire_field *field,
     case WIRE_HASHES:
         return check_range(schema, field, ((const sh_msg_want *)at)->n, "", err);
     default:
-        return SH_OK;
+        return SH_OK; /* WIRE_LIST: its count is not at its offset, and checked with it */
     }
 }
 
@@ -201,13 +201,47 @@ static int pack_field(msgpack_packer *pk, const wire_field *field, const void *a
     case WIRE_BITMAP:
         return pack_bitmap(pk, at);
     case WIRE_PLAN:
-        return msgpack_pack_nil(pk); /* a plan to train has been dealt with */
+    case WIRE_EVALUATE:
+        return msgpack_pack_nil(pk); /* one that says something has been dealt with */
+    case WIRE_LIST:
+        break; /* has been dealt with */
     case WIRE_CONST:
         return msgpack_pack_uint64(pk, field->min);
     case WIRE_MAGIC:
         return pack_text(pk, field->name);
     }
     return -1;
+}
+
+static sh_status no_room(const wire_schema *schema, const msgpack_packer *pk, sh_error *err)
+{
+    const writer *w = pk->data;
+    return sh_fail(err, w->status, "%s: no room in its buffer of at most %zu bytes", schema->name,
+                   w->out->max);
+}
+
+static sh_status encode_record(const wire_schema *schema, const void *record, msgpack_packer *pk,
+                               sh_error *err);
+
+/* A field that is an array of its own: a plan that says something. */
+static bool is_record(const wire_field *field, const void *at)
+{
+    if (field->kind == WIRE_PLAN)
+        return ((const sh_train_plan *)at)->train;
+    return field->kind == WIRE_EVALUATE && ((const sh_evaluate_plan *)at)->candidate != 0;
+}
+
+static sh_status encode_list(const wire_schema *schema, const wire_field *field, const void *record,
+                             msgpack_packer *pk, sh_error *err)
+{
+    const uint8_t *at = (const uint8_t *)record + field->offset;
+    uint32_t n = *(const uint32_t *)((const uint8_t *)record + field->storage);
+    SH_TRY(check_range(schema, field, n, " records", err));
+    if (msgpack_pack_array(pk, n))
+        return no_room(schema, pk, err);
+    for (uint32_t i = 0; i < n; i++)
+        SH_TRY(encode_record(field->sub, at + i * field->size, pk, err));
+    return SH_OK;
 }
 
 static sh_status encode_record(const wire_schema *schema, const void *record, msgpack_packer *pk,
@@ -220,17 +254,14 @@ static sh_status encode_record(const wire_schema *schema, const void *record, ms
         const wire_field *field = &schema->fields[i];
         const void *at = (const uint8_t *)record + field->offset;
         SH_TRY(check_field(schema, field, at, err));
-        if (field->kind == WIRE_PLAN && ((const sh_train_plan *)at)->train)
+        if (field->kind == WIRE_LIST)
+            SH_TRY(encode_list(schema, field, record, pk, err));
+        else if (is_record(field, at))
             SH_TRY(encode_record(field->sub, at, pk, err));
         else
             failed = pack_field(pk, field, at);
     }
-    if (failed) {
-        const writer *w = pk->data;
-        return sh_fail(err, w->status, "%s: no room in its buffer of at most %zu bytes",
-                       schema->name, w->out->max);
-    }
-    return SH_OK;
+    return failed ? no_room(schema, pk, err) : SH_OK;
 }
 
 sh_status sh_wire_encode(const wire_schema *schema, const void *record, sh_buf *out, sh_error *err)
@@ -499,15 +530,39 @@ static void take_magic(reader *r, const wire_field *field)
 
 static void read_record(reader *r, const wire_schema *schema, void *record);
 
+static bool take_nil(reader *r)
+{
+    if (r->status != SH_OK || r->left == 0 || *r->at != MP_NIL)
+        return false;
+    (void)take_byte(r);
+    return true;
+}
+
 static void take_plan(reader *r, const wire_field *field, sh_train_plan *plan)
 {
     *plan = (sh_train_plan){0};
-    if (r->status == SH_OK && r->left > 0 && *r->at == MP_NIL) {
-        (void)take_byte(r);
+    if (take_nil(r))
         return;
-    }
     plan->train = true;
     read_record(r, field->sub, plan);
+}
+
+static void take_evaluate(reader *r, const wire_field *field, sh_evaluate_plan *plan)
+{
+    *plan = (sh_evaluate_plan){0};
+    if (!take_nil(r))
+        read_record(r, field->sub, plan);
+}
+
+static void take_list(reader *r, const wire_field *field, uint8_t *record)
+{
+    uint64_t n = take_array(r);
+    if (r->status == SH_OK)
+        r->status = check_range(r->schema, field, n, " records", r->err);
+    for (uint64_t i = 0; i < n && r->status == SH_OK; i++)
+        read_record(r, field->sub, record + field->offset + i * field->size);
+    if (r->status == SH_OK)
+        *(uint32_t *)(record + field->storage) = (uint32_t)n;
 }
 
 static void read_field(reader *r, const wire_field *field, void *record)
@@ -551,6 +606,12 @@ static void read_field(reader *r, const wire_field *field, void *record)
         break;
     case WIRE_PLAN:
         take_plan(r, field, (sh_train_plan *)at);
+        break;
+    case WIRE_EVALUATE:
+        take_evaluate(r, field, (sh_evaluate_plan *)at);
+        break;
+    case WIRE_LIST:
+        take_list(r, field, record);
         break;
     case WIRE_CONST:
         take_constant(r, field);

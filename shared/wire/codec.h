@@ -13,21 +13,24 @@
 #include "shared/wire/wire.h"
 
 typedef enum {
-    WIRE_U8,     /* uint8_t */
-    WIRE_U32,    /* uint32_t */
-    WIRE_U64,    /* uint64_t */
-    WIRE_BOOL,   /* bool */
-    WIRE_F32,    /* float, finite */
-    WIRE_F64,    /* double, finite */
-    WIRE_TEXT,   /* const char *: UTF-8 without control characters, copied to `storage` */
-    WIRE_HASH,   /* sh_hash: bin of 32 bytes */
-    WIRE_BYTES,  /* sh_bytes: bin */
-    WIRE_BLOB,   /* sh_blob: array [sha256, bytes, chunk hashes] */
-    WIRE_HASHES, /* sh_msg_want: bin of n * 32 bytes */
-    WIRE_BITMAP, /* uint64_t[SH_ACK_BITMAP_WORDS]: bin, bit i is byte i/8's bit i%8 */
-    WIRE_PLAN,   /* sh_train_plan: nil when it says not to train, else an array by `sub` */
-    WIRE_CONST,  /* no field: the number `min`, which must be there */
-    WIRE_MAGIC,  /* no field: the text `name`, which must be there */
+    WIRE_U8,       /* uint8_t */
+    WIRE_U32,      /* uint32_t */
+    WIRE_U64,      /* uint64_t */
+    WIRE_BOOL,     /* bool */
+    WIRE_F32,      /* float, finite */
+    WIRE_F64,      /* double, finite */
+    WIRE_TEXT,     /* const char *: UTF-8 without control characters, copied to `storage` */
+    WIRE_HASH,     /* sh_hash: bin of 32 bytes */
+    WIRE_BYTES,    /* sh_bytes: bin */
+    WIRE_BLOB,     /* sh_blob: array [sha256, bytes, chunk hashes] */
+    WIRE_HASHES,   /* sh_msg_want: bin of n * 32 bytes */
+    WIRE_BITMAP,   /* uint64_t[SH_ACK_BITMAP_WORDS]: bin, bit i is byte i/8's bit i%8 */
+    WIRE_PLAN,     /* sh_train_plan: nil when it says not to train, else an array by `sub` */
+    WIRE_EVALUATE, /* sh_evaluate_plan: nil without a candidate, else an array by `sub` */
+    WIRE_LIST,     /* records by `sub`, `size` bytes apart, at most max; their uint32_t count is at
+                      `storage`: array of arrays */
+    WIRE_CONST,    /* no field: the number `min`, which must be there */
+    WIRE_MAGIC,    /* no field: the text `name`, which must be there */
 } wire_kind;
 
 typedef struct wire_schema wire_schema;
@@ -38,6 +41,7 @@ typedef struct {
     uint64_t min, max; /* of a number, a text's or bin's bytes, a count of hashes */
     size_t storage;    /* WIRE_TEXT: offset of a char[max + 1] in the record */
     const wire_schema *sub;
+    size_t size;
 } wire_field;
 
 struct wire_schema {

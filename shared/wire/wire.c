@@ -101,20 +101,30 @@ static const wire_field train_fields[] = {
 };
 static const wire_schema train_schema = WIRE_SCHEMA("message plan.train", train_fields, NULL);
 
+static const wire_field evaluate_fields[] = {
+    RANGE(sh_evaluate_plan, candidate, WIRE_U64, 1, UINT64_MAX),
+    U64(sh_evaluate_plan, parent_version),
+    FIELD(sh_evaluate_plan, model, WIRE_BLOB),
+};
+static const wire_schema evaluate_schema =
+    WIRE_SCHEMA("message plan.evaluate", evaluate_fields, NULL);
+
+#define PLAN_FIELDS_1 3 /* version 1 ends before evaluate */
 static const wire_field plan_fields[] = {
     MSG_U64(plan, return_after_ms),
     {NAMED("train", sh_msg, plan.train, WIRE_PLAN), .sub = &train_schema},
     MSG_RANGE(plan, manifest, WIRE_BYTES, 0, SH_WIRE_MANIFEST_MAX),
+    {NAMED("evaluate", sh_msg, plan.evaluate, WIRE_EVALUATE), .sub = &evaluate_schema},
 };
 
-static const wire_field item_fields[] = {
-    MSG_U64(item, epoch),
-    MSG_RANGE(item, cls, WIRE_U8, 0, SH_CLASSES - 1),
-    MSG_RANGE(item, seq, WIRE_U64, 1, UINT64_MAX),
-    MSG_RANGE(item, kind, WIRE_U8, SH_ITEM_UPDATE, SH_ITEM_TOMBSTONE),
-    MSG_RANGE(item, last_seq, WIRE_U64, 1, UINT64_MAX),
-    MSG_RANGE(item, payload, WIRE_BYTES, 0, SH_WIRE_ITEM_MAX),
-};
+#define ITEM_FIELDS(last_kind)                                                                     \
+    MSG_U64(item, epoch), MSG_RANGE(item, cls, WIRE_U8, 0, SH_CLASSES - 1),                        \
+        MSG_RANGE(item, seq, WIRE_U64, 1, UINT64_MAX),                                             \
+        MSG_RANGE(item, kind, WIRE_U8, SH_ITEM_UPDATE, last_kind),                                 \
+        MSG_RANGE(item, last_seq, WIRE_U64, 1, UINT64_MAX),                                        \
+        MSG_RANGE(item, payload, WIRE_BYTES, 0, SH_WIRE_ITEM_MAX)
+static const wire_field item_fields[] = {ITEM_FIELDS(SH_ITEM_EVALUATION)};
+static const wire_field item_fields_1[] = {ITEM_FIELDS(SH_ITEM_TOMBSTONE)};
 
 static sh_status check_item(const void *record, sh_error *err)
 {
@@ -166,6 +176,19 @@ static const wire_schema messages[] = {
     [SH_MSG_ERROR] = WIRE_SCHEMA("message error", error_fields, NULL),
 };
 
+/* What version 1 had differently. */
+static const wire_schema plan_schema_1 = {"message plan", plan_fields, PLAN_FIELDS_1, NULL};
+static const wire_schema item_schema_1 = WIRE_SCHEMA("message item", item_fields_1, check_item);
+
+static const wire_schema *schema_of(sh_msg_type type, uint32_t version)
+{
+    if (version == 1 && type == SH_MSG_PLAN)
+        return &plan_schema_1;
+    if (version == 1 && type == SH_MSG_ITEM)
+        return &item_schema_1;
+    return &messages[type];
+}
+
 const char *sh_msg_type_name(sh_msg_type type)
 {
     if (type < SH_MSG_ENROL || type > SH_MSG_ERROR)
@@ -176,12 +199,13 @@ const char *sh_msg_type_name(sh_msg_type type)
 /* ---- envelope ---- */
 
 typedef struct {
+    uint32_t version;
     uint8_t type;
     sh_bytes hash, body;
 } envelope;
 
 static const wire_field envelope_fields[] = {
-    {.name = "version", .kind = WIRE_CONST, .min = SH_WIRE_VERSION},
+    RANGE(envelope, version, WIRE_U32, SH_WIRE_VERSION_MIN, SH_WIRE_VERSION),
     RANGE(envelope, type, WIRE_U8, SH_MSG_ENROL, SH_MSG_ERROR),
     RANGE(envelope, hash, WIRE_BYTES, HASH_BYTES, HASH_BYTES),
     RANGE(envelope, body, WIRE_BYTES, 0, BODY_MAX),
@@ -190,13 +214,15 @@ static const wire_schema envelope_schema = WIRE_SCHEMA("message", envelope_field
 
 sh_status sh_msg_encode(const sh_msg *msg, sh_buf *out, sh_error *err)
 {
+    uint32_t version = msg->version != 0 ? msg->version : SH_WIRE_VERSION;
     SH_ASSERT(msg->type >= SH_MSG_ENROL && msg->type <= SH_MSG_ERROR);
+    SH_ASSERT(version >= SH_WIRE_VERSION_MIN && version <= SH_WIRE_VERSION);
     sh_buf body;
     sh_buf_init(&body, BODY_MAX);
     sh_status status;
-    SH_GOTO(sh_wire_encode(&messages[msg->type], msg, &body, err));
+    SH_GOTO(sh_wire_encode(schema_of(msg->type, version), msg, &body, err));
     sh_hash hash = sh_blake2b(body.data, body.len);
-    envelope e = {(uint8_t)msg->type, {hash.b, HASH_BYTES}, {body.data, body.len}};
+    envelope e = {version, (uint8_t)msg->type, {hash.b, HASH_BYTES}, {body.data, body.len}};
     status = sh_wire_encode(&envelope_schema, &e, out, err);
 cleanup:
     sh_buf_release(&body);
@@ -210,18 +236,18 @@ sh_status sh_msg_decode(const void *bytes, size_t n, sh_msg *out, sh_error *err)
     /* First of all the version: another one may have another envelope. */
     uint64_t version = 0;
     SH_TRY(sh_wire_peek_number("message", bytes, n, &version, err));
-    if (version != SH_WIRE_VERSION)
+    if (version < SH_WIRE_VERSION_MIN || version > SH_WIRE_VERSION)
         return sh_fail(err, SH_ERR_UNSUPPORTED,
-                       "message: protocol version %llu is not known here, only %d",
-                       (unsigned long long)version, SH_WIRE_VERSION);
+                       "message: protocol version %llu is not known here, only %d to %d",
+                       (unsigned long long)version, SH_WIRE_VERSION_MIN, SH_WIRE_VERSION);
     envelope e;
     SH_TRY(sh_wire_decode(&envelope_schema, bytes, n, &e, err));
     sh_hash hash = sh_blake2b(e.body.data, e.body.n);
     if (memcmp(hash.b, e.hash.data, HASH_BYTES) != 0)
         return sh_fail(err, SH_ERR_CORRUPT, "%s: the body's hash is not the one in the envelope",
                        messages[e.type].name);
-    sh_msg msg = {.type = e.type};
-    SH_TRY(sh_wire_decode(&messages[e.type], e.body.data, e.body.n, &msg, err));
+    sh_msg msg = {.version = e.version, .type = e.type};
+    SH_TRY(sh_wire_decode(schema_of(msg.type, e.version), e.body.data, e.body.n, &msg, err));
     *out = msg;
     sh_wire_rebase_texts(&messages[e.type], out);
     return SH_OK;
@@ -280,6 +306,50 @@ sh_status sh_alarm_decode(const void *bytes, size_t n, sh_alarm *out, sh_error *
     sh_alarm alarm = {0};
     SH_TRY(sh_wire_decode(&alarm_schema, bytes, n, &alarm, err));
     *out = alarm;
+    return SH_OK;
+}
+
+static const wire_field slice_fields[] = {
+    RANGE(sh_slice_score, slice, WIRE_U32, 0, SH_SLICES - 1),
+    U64(sh_slice_score, tokens),
+    FIELD(sh_slice_score, nll_parent, WIRE_F64),
+    FIELD(sh_slice_score, nll_candidate, WIRE_F64),
+};
+static const wire_schema slice_schema = WIRE_SCHEMA("payload evaluation.slice", slice_fields, NULL);
+
+static const wire_field evaluation_fields[] = {
+    VERSION_FIELD,
+    RANGE(sh_evaluation, candidate, WIRE_U64, 1, UINT64_MAX),
+    U64(sh_evaluation, parent_version),
+    FIELD(sh_evaluation, candidate_sha256, WIRE_HASH),
+    {NAMED("slices", sh_evaluation, slices, WIRE_LIST), .max = SH_EVALUATION_SLICES_MAX,
+     .storage = offsetof(sh_evaluation, n), .sub = &slice_schema, .size = sizeof(sh_slice_score)},
+};
+
+static sh_status check_evaluation(const void *record, sh_error *err)
+{
+    const sh_evaluation *evaluation = record;
+    for (uint32_t i = 1; i < SH_MIN(evaluation->n, (uint32_t)SH_EVALUATION_SLICES_MAX); i++)
+        if (evaluation->slices[i].slice <= evaluation->slices[i - 1].slice)
+            return sh_fail(err, SH_ERR_INVALID,
+                           "payload evaluation: field slices has slice %u after %u, must grow",
+                           evaluation->slices[i].slice, evaluation->slices[i - 1].slice);
+    return SH_OK;
+}
+
+static const wire_schema evaluation_schema =
+    WIRE_SCHEMA("payload evaluation", evaluation_fields, check_evaluation);
+
+sh_status sh_evaluation_encode(const sh_evaluation *evaluation, sh_buf *out, sh_error *err)
+{
+    return sh_wire_encode(&evaluation_schema, evaluation, out, err);
+}
+
+sh_status sh_evaluation_decode(const void *bytes, size_t n, sh_evaluation *out, sh_error *err)
+{
+    sh_evaluation evaluation = {0};
+    SH_TRY(sh_wire_decode(&evaluation_schema, bytes, n, &evaluation, err));
+    *out = evaluation;
     return SH_OK;
 }
 

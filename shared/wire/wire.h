@@ -15,7 +15,8 @@
 #include "shared/base/buf.h"
 #include "shared/base/hash.h"
 
-#define SH_WIRE_VERSION      1
+#define SH_WIRE_VERSION      2 /* 2: federated evaluation */
+#define SH_WIRE_VERSION_MIN  1 /* the oldest that is still spoken */
 #define SH_WIRE_MESSAGE_MAX  (1u << 20)
 #define SH_WIRE_TEXT_MAX     256
 #define SH_CHUNK_BYTES       65536u
@@ -96,10 +97,20 @@ typedef struct {
     uint32_t tokens_min; /* do not train on fewer target tokens */
 } sh_train_plan;
 
+/* Federated evaluation: score a candidate beside its parent on the node's own held-out feedback.
+ * Nothing of it is ever activated, so it carries no signature: what is released comes as a
+ * manifest. */
+typedef struct {
+    uint64_t candidate;      /* 0: nothing to evaluate */
+    uint64_t parent_version; /* a node that runs another release does not evaluate */
+    sh_blob model;
+} sh_evaluate_plan;
+
 typedef struct {
     uint64_t return_after_ms;
     sh_train_plan train;
-    sh_bytes manifest; /* signed manifest of the release to take; empty: stay */
+    sh_bytes manifest;         /* signed manifest of the release to take; empty: stay */
+    sh_evaluate_plan evaluate; /* from version 2 on */
 } sh_msg_plan;
 
 typedef enum {
@@ -107,6 +118,7 @@ typedef enum {
     SH_ITEM_ALARM,      /* payload: sh_alarm */
     SH_ITEM_WINDOW,     /* payload: stats' encoded window */
     SH_ITEM_TOMBSTONE,  /* sequences seq .. last_seq were dropped by quota */
+    SH_ITEM_EVALUATION, /* payload: sh_evaluation; class ALARM; from version 2 on */
 } sh_item_kind;
 
 typedef struct {
@@ -141,6 +153,8 @@ typedef struct {
 } sh_msg_error;
 
 typedef struct {
+    uint32_t version; /* encode: 0 is SH_WIRE_VERSION; fields that a version has not are left out.
+                         decode: the one that it was written in; what it has not is zero */
     sh_msg_type type;
     union {
         sh_msg_enrol enrol;
@@ -193,6 +207,30 @@ typedef struct {
 } sh_alarm;
 SH_MUST_USE sh_status sh_alarm_encode(const sh_alarm *alarm, sh_buf *out, sh_error *err);
 SH_MUST_USE sh_status sh_alarm_decode(const void *bytes, size_t n, sh_alarm *out, sh_error *err);
+
+/* What a node found out about a candidate: sums and counts of its own held-out feedback, a slice
+ * each, nothing else. */
+#define SH_EVALUATION_SLICES_MAX 8
+typedef enum { /* slices: by what the user had done with the text */
+               SH_SLICE_ACCEPTED,
+               SH_SLICE_CORRECTED,
+               SH_SLICES
+} sh_slice_kind;
+typedef struct {
+    uint32_t slice; /* sh_slice_kind; each at most once, growing */
+    uint64_t tokens;
+    double nll_parent, nll_candidate; /* sums over the tokens, nats */
+} sh_slice_score;
+typedef struct {
+    uint64_t candidate, parent_version;
+    sh_hash candidate_sha256;
+    uint32_t n;
+    sh_slice_score slices[SH_EVALUATION_SLICES_MAX];
+} sh_evaluation;
+SH_MUST_USE sh_status sh_evaluation_encode(const sh_evaluation *evaluation, sh_buf *out,
+                                           sh_error *err);
+SH_MUST_USE sh_status sh_evaluation_decode(const void *bytes, size_t n, sh_evaluation *out,
+                                           sh_error *err);
 
 /* A release's manifest: MessagePack of the fields, then its Ed25519 signature over those bytes.
  * parent < version. */

@@ -38,7 +38,9 @@ typedef struct {
     /* faults */
     size_t commits, crash_at; /* the commit to crash around, from 1 */
     int crash_mode;
-    bool torture; /* a random allocation of each step fails, if it has so many */
+    bool jumps;    /* versions may have gaps: the store was a backup */
+    uint32_t wire; /* the protocol's version that nodes speak; 0: ours */
+    bool torture;  /* a random allocation of each step fails, if it has so many */
     sh_rng torture_rng;
     size_t failures;
 } rig;
@@ -66,6 +68,9 @@ typedef struct {
     sh_train_plan train;
     uint64_t return_after_ms;
     uint64_t manifest_version; /* 0: none */
+    sh_hash manifest;          /* of its bytes */
+    uint32_t wire;             /* the version that it is written in */
+    sh_evaluate_plan evaluate; /* without the chunks' names */
 } rig_plan;
 rig_plan rig_checkin(rig *r, unsigned node, uint64_t active_version, bool drifting);
 
@@ -81,6 +86,18 @@ void rig_fill(uint8_t *bytes, size_t n, uint64_t content);
  */
 bool rig_offer(rig *r, unsigned node, const rig_update *u);
 bool rig_item(rig *r, unsigned node, const sh_msg_item *item);
+
+/* The answer of a canary node to `plan`: tokens in slice 0, and the losses a token. True when it
+ * was acknowledged. tokens 0: it has nothing to say. */
+bool rig_evaluate(rig *r, unsigned node, uint64_t seq, const sh_evaluate_plan *plan,
+                  const double tokens_parent_candidate[3]);
+bool rig_send_evaluation(rig *r, unsigned node, uint64_t seq, const sh_evaluation *evaluation);
+bool rig_timer(rig *r); /* brings the clock to the timer, and the event */
+
+/* A copy of the store, marked as a backup. rig_restore kills the aggregator, and starts it again on
+ * a copy of that. In memory only. */
+sh_store *rig_backup(rig *r);
+void rig_restore(rig *r, sh_store *backup);
 
 /* Ends the running job. reasons may be NULL (all good). */
 bool rig_end_merge(rig *r, const sh_reason *reasons);

@@ -276,8 +276,8 @@ static void test_waiting_updates_are_bounded(void **state)
         assert_int_equal(msg.type, SH_MSG_WANT);
         send_chunk(r, 0, u.content, 0);
     }
-    /* Of one node, four wait: state, and a chunk of each. */
-    assert_int_equal(rig_count(r, SH_COORD_T_META), 1 + 4);
+    /* Of one node, four wait: state, schema, and a chunk of each. */
+    assert_int_equal(rig_count(r, SH_COORD_T_META), 2 + 4);
     assert_int_equal(rig_count(r, SH_COORD_T_CHUNK), 3 + 4);
     for (uint64_t seq = 1; seq <= 20; seq++) { /* the others come again */
         rig_update u = rig_make(r, 0, seq);

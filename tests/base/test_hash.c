@@ -199,6 +199,37 @@ static void test_every_forgery_is_refused(void **state)
     assert_int_equal(sh_sign_verify(message, sizeof message, &sig, &pk, NULL), SH_OK);
 }
 
+/* Every byte takes many values over some draws: a source that leaves one as it was cannot pass. */
+static void test_random_bytes(void **state)
+{
+    (void)state;
+    uint8_t seen[33] = {0}, first[33] = {0}, bytes[33] = {0};
+    sh_random_bytes(first, 32);
+    for (int draw = 0; draw < 64; draw++) {
+        sh_random_bytes(bytes, 32);
+        for (size_t i = 0; i < sizeof bytes; i++)
+            seen[i] |= bytes[i] ^ first[i];
+    }
+    for (size_t i = 0; i < 32; i++)
+        assert_int_not_equal(seen[i], 0);
+    assert_int_equal(bytes[32], 0); /* and nothing beyond */
+}
+
+static void test_bytes_equal(void **state)
+{
+    (void)state;
+    uint8_t a[32], b[32];
+    sh_random_bytes(a, sizeof a);
+    memcpy(b, a, sizeof b);
+    assert_true(sh_bytes_equal(a, b, sizeof a));
+    assert_true(sh_bytes_equal(a, b, 0));
+    for (size_t i = 0; i < sizeof b; i++) {
+        b[i] ^= 0x80;
+        assert_false(sh_bytes_equal(a, b, sizeof a));
+        b[i] ^= 0x80;
+    }
+}
+
 static int setup(void **state)
 {
     (void)state;
@@ -215,6 +246,8 @@ int main(void)
         cmocka_unit_test(test_hex_round_trip_and_refusals),
         cmocka_unit_test(test_ed25519_known_answers),
         cmocka_unit_test(test_every_forgery_is_refused),
+        cmocka_unit_test(test_random_bytes),
+        cmocka_unit_test(test_bytes_equal),
     };
     return cmocka_run_group_tests(tests, setup, NULL);
 }

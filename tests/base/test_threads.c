@@ -15,6 +15,19 @@
 
 enum { THREADS = 4, LINES = 200, ALLOCATIONS = 1000 };
 
+/* Past "ts=2026-11-22T05:09:35.123Z ", which must be there. */
+static char *after_time(char *line)
+{
+    int used = 0;
+    unsigned year, month, day, hour, minute, second, ms;
+    int got = sscanf(line, "ts=%4u-%2u-%2uT%2u:%2u:%2u.%3uZ %n", &year, &month, &day, &hour,
+                     &minute, &second, &ms, &used);
+    if (got != 7 || used != 28 || year < 2024 || month < 1 || month > 12 || day < 1 || day > 31 ||
+        hour > 23 || minute > 59 || second > 60)
+        fail_msg("no time in '%s'", line);
+    return line + used;
+}
+
 static void test_log_lines_and_levels(void **state)
 {
     (void)state;
@@ -27,9 +40,30 @@ static void test_log_lines_and_levels(void **state)
     sh_log(SH_LOG_ERROR, "forged", "path=%s", "x\nlevel=error event=fake");
     sh_log_set_level(SH_LOG_WARN);
     capture_end(&c, text, sizeof text);
-    assert_string_equal(text, "level=warn event=loud a=1 b=x\n"
-                              "level=debug event=bare \n"
-                              "level=error event=forged path=x level=error event=fake\n");
+    static const char *const expected[] = {
+        "level=warn event=loud a=1 b=x", "level=debug event=bare ",
+        "level=error event=forged path=x level=error event=fake"};
+    size_t n = 0;
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), n++) {
+        assert_true(n < SH_COUNT(expected));
+        assert_string_equal(after_time(line), expected[n]);
+    }
+    assert_int_equal(n, SH_COUNT(expected));
+}
+
+static void test_log_level_names(void **state)
+{
+    (void)state;
+    sh_error err = {0};
+    for (int i = SH_LOG_ERROR; i <= SH_LOG_DEBUG; i++) {
+        sh_log_level level = SH_LOG_ERROR;
+        assert_int_equal(sh_log_parse_level(sh_log_level_name((sh_log_level)i), &level, &err), 0);
+        assert_int_equal(level, i);
+    }
+    sh_log_level level = SH_LOG_INFO;
+    assert_int_equal(sh_log_parse_level("loud", &level, &err), SH_ERR_USAGE);
+    assert_int_equal(level, SH_LOG_INFO);
+    assert_string_equal(err.text, "log level 'loud' is none of error, warn, info, debug");
 }
 
 static void test_log_line_is_bounded(void **state)
@@ -75,7 +109,7 @@ static void *log_lines(void *arg)
 static void test_lines_of_threads_do_not_mix(void **state)
 {
     (void)state;
-    static char text[THREADS * LINES * 64];
+    static char text[THREADS * LINES * 128];
     pthread_t threads[THREADS];
     int ids[THREADS];
     capture c = capture_begin();
@@ -90,6 +124,7 @@ static void test_lines_of_threads_do_not_mix(void **state)
     int next[THREADS] = {0}, lines = 0;
     for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), lines++) {
         int thread = -1, i = -1, used = 0;
+        line = after_time(line);
         int got = sscanf(line, "level=warn event=line thread=%d i=%d end%n", &thread, &i, &used);
         if (got != 2 || line[used] != 0 || thread < 0 || thread >= THREADS)
             fail_msg("a mixed line: '%s'", line);
@@ -129,6 +164,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_log_lines_and_levels),
+        cmocka_unit_test(test_log_level_names),
         cmocka_unit_test(test_log_line_is_bounded),
         cmocka_unit_test(test_error_report),
         cmocka_unit_test(test_lines_of_threads_do_not_mix),

@@ -48,6 +48,10 @@ rig *rig_open(uint64_t seed)
     r->heldout_after = 3.0;
     r->smoke_nll = 3.0;
     r->update_bytes = 3 * SH_CHUNK_BYTES + 10;
+    r->n_slices = 2;
+    r->slices[0] = (sh_slice_score){SH_SLICE_CORRECTED, 60, 180.0, 170.0}; /* in any order */
+    r->slices[1] = (sh_slice_score){SH_SLICE_ACCEPTED, 40, 90.0, 91.0};
+    r->speaks = SH_WIRE_VERSION;
     r->plan.return_after_ms = 1000;
     r->chunk_budget = SH_WIRE_WANT_MAX;
     rig_make_release(r, 1, 1000);
@@ -115,6 +119,19 @@ sh_bytes rig_manifest(const rig *r, uint64_t version)
     return (sh_bytes){m->data, m->len};
 }
 
+sh_evaluate_plan rig_evaluate_plan(const rig *r, uint64_t candidate, uint64_t parent)
+{
+    const sh_buf *model = &r->releases[candidate - 1].model;
+    return (sh_evaluate_plan){
+        .candidate = candidate,
+        .parent_version = parent,
+        .model = {.sha256 = sh_sha256(model->data, model->len),
+                  .bytes = model->len,
+                  .n_chunks = (uint32_t)((model->len + SH_CHUNK_BYTES - 1) / SH_CHUNK_BYTES),
+                  .chunk_hashes = r->releases[candidate - 1].hashes},
+    };
+}
+
 sh_train_plan rig_train_plan(const rig *r, uint32_t round, uint64_t version)
 {
     const sh_buf *model = &r->releases[version - 1].model;
@@ -154,7 +171,9 @@ static void agg_send(rig *r, const sh_msg *msg)
 {
     sh_buf bytes;
     sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
-    OK(sh_msg_encode(msg, &bytes, &test_err));
+    sh_msg mine = *msg;
+    mine.version = r->speaks;
+    OK(sh_msg_encode(&mine, &bytes, &test_err));
     put_packet(r, true, bytes.data, bytes.len);
     sh_buf_release(&bytes);
 }
@@ -169,6 +188,11 @@ static void agg_mark(rig *r, sh_txn *txn, const sh_msg_item *item)
             r->buried[item->cls][seq]++;
         else
             r->taken[item->cls][seq]++;
+    }
+    if (item->kind == SH_ITEM_EVALUATION) {
+        SAME(item->cls, SH_CLASS_ALARM);
+        OK(sh_evaluation_decode(item->payload.data, item->payload.n, &r->evaluation, &test_err));
+        r->n_evaluations++;
     }
     r->n_taken[item->cls] += item->kind != SH_ITEM_TOMBSTONE;
     agg_send(r, &msg);
@@ -260,6 +284,11 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
     if (r->mute)
         return;
     OK(sh_msg_decode(bytes, n, &msg, &test_err));
+    if (msg.version > r->speaks) { /* as a program that does not know it */
+        sh_msg refusal = {.type = SH_MSG_ERROR, .error = {"unsupported", "version", 0}};
+        agg_send(r, &refusal);
+        return;
+    }
     OK(sh_txn_begin(r->agg, SH_TXN_WRITE, &txn, &test_err));
     switch (msg.type) {
     case SH_MSG_ENROL:
@@ -292,6 +321,16 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
 
 /* ---- the shell ---- */
 
+/* A job that noticed in time: it says nothing any more. */
+static void drop_job(rig *r, uint64_t id)
+{
+    for (size_t i = r->drop_cancelled ? r->n_jobs : 0; i-- > 0;)
+        if (r->jobs[i].job.id == id) {
+            sh_buf_release(&r->jobs[i].chunks);
+            r->jobs[i] = r->jobs[--r->n_jobs];
+        }
+}
+
 static void carry_out(rig *r)
 {
     assert_true(r->actions.n <= SH_NODE_ACTIONS_MAX);
@@ -316,6 +355,7 @@ static void carry_out(rig *r)
             break;
         case SH_NODE_CANCEL_JOB:
             r->cancelled++;
+            drop_job(r, a->job.id);
             break;
         case SH_NODE_ACTIVATE:
             r->active_version = a->version;
@@ -419,6 +459,21 @@ bool rig_infer(rig *r, unsigned i, bool shifted)
         record->projection[k] = (int8_t)(20.0f * sh_rng_normal(&rng));
     for (int k = 0; k < record->prompt_tokens; k++)
         sh_record_count_token(record, (int32_t)sh_rng_below(&rng, 500));
+    int32_t tokens[10];
+    if (r->options.completions_max > 0) {
+        for (int32_t k = 0; k < 10; k++)
+            tokens[k] = (int32_t)i * 100 + k;
+        record->feedback = SH_FEEDBACK_NONE;
+        e.completion = (sh_completion_row){
+            .id = i + 1,
+            .user = 1 + i % 3,
+            .session = i / 6,
+            .offset = 6 + 5 * (i % 6),
+            .n_context = 6,
+            .n = 4,
+            .tokens = tokens,
+        };
+    }
     bool happened = rig_step(r, &e);
     r->fed += happened;
     return happened;
@@ -435,6 +490,23 @@ void rig_teach(rig *r, uint64_t session, uint32_t offset, uint32_t n, bool targe
         .session = session, .offset = offset, .n = n, .tokens = tokens, .target = target};
     while (!rig_step(r, &e))
         continue;
+}
+
+bool rig_rate(rig *r, uint64_t id, sh_feedback_kind kind, uint32_t n)
+{
+    int32_t tokens[256];
+    assert_true(n <= 256);
+    for (uint32_t i = 0; i < n; i++)
+        tokens[i] = 7000 + (int32_t)i;
+    sh_node_event e = {.kind = SH_NODE_RATING};
+    e.rating = (sh_rating){.id = id, .kind = kind, .edit_distance = 3, .n = n, .tokens = tokens};
+    return rig_step(r, &e);
+}
+
+bool rig_erase(rig *r, uint64_t user)
+{
+    sh_node_event e = {.kind = SH_NODE_ERASE, .user = user};
+    return rig_step(r, &e);
 }
 
 void rig_bytes(rig *r, const void *bytes, size_t n)
@@ -476,6 +548,24 @@ static sh_status install(rig *r, const sh_node_job *job)
     return status;
 }
 
+/* The chunks must be there. */
+static void finish_evaluation(rig *r, const sh_node_job *job, sh_node_job_result *result)
+{
+    sh_txn *txn = NULL;
+    sh_buf bytes;
+    sh_buf_init(&bytes, 64u << 20);
+    OK(sh_txn_begin(r->store, SH_TXN_READ, &txn, &test_err));
+    OK(sh_blob_get(txn, SH_NODE_T_CHUNK, &job->blob, &bytes, &test_err));
+    sh_txn_abort(&txn);
+    sh_buf_release(&bytes);
+    SAME(job->version, rig_status(r).active_version);
+    SAME(job->slot, r->active_slot);
+    result->status = r->evaluate_status;
+    result->n_slices = r->n_slices;
+    memcpy(result->slices, r->slices, sizeof(result->slices));
+    r->evaluated = *job;
+}
+
 bool rig_finish_job(rig *r, sh_node_job_kind kind)
 {
     size_t i = 0;
@@ -493,6 +583,8 @@ bool rig_finish_job(rig *r, sh_node_job_kind kind)
     } else if (kind == SH_JOB_SMOKE) {
         e.result.status = r->smoke_status;
         e.result.nll = r->smoke_nll;
+    } else if (kind == SH_JOB_EVALUATE) {
+        finish_evaluation(r, &job.job, &e.result);
     } else {
         SAME(job.job.version, job.job.train.base_version);
         update = malloc(r->update_bytes + 1);
@@ -538,7 +630,7 @@ void rig_run(rig *r, uint64_t ms, bool with_jobs)
         if (deliver_one(r))
             continue;
         if (with_jobs && (rig_finish_job(r, SH_JOB_INSTALL) || rig_finish_job(r, SH_JOB_SMOKE) ||
-                          rig_finish_job(r, SH_JOB_TRAIN)))
+                          rig_finish_job(r, SH_JOB_TRAIN) || rig_finish_job(r, SH_JOB_EVALUATE)))
             continue;
         if (r->timer <= r->now) {
             sh_node_event e = {.kind = SH_NODE_TIMER};

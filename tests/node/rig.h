@@ -66,6 +66,7 @@ typedef struct {
     sh_hash slots[2];
     uint64_t active_version;
     uint32_t active_slot;
+    bool drop_cancelled; /* cancelled jobs end without a result; else they did not notice */
     unsigned notes[RIG_NOTES], cancelled, sent[SH_MSG_ERROR + 1];
     uint64_t note_number[RIG_NOTES];
 
@@ -73,8 +74,15 @@ typedef struct {
     sh_status install_status, smoke_status, train_status;
     double smoke_nll, heldout_before, heldout_after;
     size_t update_bytes;
+    sh_status evaluate_status;
+    uint32_t n_slices;
+    sh_slice_score slices[SH_EVALUATION_SLICES_MAX];
+    sh_node_job evaluated; /* the last EVALUATE that was finished */
 
     /* aggregator */
+    uint32_t speaks; /* the highest version that it knows */
+    unsigned n_evaluations;
+    sh_evaluation evaluation; /* the last one */
     sh_msg_plan plan;
     uint64_t offer;        /* version offered to nodes below it; 0: none */
     bool reject, mute;     /* refuses enrolment; never answers */
@@ -114,7 +122,11 @@ void rig_close(rig **r);
 bool rig_step(rig *r, const sh_node_event *event);
 void rig_restart(rig *r); /* the process dies and comes back; the link is down */
 void rig_link(rig *r, bool up);
-bool rig_infer(rig *r, unsigned i, bool shifted); /* i seeds the record */
+/* i seeds the record; with options.completions_max its completion is kept as i + 1. */
+bool rig_infer(rig *r, unsigned i, bool shifted);
+bool rig_rate(rig *r, uint64_t id, sh_feedback_kind kind,
+              uint32_t n); /* n tokens of the author's */
+bool rig_erase(rig *r, uint64_t user);
 void rig_teach(rig *r, uint64_t session, uint32_t offset, uint32_t n, bool target);
 void rig_message(rig *r, const sh_msg *msg); /* straight to the node, no network */
 void rig_bytes(rig *r, const void *bytes, size_t n);
@@ -123,6 +135,8 @@ bool rig_finish_job(rig *r, sh_node_job_kind kind); /* runs the first of that ki
 /* Signs a release of n random bytes; its chunks are put into the aggregator's store. */
 void rig_make_release(rig *r, uint64_t version, size_t n);
 sh_bytes rig_manifest(const rig *r, uint64_t version);
+/* A plan that asks to score release `candidate` beside its parent. */
+sh_evaluate_plan rig_evaluate_plan(const rig *r, uint64_t candidate, uint64_t parent);
 /* A plan that asks for training on release `version`. */
 sh_train_plan rig_train_plan(const rig *r, uint32_t round, uint64_t version);
 

@@ -38,6 +38,11 @@ static bool has_acked(rig *r, uint64_t n)
     return rig_status(r).updates_acked >= n;
 }
 
+static bool has_evaluated(rig *r, uint64_t n)
+{
+    return r->n_evaluations >= n;
+}
+
 static bool has_active(rig *r, uint64_t version)
 {
     return rig_status(r).active_version >= version;
@@ -62,7 +67,8 @@ static void check_end(rig *r)
     SAME(status.updates_acked, ROUNDS);
     SAME(r->n_taken[SH_CLASS_UPDATE], ROUNDS);
     SAME(r->n_taken[SH_CLASS_WINDOW], status.windows);
-    SAME(r->n_taken[SH_CLASS_ALARM], status.alarms);
+    SAME(r->n_taken[SH_CLASS_ALARM], status.alarms + 1);
+    SAME(r->n_evaluations, 1);
     assert_true(status.alarms > 0);
     for (unsigned cls = 0; cls < SH_CLASSES; cls++)
         for (unsigned seq = 1; seq < RIG_SEQS; seq++)
@@ -72,7 +78,7 @@ static void check_end(rig *r)
     rig_ledger ledger = rig_read_ledger(r);
     SAME(ledger.n[SH_CLASS_UPDATE][SH_LEDGER_ACKED], ROUNDS);
     SAME(ledger.n[SH_CLASS_UPDATE][SH_LEDGER_OWED], 0);
-    SAME(ledger.n[SH_CLASS_ALARM][SH_LEDGER_ACKED], status.alarms);
+    SAME(ledger.n[SH_CLASS_ALARM][SH_LEDGER_ACKED], status.alarms + 1); /* and the evaluation */
     SAME(status.active_version, 3);
     SAME(status.confirmed_version, 3);
     SAME(rig_count(r, SH_NODE_T_CHUNK), 0);
@@ -92,6 +98,7 @@ static uint64_t story(uint64_t seed, uint64_t crash_at, rig_crash crash, unsigne
     r->crash = crash;
     r->lose = r->repeat = faults;
     r->reorder = faults > 0;
+    r->options.evaluate = true;
     r->update_bytes = SH_CHUNK_BYTES + 1000;
     rig_make_release(r, 2, SH_CHUNK_BYTES + 500);
     rig_make_release(r, 3, 3000);
@@ -103,6 +110,8 @@ static uint64_t story(uint64_t seed, uint64_t crash_at, rig_crash crash, unsigne
     until(r, "acknowledged", has_acked, 1);
     r->update_bytes = 3000;
     feed(r, 60, 100);
+    r->plan.evaluate = rig_evaluate_plan(r, 2, 1);
+    until(r, "evaluated", has_evaluated, 1);
     r->offer = 2;
     until(r, "active", has_active, 2);
     feed(r, 100, 140);

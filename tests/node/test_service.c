@@ -352,6 +352,101 @@ static void resumes_and_switches(void **state)
     sh_session_destroy(&switched);
 }
 
+static uint32_t propose(sh_session *s, uint32_t max_tokens, uint32_t take, int32_t *tokens,
+                        sh_record *record)
+{
+    sh_proposing how = {.max_tokens = max_tokens, .top_p = 1};
+    sh_proposal proposal;
+    uint32_t n = 0;
+    bool done = false;
+    OK(sh_session_propose(s, &how, &err));
+    while (n < take && !done) {
+        OK(sh_session_next(s, &tokens[n], &done, &err));
+        n += !done;
+    }
+    sh_session_end(s, &proposal);
+    assert_int_equal(proposal.n, n);
+    assert_memory_equal(proposal.tokens, tokens, n * sizeof(*tokens));
+    *record = proposal.record;
+    return n;
+}
+
+static void proposes_any_length(void **state)
+{
+    (void)state;
+    enum { PROMPT = 12, LENGTH = 30 };
+    const uint32_t vocab = other->config.vocab;
+    int32_t seen[1 + PROMPT + LENGTH] = {sh_tokenizer_bos(other->tokenizer)}, tokens[LENGTH + 1];
+    float *logits = calloc((size_t)(1 + PROMPT + LENGTH) * vocab, sizeof(float));
+    sh_record whole, cut_off, again;
+    assert_non_null(logits);
+    random_text(9, seen + 1, PROMPT);
+    sh_session *s = new_session(other, 64);
+    OK(sh_session_type(s, seen + 1, PROMPT, &err));
+    /* the user is gone after 5: nothing stays of them, but what was typed is measured */
+    assert_int_equal(propose(s, LENGTH, 5, tokens, &cut_off), 5);
+    assert_int_equal(cut_off.stop, SH_STOP_CANCELLED);
+    assert_int_equal(cut_off.prompt_tokens, PROMPT);
+    uint32_t n = propose(s, LENGTH, LENGTH + 1, tokens, &whole);
+    assert_int_equal(whole.prompt_tokens, 0);
+    assert_int_equal(whole.output_tokens, n);
+    assert_true(n > 5);
+    assert_int_equal(whole.stop, n == LENGTH ? SH_STOP_LIMIT : SH_STOP_END_OF_TEXT);
+    memcpy(seen + 1 + PROMPT, tokens, n * sizeof(int32_t));
+    direct_logits(other, seen, 1 + PROMPT + n, logits);
+    double nll = 0, most = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        const float *before = logits + (size_t)(PROMPT + i) * vocab;
+        for (uint32_t t = 0; t < vocab; t++)
+            assert_true(before[t] <= before[tokens[i]]);
+        double one = sh_nll(before, vocab, tokens[i]);
+        nll += one;
+        most = fmax(most, one);
+    }
+    NEAR(whole.mean_logprob, -nll / n, 1e-5);
+    NEAR(whole.least_logprob, -most, 1e-5);
+    /* as much as the session has room for, and no word of it is kept */
+    assert_int_equal(propose(s, 64 - 1 - PROMPT, LENGTH, tokens, &again), SH_MIN(n, LENGTH));
+    uint32_t length;
+    assert_memory_equal(sh_session_text(s, &length), seen + 1, PROMPT * sizeof(int32_t));
+    assert_int_equal(length, PROMPT);
+    sh_session_destroy(&s);
+    free(logits);
+}
+
+static void a_cut_text_is_as_if_it_had_ended_there(void **state)
+{
+    (void)state;
+    int32_t text[40], rest[10], tokens[8], wanted[8];
+    random_text(10, text, 40);
+    random_text(11, rest, 10);
+    for (int bos = 0; bos < 2; bos++) {
+        for (uint32_t keep = bos ? 0 : 1; keep <= 41; keep++) {
+            const sh_model *m = bos ? other : model;
+            sh_session *cut = new_session(m, 64), *whole = new_session(m, 64);
+            sh_record a, b;
+            OK(sh_session_type(cut, text, 40, &err));
+            if (keep % 2)
+                propose(cut, 3, 3, tokens, &a);
+            sh_session_cut(cut, keep);
+            OK(sh_session_resume(whole, text, SH_MIN(keep, 31u), &err));
+            if (keep > 31)
+                OK(sh_session_type(whole, text + 31, SH_MIN(keep, 40u) - 31, &err));
+            propose(whole, 1, 1, wanted, &b); /* closes the measurement */
+            uint32_t n = keep % 3 ? 10 : 0;   /* nothing typed: a retry */
+            OK(sh_session_type(cut, rest, n, &err));
+            OK(sh_session_type(whole, rest, n, &err));
+            uint32_t proposed = propose(cut, 8, 8, tokens, &a);
+            assert_int_equal(proposed, propose(whole, 8, 8, wanted, &b));
+            assert_memory_equal(tokens, wanted, proposed * sizeof(int32_t));
+            assert_memory_equal(&a, &b, sizeof(a));
+            assert_int_equal(a.prompt_tokens, n);
+            sh_session_destroy(&cut);
+            sh_session_destroy(&whole);
+        }
+    }
+}
+
 static void what_is_wrong_is_refused(void **state)
 {
     (void)state;
@@ -381,6 +476,8 @@ int main(void)
         cmocka_unit_test(judges_like_a_user),
         cmocka_unit_test(the_frozen_embedding_stays),
         cmocka_unit_test(resumes_and_switches),
+        cmocka_unit_test(proposes_any_length),
+        cmocka_unit_test(a_cut_text_is_as_if_it_had_ended_there),
         cmocka_unit_test(what_is_wrong_is_refused),
     };
     return cmocka_run_group_tests(tests, setup, teardown);

@@ -14,14 +14,15 @@
 #include "shared/model/model.h"
 #include "tests/model/tiny.h"
 #include "tests/trainer/util.h"
-#include "trainer/trainer.h"
+#include "trainer/snapshot.h"
 
 static sh_error err;
 static const char *program;
 static char dir[] = "/tmp/shoal-train-test-XXXXXX";
 
 static const char *const files[] = {"vocab.gguf",   "text",        "model.gguf", "again.gguf",
-                                    "adapter.gguf", "broken.gguf", "f16.gguf"};
+                                    "adapter.gguf", "broken.gguf", "f16.gguf",   "snapshot",
+                                    "update.gguf",  "result.json"};
 
 static const char *path_of(const char *name)
 {
@@ -157,6 +158,121 @@ static void test_lora(void **state)
     json_decref(e);
 }
 
+/* ---- a node's round ---- */
+
+static void make_snapshot(size_t n_sessions)
+{
+    sh_snapshot s = {0};
+    for (size_t i = 0; i < n_sessions; i++) {
+        int32_t tokens[40];
+        for (size_t k = 0; k < 40; k++)
+            tokens[k] = (int32_t)(260 + (k * 7 + i % 3) % 13);
+        must_be_ok(sh_snapshot_add(&s, 100 + i, tokens, 4, 0));
+        must_be_ok(sh_snapshot_add(&s, 100 + i, tokens + 4, 36, SH_TOKEN_TARGET));
+    }
+    must_be_ok(sh_snapshot_save(&s, path_of("snapshot"), &err));
+    sh_snapshot_release(&s);
+}
+
+#define ROUND                                                                                      \
+    "round --snapshot snapshot --model model.gguf --out update.gguf --result result.json "         \
+    "--a-seed=18446744073709551615 --shuffle-seed 5 --rank 4 --alpha 8 --lr 0.02 --lr-final 0.5 "  \
+    "--batch 2 --context 16 --passes-milli 3000 --steps-max 12 --warmup 2 --heldout "
+
+static void test_round(void **state)
+{
+    (void)state;
+    char out[4096], hex[SH_HASH_HEX_BYTES];
+    make_snapshot(24);
+    assert_int_equal(run(ROUND "--idle --memory-max 4000000000", out, sizeof(out)), 0);
+    /* A line a step, for the parent. */
+    assert_memory_equal(out, "step 1/12\nstep 2/12\n", 20);
+    assert_non_null(strstr(out, "step 12/12\n"));
+
+    /* The same bytes as the library's. */
+    sh_model *model = NULL;
+    sh_snapshot s = {0};
+    sh_round_result r = {0};
+    must_be_ok(sh_model_open(path_of("model.gguf"), &model, &err));
+    must_be_ok(sh_snapshot_load(path_of("snapshot"), &s, &err));
+    sh_round_options o = {.a_seed = UINT64_MAX,
+                          .shuffle_seed = 5,
+                          .rank = 4,
+                          .alpha = 8,
+                          .lr = 0.02f,
+                          .lr_final = 0.5f,
+                          .clip = 1,
+                          .batch = 2,
+                          .context = 16,
+                          .passes_milli = 3000,
+                          .steps_max = 12,
+                          .warmup = 2,
+                          .threads = 2,
+                          .heldout = true};
+    must_be_ok(sh_round_train(model, &s, &o, &r, &err));
+    uint8_t *bytes = NULL;
+    size_t n = 0;
+    must_be_ok(sh_file_read(path_of("update.gguf"), SIZE_MAX, &bytes, &n, &err));
+    assert_int_equal(n, r.update.len);
+    assert_memory_equal(bytes, r.update.data, n);
+
+    json_t *j = NULL;
+    must_be_ok(sh_json_load(path_of("result.json"), &j, &err));
+    must_be_near(number_of(j, "samples"), (double)r.samples, 0);
+    must_be_near(number_of(j, "tokens_seen"), (double)r.tokens_seen, 0);
+    must_be_near(number_of(j, "heldout_before"), r.heldout_before, 0);
+    must_be_near(number_of(j, "heldout_after"), r.heldout_after, 0);
+    must_be_near(number_of(j, "steps"), 12, 0);
+    sh_hash sha256 = sh_sha256(bytes, n);
+    sh_hex(sha256.b, sizeof sha256.b, hex);
+    assert_string_equal(json_string_value(json_object_get(j, "sha256")), hex);
+    json_decref(j);
+    free(bytes);
+    sh_round_result_release(&r);
+    sh_snapshot_release(&s);
+    sh_model_close(&model);
+}
+
+static void expect_error(const char *arguments, int code, const char *text)
+{
+    uint8_t *line = NULL;
+    size_t n = 0;
+    unlink(path_of("result.json"));
+    must_exit(arguments, code);
+    must_be_ok(sh_file_read(path_of("stderr"), 1 << 20, &line, &n, &err));
+    if (!strstr((const char *)line, text))
+        fail_msg("'%s' says: %s", arguments, (const char *)line);
+    free(line);
+    assert_false(sh_file_exists(path_of("result.json")));
+}
+
+static void test_round_errors(void **state)
+{
+    (void)state;
+    make_snapshot(24);
+    expect_error("round --snapshot snapshot", 2, "--model");
+    expect_error(ROUND "--a-seed 18446744073709551616", 2, "a-seed");
+    expect_error(ROUND "--shuffle-seed -1", 2, "shuffle-seed");
+    expect_error(ROUND "--tokens-min 100000", 2, "100000");
+    expect_error(ROUND "--snapshot text", 2, "snapshot");
+    expect_error(ROUND "--memory-max 1000", 2, "memory-max");
+    expect_error(ROUND "--memory-max 1000000000 --threads 2", 2, "--threads 1");
+    expect_error(ROUND "--parent 1", 1, "did not start this one");
+    expect_error(ROUND "--out absent/update.gguf", 2, "absent");
+}
+
+/* More memory than it may take: a line and an exit code, no hang and no signal. */
+static void test_round_memory(void **state)
+{
+    (void)state;
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    printf("SKIP: --memory-max was not tried: sanitizers take memory of their own\n");
+#else
+    make_snapshot(24);
+    expect_error(ROUND "--memory-max 17000000 --rank 1024", 1, "--memory-max");
+#endif
+}
+
 static void test_errors(void **state)
 {
     (void)state;
@@ -210,6 +326,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_full), /* leaves the model that others use */
         cmocka_unit_test(test_full_is_deterministic),
         cmocka_unit_test(test_lora),
+        cmocka_unit_test(test_round),
+        cmocka_unit_test(test_round_errors),
+        cmocka_unit_test(test_round_memory),
         cmocka_unit_test(test_errors),
     };
     if (argc != 2) {

@@ -16,6 +16,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     sh_buf_init(&again, SH_WIRE_MESSAGE_MAX);
     sh_update_meta update;
     sh_alarm alarm;
+    sh_evaluation evaluation;
     sh_error err = {0};
     if (sh_update_meta_decode(data, size, &update, &err) == SH_OK) {
         SH_ASSERT(sh_update_meta_encode(&update, &again, NULL) == SH_OK);
@@ -26,6 +27,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     sh_buf_clear(&again);
     if (sh_alarm_decode(data, size, &alarm, &err) == SH_OK) {
         SH_ASSERT(sh_alarm_encode(&alarm, &again, NULL) == SH_OK);
+        check(&again, data, size);
+    }
+    sh_buf_clear(&again);
+    if (sh_evaluation_decode(data, size, &evaluation, &err) == SH_OK) {
+        SH_ASSERT(sh_evaluation_encode(&evaluation, &again, NULL) == SH_OK);
         check(&again, data, size);
     }
     sh_buf_release(&again);

@@ -24,23 +24,44 @@ static void save(const char *corpus, const char *name, const void *bytes, size_t
     }
 }
 
+/* The message, and its type (with the highest bit: version 2) and body alone, which the fuzzer can
+ * change. */
+static void save_message(const char *name, const sh_msg *msg, sh_buf *buf)
+{
+    char body[64];
+    sh_buf_clear(buf);
+    SH_ASSERT(sh_msg_encode(msg, buf, NULL) == SH_OK);
+    save("wire_msg", name, buf->data, buf->len);
+    size_t head = buf->len - 23 > 0xff ? 24 : 23;
+    buf->data[head - 1] = (uint8_t)(msg->type | (msg->version == 2 ? 0x80 : 0));
+    snprintf(body, sizeof(body), "%s-body", name);
+    save("wire_msg", body, buf->data + head - 1, buf->len - head + 1);
+}
+
+/* The files of version 1 stay as version 1 of the program wrote them. */
 static void messages(sh_rng *rng, sample *s, sh_buf *buf)
 {
-    for (int type = SH_MSG_ENROL; type <= SH_MSG_ERROR; type++) {
-        char name[64];
+    for (int type = SH_MSG_ENROL; type <= SH_MSG_ERROR; type++)
         for (int i = 0; i < 3; i++) {
+            char name[48];
             sample_msg(rng, (sh_msg_type)type, SIZE_MAX_SMALL, s);
-            sh_buf_clear(buf);
-            SH_ASSERT(sh_msg_encode(&s->msg, buf, NULL) == SH_OK);
             snprintf(name, sizeof(name), "%s-%d", sh_msg_type_name((sh_msg_type)type), i);
-            save("wire_msg", name, buf->data, buf->len);
-            /* The type and the body alone, which the fuzzer can change. */
-            size_t head = buf->len - 23 > 0xff ? 24 : 23;
-            buf->data[head - 1] = (uint8_t)type;
-            snprintf(name, sizeof(name), "%s-%d-body", sh_msg_type_name((sh_msg_type)type), i);
-            save("wire_msg", name, buf->data + head - 1, buf->len - head + 1);
+            save_message(name, &s->msg, buf);
         }
-    }
+}
+
+/* Those whose body version 2 changed. */
+static void messages_2(sh_rng *rng, sample *s, sh_buf *buf)
+{
+    static const sh_msg_type types[] = {SH_MSG_PLAN, SH_MSG_ITEM};
+    for (size_t t = 0; t < SH_COUNT(types); t++)
+        for (int i = 0; i < 6; i++) {
+            char name[48];
+            sample_msg(rng, types[t], SIZE_MAX_SMALL, s);
+            sample_msg_2(rng, s);
+            snprintf(name, sizeof(name), "%s-%d-v2", sh_msg_type_name(types[t]), i);
+            save_message(name, &s->msg, buf);
+        }
 }
 
 static void payloads(sh_rng *rng, sh_buf *buf)
@@ -60,6 +81,10 @@ static void payloads(sh_rng *rng, sh_buf *buf)
         sh_buf_clear(buf);
         SH_ASSERT(sh_alarm_encode(&p.alarm, buf, NULL) == SH_OK);
         snprintf(name, sizeof(name), "alarm-%d", i);
+        save("wire_payload", name, buf->data, buf->len);
+        sh_buf_clear(buf);
+        SH_ASSERT(sh_evaluation_encode(&p.evaluation, buf, NULL) == SH_OK);
+        snprintf(name, sizeof(name), "evaluation-%d", i);
         save("wire_payload", name, buf->data, buf->len);
         sh_buf_clear(buf);
         SH_ASSERT(sh_manifest_sign(&p.manifest, &sk, buf, NULL) == SH_OK);
@@ -84,6 +109,7 @@ int main(int argc, char **argv)
     sh_buf_init(&buf, SH_WIRE_MESSAGE_MAX);
     messages(&rng, &s, &buf);
     payloads(&rng, &buf);
+    messages_2(&rng, &s, &buf);
     sh_buf_release(&buf);
     return 0;
 }

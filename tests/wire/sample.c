@@ -127,6 +127,7 @@ void sample_msg(sh_rng *rng, sh_msg_type type, size_t size_max, sample *out)
 {
     sh_msg *m = &out->msg;
     memset(m, 0, sizeof(*m));
+    m->version = 1;
     m->type = type;
     switch (type) {
     case SH_MSG_ENROL:
@@ -182,6 +183,34 @@ static sh_blob blob(sh_rng *rng, uint8_t *hashes)
     return (sh_blob){hash(rng), bytes, chunks, hashes};
 }
 
+void sample_msg_2(sh_rng *rng, sample *out)
+{
+    sh_msg *m = &out->msg;
+    m->version = 2;
+    if (m->type == SH_MSG_PLAN && sh_rng_below(rng, 3) > 0)
+        m->plan.evaluate = (sh_evaluate_plan){1 + number(rng, UINT64_MAX - 1),
+                                              number(rng, UINT64_MAX), blob(rng, out->hashes)};
+    if (m->type == SH_MSG_ITEM && m->item.kind == SH_ITEM_WINDOW && sh_rng_below(rng, 2))
+        m->item.kind = SH_ITEM_EVALUATION;
+}
+
+/* With numbers of its own: those of the others are recorded in the corpus. */
+static void sample_evaluation(uint64_t seed, sh_evaluation *out)
+{
+    sh_rng own;
+    sh_rng_init(&own, seed, 0, 9);
+    *out = (sh_evaluation){
+        .candidate = 1 + number(&own, UINT64_MAX - 1),
+        .parent_version = number(&own, UINT64_MAX),
+        .candidate_sha256 = hash(&own),
+        .n = (uint32_t)sh_rng_below(&own, SH_SLICES + 1),
+    };
+    for (uint32_t i = 0; i < out->n; i++)
+        out->slices[i] = (sh_slice_score){i, number(&own, UINT64_MAX), real(&own), real(&own)};
+    if (out->n == 1 && sh_rng_below(&own, 2))
+        out->slices[0].slice = SH_SLICE_CORRECTED;
+}
+
 void sample_payload(sh_rng *rng, sample_payloads *out)
 {
     memset(out, 0, sizeof(*out));
@@ -221,6 +250,7 @@ void sample_payload(sh_rng *rng, sample_payloads *out)
     };
     out->update.blob.n_chunks = out->manifest.model.n_chunks;
     out->update.blob.bytes = out->manifest.model.bytes;
+    sample_evaluation(version, &out->evaluation);
 }
 
 void sample_wrap(uint64_t version, uint8_t type, const void *body, size_t n, sh_buf *out)

@@ -15,14 +15,17 @@ typedef struct {
     uint8_t hashes[SAMPLE_HASHES * 32];
 } sample;
 
-/* size_max: of the bins that may be large. */
+/* A message of version 1. size_max: of the bins that may be large. */
 void sample_msg(sh_rng *rng, sh_msg_type type, size_t size_max, sample *out);
+/* Makes it one of version 2, perhaps with what only that has. */
+void sample_msg_2(sh_rng *rng, sample *out);
 
 typedef struct {
     uint8_t hashes[8 * 32];
     sh_update_meta update;
     sh_alarm alarm;
     sh_manifest manifest;
+    sh_evaluation evaluation;
 } sample_payloads;
 void sample_payload(sh_rng *rng, sample_payloads *out);
 

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "shared/base/file.h"
 #include "tests/wire/sample.h"
 
 #define ROUNDS 150
@@ -71,8 +72,18 @@ static void assert_plan(const sh_train_plan *a, const sh_train_plan *b)
     assert_int_equal(a->tokens_min, b->tokens_min);
 }
 
+static void assert_blob(const sh_blob *a, const sh_blob *b)
+{
+    assert_memory_equal(&a->sha256, &b->sha256, sizeof(sh_hash));
+    assert_int_equal(a->bytes, b->bytes);
+    assert_int_equal(a->n_chunks, b->n_chunks);
+    if (b->n_chunks)
+        assert_memory_equal(a->chunk_hashes, b->chunk_hashes, (size_t)b->n_chunks * 32);
+}
+
 static void assert_msg(const sh_msg *a, const sh_msg *b)
 {
+    assert_int_equal(a->version, b->version ? b->version : SH_WIRE_VERSION);
     assert_int_equal(a->type, b->type);
     switch (b->type) {
     case SH_MSG_ENROL:
@@ -93,6 +104,9 @@ static void assert_msg(const sh_msg *a, const sh_msg *b)
         assert_int_equal(a->plan.return_after_ms, b->plan.return_after_ms);
         assert_plan(&a->plan.train, &b->plan.train);
         assert_bytes(a->plan.manifest, b->plan.manifest);
+        assert_int_equal(a->plan.evaluate.candidate, b->plan.evaluate.candidate);
+        assert_int_equal(a->plan.evaluate.parent_version, b->plan.evaluate.parent_version);
+        assert_blob(&a->plan.evaluate.model, &b->plan.evaluate.model);
         break;
     case SH_MSG_ITEM:
         assert_int_equal(a->item.epoch, b->item.epoch);
@@ -148,6 +162,8 @@ static void test_round_trip(void **state)
             sh_rng rng;
             sh_rng_init(&rng, seed, (uint64_t)type, 1);
             sample_msg(&rng, (sh_msg_type)type, seed % 16 ? 1000 : SIZE_MAX, &s);
+            if (seed % 3 > 0)
+                sample_msg_2(&rng, &s);
             sh_buf bytes = encoded(&s.msg);
             sh_msg got;
             sh_error err = {0};
@@ -176,7 +192,11 @@ static void test_pinned_bytes(void **state)
                                        0x88, 0x02, 0xcd, 0x01, 0x2c, 0xc4, 0x02, 0x01, 0x01};
     sh_msg plan = {.type = SH_MSG_PLAN,
                    .plan = {.return_after_ms = 60000, .manifest = {"\xde\xad", 2}}};
-    static const uint8_t plan_body[] = {0x93, 0xcd, 0xea, 0x60, 0xc0, 0xc4, 0x02, 0xde, 0xad};
+    static const uint8_t plan_body[] = {0x94, 0xcd, 0xea, 0x60, 0xc0, 0xc4, 0x02, 0xde, 0xad, 0xc0};
+    sh_msg plan_1 = plan; /* in version 1, and what that has not is left out */
+    plan_1.version = 1;
+    plan_1.plan.evaluate = (sh_evaluate_plan){.candidate = 7};
+    static const uint8_t plan_1_body[] = {0x93, 0xcd, 0xea, 0x60, 0xc0, 0xc4, 0x02, 0xde, 0xad};
     sh_msg item = {
         .type = SH_MSG_ITEM,
         .item = {.epoch = 5, .cls = 0, .seq = 1, .kind = 1, .last_seq = 1, .payload = {"xyz", 3}}};
@@ -189,15 +209,14 @@ static void test_pinned_bytes(void **state)
         const uint8_t *body;
         size_t n;
     } cases[] = {
-        {&ack, ack_body, sizeof(ack_body)},
-        {&plan, plan_body, sizeof(plan_body)},
-        {&item, item_body, sizeof(item_body)},
+        {&ack, ack_body, sizeof(ack_body)},          {&plan, plan_body, sizeof(plan_body)},
+        {&plan_1, plan_1_body, sizeof(plan_1_body)}, {&item, item_body, sizeof(item_body)},
         {&error, error_body, sizeof(error_body)},
     };
-    static const uint8_t example[] = {0x94, 0x01, 0x04, 0xc4, 0x10, 0xf5, 0x45, 0xa1,
-                                      0xff, 0x70, 0xa1, 0x0b, 0x5c, 0xa2, 0x39, 0x1c,
-                                      0x7b, 0x27, 0x0b, 0x05, 0xbb, 0xc4, 0x09, 0x93,
-                                      0xcd, 0xea, 0x60, 0xc0, 0xc4, 0x02, 0xde, 0xad};
+    static const uint8_t example[] = {0x94, 0x02, 0x04, 0xc4, 0x10, 0x27, 0x06, 0x2b, 0x5b,
+                                      0x53, 0xa2, 0xd1, 0xe0, 0x1a, 0x79, 0x24, 0xd5, 0x2a,
+                                      0xcb, 0xcf, 0xcf, 0xc4, 0x0a, 0x94, 0xcd, 0xea, 0x60,
+                                      0xc0, 0xc4, 0x02, 0xde, 0xad, 0xc0};
     sh_buf whole = encoded(&plan);
     assert_int_equal(whole.len, sizeof(example));
     assert_memory_equal(whole.data, example, sizeof(example));
@@ -205,7 +224,8 @@ static void test_pinned_bytes(void **state)
     for (size_t i = 0; i < SH_COUNT(cases); i++) {
         sh_buf got = encoded(cases[i].msg), want;
         sh_buf_init(&want, 1000);
-        sample_wrap(1, (uint8_t)cases[i].msg->type, cases[i].body, cases[i].n, &want);
+        sample_wrap(cases[i].msg->version ? 1 : 2, (uint8_t)cases[i].msg->type, cases[i].body,
+                    cases[i].n, &want);
         assert_int_equal(got.len, want.len);
         assert_memory_equal(got.data, want.data, want.len);
         sh_buf_release(&got);
@@ -222,6 +242,8 @@ static void test_truncated_and_flipped(void **state)
             sh_rng rng;
             sh_rng_init(&rng, seed, (uint64_t)type, 2);
             sample_msg(&rng, (sh_msg_type)type, 300, &s);
+            if (seed % 2)
+                sample_msg_2(&rng, &s);
             sh_buf bytes = encoded(&s.msg);
             sh_error err;
             for (size_t n = 0; n < bytes.len; n++)
@@ -246,6 +268,8 @@ static void test_mutated_bodies(void **state)
             sh_rng rng;
             sh_rng_init(&rng, seed, (uint64_t)type, 3);
             sample_msg(&rng, (sh_msg_type)type, 200, &s);
+            if (seed % 2)
+                sample_msg_2(&rng, &s);
             sh_buf bytes = encoded(&s.msg), wrapped;
             size_t head = bytes.len - 23 > 0xff ? 24 : 23; /* samples are below 64 KiB */
             uint8_t *body = bytes.data + head;
@@ -254,7 +278,7 @@ static void test_mutated_bodies(void **state)
                 body[sh_rng_below(&rng, n)] = (uint8_t)sh_rng_u32(&rng);
             n -= sh_rng_below(&rng, 4) ? 0 : sh_rng_below(&rng, n);
             sh_buf_init(&wrapped, SH_WIRE_MESSAGE_MAX);
-            sample_wrap(1, (uint8_t)type, body, n, &wrapped);
+            sample_wrap(1 + seed % 2, (uint8_t)type, body, n, &wrapped);
             sh_msg got;
             if (sh_msg_decode(wrapped.data, wrapped.len, &got, NULL) == SH_OK) {
                 sh_buf again = encoded(&got);
@@ -387,7 +411,7 @@ static void test_envelope(void **state)
             assert_int_equal(status, type ? SH_ERR_LIMIT : SH_ERR_INVALID);
         }
     for (unsigned version = 0; version < 128; version++)
-        if (version != SH_WIRE_VERSION) {
+        if (version < SH_WIRE_VERSION_MIN || version > SH_WIRE_VERSION) {
             sh_buf_clear(&bytes);
             sample_wrap(version, SH_MSG_WELCOME, body, 3, &bytes);
             assert_int_equal(assert_refused(bytes.data, bytes.len, &err), SH_ERR_UNSUPPORTED);
@@ -455,6 +479,65 @@ static void test_unsendable(void **state)
     m->plan.train.lr = 1;
     m->plan.train.clip = INFINITY;
     assert_unsendable(SH_ERR_INVALID, "clip is infinite");
+    m->plan.train.clip = 1;
+    m->plan.evaluate = (sh_evaluate_plan){.candidate = 9, .model = {.bytes = 1}};
+    assert_unsendable(SH_ERR_INVALID, "model has 0 chunk hashes");
+    *m = (sh_msg){.version = 1,
+                  .type = SH_MSG_ITEM,
+                  .item = {.seq = 1, .last_seq = 1, .kind = SH_ITEM_EVALUATION, .cls = 1}};
+    assert_unsendable(SH_ERR_LIMIT, "kind is 5");
+    m->version = 2;
+    m->item.kind = SH_ITEM_EVALUATION + 1;
+    assert_unsendable(SH_ERR_LIMIT, "kind is 6");
+}
+
+static sh_buf corpus_file(const char *name)
+{
+    char path[512];
+    sh_buf bytes;
+    sh_error err = {0};
+    uint8_t *read = NULL;
+    size_t n = 0;
+    sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
+    snprintf(path, sizeof(path), SHOAL_SOURCE_DIR "/tests/fuzz/corpus/wire_msg/%s", name);
+    if (sh_file_read(path, SH_WIRE_MESSAGE_MAX, &read, &n, &err) != SH_OK)
+        fail_msg("%s", err.text);
+    assert_int_equal(sh_buf_append(&bytes, read, n), SH_OK);
+    free(read);
+    return bytes;
+}
+
+/* What version 1 of the program wrote is read, and answered in its own bytes; the body of a PLAN is
+ * another one in version 2, and neither is taken for the other. */
+static void test_version_1(void **state)
+{
+    (void)state;
+    for (int type = SH_MSG_ENROL; type <= SH_MSG_ERROR; type++)
+        for (int i = 0; i < 3; i++) {
+            char name[64];
+            snprintf(name, sizeof(name), "%s-%d", sh_msg_type_name((sh_msg_type)type), i);
+            sh_buf recorded = corpus_file(name);
+            sh_msg msg;
+            sh_error err = {0};
+            if (sh_msg_decode(recorded.data, recorded.len, &msg, &err) != SH_OK)
+                fail_msg("%s: %s", name, err.text);
+            assert_int_equal(msg.version, 1);
+            assert_int_equal(msg.type, type);
+            if (type == SH_MSG_PLAN)
+                assert_int_equal(msg.plan.evaluate.candidate, 0);
+            sh_buf again = encoded(&msg);
+            assert_int_equal(again.len, recorded.len);
+            assert_memory_equal(again.data, recorded.data, recorded.len);
+            sh_buf_clear(&again);
+            if (type == SH_MSG_PLAN) {
+                size_t head = recorded.len - 23 > 0xff ? 24 : 23;
+                sample_wrap(2, SH_MSG_PLAN, recorded.data + head, recorded.len - head, &again);
+                assert_int_equal(assert_refused(again.data, again.len, &err), SH_ERR_INVALID);
+                assert_non_null(strstr(err.text, "3 fields, must be 4"));
+            }
+            sh_buf_release(&again);
+            sh_buf_release(&recorded);
+        }
 }
 
 static void test_no_memory(void **state)
@@ -484,15 +567,6 @@ static void test_no_memory(void **state)
 
 /* ---- payloads ---- */
 
-static void assert_blob(const sh_blob *a, const sh_blob *b)
-{
-    assert_memory_equal(&a->sha256, &b->sha256, sizeof(sh_hash));
-    assert_int_equal(a->bytes, b->bytes);
-    assert_int_equal(a->n_chunks, b->n_chunks);
-    if (b->n_chunks)
-        assert_memory_equal(a->chunk_hashes, b->chunk_hashes, (size_t)b->n_chunks * 32);
-}
-
 static void assert_update(const sh_update_meta *a, const sh_update_meta *b)
 {
     assert_blob(&a->blob, &b->blob);
@@ -519,6 +593,59 @@ static void assert_alarm(const sh_alarm *a, const sh_alarm *b)
     assert_int_equal(a->at_ms, b->at_ms);
 }
 
+static void assert_evaluation(const sh_evaluation *a, const sh_evaluation *b)
+{
+    assert_int_equal(a->candidate, b->candidate);
+    assert_int_equal(a->parent_version, b->parent_version);
+    assert_memory_equal(&a->candidate_sha256, &b->candidate_sha256, sizeof(sh_hash));
+    assert_int_equal(a->n, b->n);
+    for (uint32_t i = 0; i < b->n; i++) {
+        assert_int_equal(a->slices[i].slice, b->slices[i].slice);
+        assert_int_equal(a->slices[i].tokens, b->slices[i].tokens);
+        assert_true(a->slices[i].nll_parent == b->slices[i].nll_parent);
+        assert_true(a->slices[i].nll_candidate == b->slices[i].nll_candidate);
+    }
+}
+
+static void test_evaluation_rules(void **state)
+{
+    (void)state;
+    static const uint8_t pinned[] = {
+        0x95, 1,   5,    4,    0xc4, 32, 0, 0, 0, 0, 0, 0,    0,    0,    0, 0, 0, 0, 0,    0,
+        0,    0,   0,    0,    0,    0,  0, 0, 0, 0, 0, 0,    0,    0,    0, 0, 0, 0, 0x91, 0x94,
+        1,    100, 0xcb, 0x3f, 0xf0, 0,  0, 0, 0, 0, 0, 0xcb, 0x3f, 0xe0, 0, 0, 0, 0, 0,    0};
+    sh_evaluation e = {.candidate = 5,
+                       .parent_version = 4,
+                       .n = 1,
+                       .slices = {{SH_SLICE_CORRECTED, 100, 1.0, 0.5}}};
+    sh_buf out;
+    sh_error err = {0};
+    sh_buf_init(&out, SH_WIRE_ITEM_MAX);
+    assert_int_equal(sh_evaluation_encode(&e, &out, &err), SH_OK);
+    assert_int_equal(out.len, sizeof(pinned));
+    assert_memory_equal(out.data, pinned, sizeof(pinned));
+    sh_evaluation got;
+    out.data[40] = SH_SLICES; /* a slice that is not known */
+    assert_int_equal(sh_evaluation_decode(out.data, out.len, &got, &err), SH_ERR_LIMIT);
+    out.data[38] = 0x99; /* more than there may be */
+    assert_int_equal(sh_evaluation_decode(out.data, out.len, &got, &err), SH_ERR_LIMIT);
+    sh_buf_clear(&out);
+    e.n = 2;
+    e.slices[1] = e.slices[0]; /* the same slice twice */
+    assert_int_equal(sh_evaluation_encode(&e, &out, &err), SH_ERR_INVALID);
+    assert_non_null(strstr(err.text, "must grow"));
+    e.n = SH_EVALUATION_SLICES_MAX + 1;
+    assert_int_not_equal(sh_evaluation_encode(&e, &out, &err), SH_OK);
+    e.n = 1;
+    e.slices[0].nll_parent = NAN;
+    assert_int_equal(sh_evaluation_encode(&e, &out, &err), SH_ERR_INVALID);
+    e.slices[0].nll_parent = 1;
+    e.candidate = 0;
+    assert_int_equal(sh_evaluation_encode(&e, &out, &err), SH_ERR_INVALID);
+    assert_int_equal(out.len, 0);
+    sh_buf_release(&out);
+}
+
 static void test_payloads(void **state)
 {
     (void)state;
@@ -543,6 +670,14 @@ static void test_payloads(void **state)
         assert_alarm(&alarm, &p.alarm);
         for (size_t n = 0; n < out.len; n++)
             assert_int_not_equal(sh_alarm_decode(out.data, n, &no_alarm, NULL), SH_OK);
+        sh_buf_clear(&out);
+        assert_int_equal(sh_evaluation_encode(&p.evaluation, &out, NULL), SH_OK);
+        sh_evaluation evaluation, no_evaluation = {.n = 77};
+        assert_int_equal(sh_evaluation_decode(out.data, out.len, &evaluation, NULL), SH_OK);
+        assert_evaluation(&evaluation, &p.evaluation);
+        for (size_t n = 0; n < out.len; n++)
+            assert_int_not_equal(sh_evaluation_decode(out.data, n, &no_evaluation, NULL), SH_OK);
+        assert_int_equal(no_evaluation.n, 77);
         sh_buf_release(&out);
     }
 }
@@ -747,9 +882,11 @@ int main(void)
         cmocka_unit_test(test_large_bodies),
         cmocka_unit_test(test_envelope),
         cmocka_unit_test(test_unsendable),
+        cmocka_unit_test(test_version_1),
         cmocka_unit_test(test_no_memory),
         cmocka_unit_test(test_payloads),
         cmocka_unit_test(test_payload_rules),
+        cmocka_unit_test(test_evaluation_rules),
         cmocka_unit_test(test_manifest),
         cmocka_unit_test(test_manifest_signed_rubbish),
         cmocka_unit_test(test_largest_blob_fits),

@@ -1,0 +1,40 @@
+/*
+ * The shell of the real aggregator: brings the coordinator core its events (messages of nodes over
+ * the transport, ends of jobs, operators' commands, time) and carries out what it asks for.
+ *
+ * Invariants
+ *   - One thread, that of sh_server_run, owns the core and writes the store. Merges, gates and
+ *     backups run one at a time on a worker, which only reads the store.
+ *   - Actions are carried out after the commit. Messages that wait are stepped in groups of one
+ *     transaction, bounded by the SERVER_GROUP_ limits below.
+ *   - A step or commit that fails takes the whole group back: the core is made again from the store
+ *     after a pause, and what was not acknowledged comes again.
+ *   - A node is let in by its key alone: enrolled, or any with enrol_any, and not revoked.
+ * Enrolling and revoking act from the command's commit on.
+ *   - HTTP handlers read a snapshot that the loop makes; they never touch core or store.
+ * Threads: create, run and destroy on one thread. From create to destroy, SIGTERM and SIGINT are
+ * the server's; one server a process. The working directory is the aggregator's folder (folder.h).
+ */
+#ifndef SH_AGGREGATOR_SERVER_H
+#define SH_AGGREGATOR_SERVER_H
+
+#include "aggregator/settings.h"
+
+#define SERVER_GROUP_STEPS     64u        /* messages stepped in one transaction, at most */
+#define SERVER_GROUP_IN_BYTES  (1u << 20) /* of them */
+#define SERVER_GROUP_OUT_BYTES (8u << 20) /* answers that wait for the commit */
+#define SERVER_GROUP_MS        5u         /* from the first step to the commit */
+#define SERVER_TASKS_MAX       8u         /* jobs and backups that wait for the worker */
+
+typedef struct sh_server sh_server;
+/* Opens keys, store, sockets and the core. failpoints: of SHOAL_FAILPOINTS, NULL: none. */
+SH_MUST_USE sh_status sh_server_create(const sh_aggregator_settings *settings,
+                                       const char *failpoints, sh_server **out, sh_error *err);
+/* Until SIGTERM, SIGINT or the command "stop". */
+SH_MUST_USE sh_status sh_server_run(sh_server *server, sh_error *err);
+/* Waits at most stop_wait_ms for the job that runs. False: it still runs, and the process must end
+ * by _exit, because the job reads the store; the store is sound whenever that happens, and the job
+ * is done again by the next start. */
+bool sh_server_destroy(sh_server **server);
+
+#endif

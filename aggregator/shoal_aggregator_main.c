@@ -1,0 +1,247 @@
+/* The program `shoal-aggregator`: run, init, restore, sample-config. */
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "aggregator/cli.h"
+#include "aggregator/folder.h"
+#include "aggregator/server.h"
+#include "shared/base/log.h"
+#include "shared/math/blas.h"
+
+#define PROGRAM        "shoal-aggregator"
+#define TEXT_BYTES_MAX (1u << 20)
+
+/* ---- run ---- */
+
+static sh_status enter(const char *dir, sh_error *err)
+{
+    SH_TRY(sh_folder_check(dir, err));
+    if (chdir(dir) != 0)
+        return sh_fail(err, SH_ERR_IO, "%s: cannot go there", dir);
+    return SH_OK;
+}
+
+static int run(const sh_aggregator_settings *settings)
+{
+    sh_error err = {0};
+    sh_server *server = NULL;
+    sh_log_level level;
+    sh_status status = sh_log_parse_level(settings->log_level, &level, &err);
+    if (status != SH_OK)
+        return sh_error_report(PROGRAM, &err);
+    sh_log_set_level(level);
+    signal(SIGPIPE, SIG_IGN);
+    sh_blas_init();
+    status = enter(settings->dir, &err);
+    if (status == SH_OK)
+        status = sh_server_create(settings, getenv("SHOAL_FAILPOINTS"), &server, &err);
+    if (status == SH_OK)
+        status = sh_server_run(server, &err);
+    if (status != SH_OK)
+        err.code = status;
+    int code = status == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
+    if (!sh_server_destroy(&server)) {
+        sh_log(SH_LOG_WARN, "job_cut_off", "it is done again by the next start");
+        fflush(NULL);
+        _exit(code);
+    }
+    return code;
+}
+
+static int print_help(const sh_command *command)
+{
+    sh_error err = {0};
+    sh_buf text;
+    sh_buf_init(&text, TEXT_BYTES_MAX);
+    sh_status status = sh_options_help(command, &text);
+    if (status == SH_OK) {
+        fwrite(text.data, 1, text.len, stdout);
+        status = sh_cli_flush(&err);
+    }
+    sh_buf_release(&text);
+    return status == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
+}
+
+static int main_run(int argc, char **argv)
+{
+    sh_aggregator_settings settings;
+    sh_args args = {0};
+    sh_error err = {0};
+    int code;
+    if (sh_aggregator_settings_read(argc, argv, &settings, &args, &err) != SH_OK)
+        code = sh_error_report(PROGRAM, &err);
+    else if (args.help)
+        code = print_help(&sh_aggregator_command);
+    else
+        code = run(&settings);
+    sh_args_release(&args);
+    return code;
+}
+
+/* ---- init ---- */
+
+typedef struct {
+    const char *dir, *base, *suites, *listen, *config;
+} init_options;
+
+static const sh_option init_table[] = {
+    SH_OPT_STRING(init_options, dir, 'd', "dir", "DIR", NULL, "folder to make; new or empty"),
+    SH_OPT_STRING(init_options, base, 'b', "base", "FILE", NULL,
+                  "full-precision GGUF that the first release is made of"),
+    SH_OPT_STRING(init_options, suites, 0, "suites", "DIR", NULL,
+                  "*.txt files that judge every candidate; copied. Can be added later"),
+    SH_OPT_STRING(init_options, listen, 0, "listen", "ENDPOINT", NULL,
+                  "where nodes connect; tcp://0.0.0.0:7420 when not given"),
+    SH_OPT_STRING(init_options, config, 0, "config", "FILE", NULL,
+                  "settings to begin with, as sample-config prints them"),
+};
+static const sh_command init_command = {
+    "shoal-aggregator init",
+    "--dir DIR --base FILE [--suites DIR] [--listen ENDPOINT] [--config FILE]",
+    init_table,
+    SH_COUNT(init_table),
+    "Makes an aggregator's folder: keys, first release, configuration, and bundle/, which is what\n"
+    "a node needs to be set up and holds no secret. Prints the next commands.",
+    "shoal-aggregator init --dir /var/lib/shoal-aggregator --base models/base-f16.gguf "
+    "--suites suites",
+};
+
+static int print_init(const init_options *o, const char *listen)
+{
+    sh_error err = {0};
+    printf("Made %s: keys, release 1, aggregator.yaml, bundle/.\n", o->dir);
+    if (o->suites == NULL)
+        printf("Put texts that judge candidates into %s/suites/: nothing is released without.\n",
+               o->dir);
+    printf("Next:\n"
+           "  shoal-aggregator --dir %s\n"
+           "on each node, with a copy of %s/bundle:\n"
+           "  shoal-node init --dir NODE --bundle bundle --aggregator %s\n"
+           "and here, with the key that it prints:\n"
+           "  shoal aggregator enrol KEY --dir %s\n",
+           o->dir, o->dir,
+           strncmp(listen, "tcp://0.0.0.0:", 14) == 0 ? "tcp://THIS-HOST:7420" : listen, o->dir);
+    return sh_cli_flush(&err) == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
+}
+
+static sh_status init(const init_options *o, sh_aggregator_settings *settings, sh_args *args,
+                      sh_error *err)
+{
+    char name[] = PROGRAM, *argv[] = {name, NULL};
+    SH_TRY(sh_cli_need(&init_command, o->dir, "--dir DIR", err));
+    SH_TRY(sh_cli_need(&init_command, o->base, "--base FILE", err));
+    SH_TRY(sh_options_parse_file(&sh_aggregator_command, o->config, 1, argv, settings, args, err));
+    if (o->listen != NULL)
+        settings->listen = o->listen;
+    sh_folder_init make = {
+        .dir = o->dir, .base = o->base, .suites = o->suites, .settings = settings};
+    return sh_folder_make(&make, err);
+}
+
+static int main_init(int argc, char **argv)
+{
+    init_options o;
+    sh_aggregator_settings settings;
+    sh_args args = {0}, config = {0};
+    sh_error err = {0};
+    int code = 0;
+    if (!sh_cli_parse(&init_command, argc, argv, &o, &args, &code))
+        return code;
+    sh_status status = init(&o, &settings, &config, &err);
+    err.code = status;
+    code = status == SH_OK ? print_init(&o, settings.listen) : sh_error_report(PROGRAM, &err);
+    sh_args_release(&config);
+    sh_args_release(&args);
+    return code;
+}
+
+/* ---- restore ---- */
+
+typedef struct {
+    const char *dir, *from;
+} restore_options;
+
+static const sh_option restore_table[] = {
+    SH_OPT_STRING(restore_options, from, 'f', "from", "BACKUP", NULL,
+                  "folder that shoal aggregator backup made"),
+    SH_OPT_STRING(restore_options, dir, 'd', "dir", "DIR", NULL, "folder to make; new or empty"),
+};
+static const sh_command restore_command = {
+    "shoal-aggregator restore",
+    "--from BACKUP --dir DIR",
+    restore_table,
+    SH_COUNT(restore_table),
+    "Checks every file of a backup and makes an aggregator's folder from it. The restored\n"
+    "aggregator begins a new epoch and never gives a version number that was given before.\n"
+    "The one that the backup was taken from must not run any more.",
+    "shoal-aggregator restore --from /backup/shoal --dir /var/lib/shoal-aggregator",
+};
+
+static int main_restore(int argc, char **argv)
+{
+    restore_options o;
+    sh_args args = {0};
+    sh_error err = {0};
+    int code = 0;
+    if (!sh_cli_parse(&restore_command, argc, argv, &o, &args, &code))
+        return code;
+    sh_status status = sh_cli_need(&restore_command, o.from, "--from BACKUP", &err);
+    if (status == SH_OK)
+        status = sh_cli_need(&restore_command, o.dir, "--dir DIR", &err);
+    if (status == SH_OK)
+        status = sh_folder_restore(o.from, o.dir, &err);
+    if (status == SH_OK)
+        printf("Restored %s. Next:\n  shoal-aggregator --dir %s\n", o.dir, o.dir);
+    if (status == SH_OK)
+        status = sh_cli_flush(&err);
+    err.code = status;
+    code = status == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
+    sh_args_release(&args);
+    return code;
+}
+
+/* ---- sample-config ---- */
+
+static int main_sample(int argc, char **argv)
+{
+    (void)argc, (void)argv;
+    sh_command command = sh_aggregator_command;
+    sh_error err = {0};
+    sh_buf text;
+    command.options += SH_AGGREGATOR_SETTINGS_FLAGS;
+    command.n_options -= SH_AGGREGATOR_SETTINGS_FLAGS;
+    sh_buf_init(&text, TEXT_BYTES_MAX);
+    sh_status status = sh_options_sample(&command, &text);
+    if (status == SH_OK) {
+        fwrite(text.data, 1, text.len, stdout);
+        status = sh_cli_flush(&err);
+    }
+    sh_buf_release(&text);
+    return status == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
+}
+
+int main(int argc, char **argv)
+{
+    static const sh_cli_entry commands[] = {
+        {"run", "", main_run},
+        {"init", "", main_init},
+        {"restore", "", main_restore},
+        {"sample-config", "", main_sample},
+    };
+    sh_error err = {0};
+    umask(077); /* keys, and updates that were learned from people's texts */
+    if (sh_crypto_init(&err) != SH_OK)
+        return sh_error_report(PROGRAM, &err);
+    if (argc == 2 && (strcmp(argv[1], "--version") == 0 || strcmp(argv[1], "version") == 0)) {
+        printf("%s %s\n", PROGRAM, SHOAL_VERSION);
+        return sh_cli_flush(&err) == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
+    }
+    for (size_t i = 0; argc > 1 && i < SH_COUNT(commands); i++)
+        if (strcmp(argv[1], commands[i].name) == 0)
+            return commands[i].run(argc - 1, argv + 1);
+    return main_run(argc, argv);
+}

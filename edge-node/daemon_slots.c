@@ -1,0 +1,145 @@
+/*
+ * Model files. A release is written to models/slotN.gguf by a job (daemon_jobs.c); which slot is
+ * active the core knows. Before a slot is served its file is held against the signed manifest that
+ * the core has of it. A file that a power cut tore is replaced by genesis.gguf where that is what
+ * it should be; else the core is told (sh_node_options.lost_slots) and goes back to the other slot,
+ * or to the genesis release, and the aggregator offers the newest one again. Only a node whose
+ * genesis.gguf is damaged too cannot start: its bundle has that file.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "edge-node/daemon_internal.h"
+#include "shared/base/log.h"
+
+#define COPY_BYTES (1u << 16)
+
+void daemon_slot_path(uint32_t slot, char *out, size_t n)
+{
+    snprintf(out, n, SH_NODE_DIR_MODELS "/slot%u.gguf", slot);
+}
+
+static sh_status copy_bytes(int in, int out, const char *from, const char *to, sh_error *err)
+{
+    uint8_t bytes[COPY_BYTES];
+    for (;;) {
+        ssize_t n = read(in, bytes, sizeof bytes);
+        if (n == 0)
+            return SH_OK;
+        if (n < 0)
+            return sh_fail(err, SH_ERR_IO, "%s: %s", from, strerror(errno));
+        for (ssize_t at = 0; at < n;) {
+            ssize_t wrote = write(out, bytes + at, (size_t)(n - at));
+            if (wrote < 0)
+                return sh_fail(err, errno == ENOSPC ? SH_ERR_FULL : SH_ERR_IO, "%s: %s", to,
+                               strerror(errno));
+            at += wrote;
+        }
+    }
+}
+
+static sh_status sync_folder(const char *path, sh_error *err)
+{
+    char dir[SH_PATH_BYTES];
+    snprintf(dir, sizeof dir, "%s", path);
+    char *slash = strrchr(dir, '/');
+    if (slash)
+        *slash = 0;
+    int fd = open(slash ? dir : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return sh_fail(err, SH_ERR_IO, "%s: %s", dir, strerror(errno));
+    int rc = fsync(fd);
+    close(fd);
+    return rc == 0 ? SH_OK : sh_fail(err, SH_ERR_IO, "%s: %s", dir, strerror(errno));
+}
+
+sh_status daemon_file_end(int fd, const char *temporary, const char *path, sh_error *err)
+{
+    if (fsync(fd) != 0 || rename(temporary, path) != 0)
+        return sh_fail(err, errno == ENOSPC ? SH_ERR_FULL : SH_ERR_IO, "%s: %s", path,
+                       strerror(errno));
+    return sync_folder(path, err);
+}
+
+sh_status daemon_copy_file(const char *from, const char *to, sh_error *err)
+{
+    char temporary[SH_PATH_BYTES + 8];
+    snprintf(temporary, sizeof temporary, "%s.tmp", to);
+    int in = open(from, O_RDONLY | O_CLOEXEC);
+    if (in < 0)
+        return sh_fail(err, errno == ENOENT ? SH_ERR_NOT_FOUND : SH_ERR_IO, "%s: %s", from,
+                       strerror(errno));
+    int out = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    sh_status status = SH_OK;
+    if (out < 0)
+        SH_GOTO(sh_fail(err, SH_ERR_IO, "%s: %s", temporary, strerror(errno)));
+    SH_GOTO(copy_bytes(in, out, from, to, err));
+    SH_GOTO(daemon_file_end(out, temporary, to, err));
+cleanup:
+    close(in);
+    if (out >= 0)
+        close(out);
+    if (status != SH_OK)
+        unlink(temporary);
+    return status;
+}
+
+/* What the slot's file must be. */
+static sh_status wanted(sh_daemon *d, uint32_t slot, sh_hash *sha256, sh_error *err)
+{
+    sh_txn *txn = NULL;
+    sh_bytes bytes;
+    sh_manifest manifest;
+    SH_TRY(sh_txn_begin(d->store, SH_TXN_READ, &txn, err));
+    sh_status status = sh_node_get_slot(txn, slot, &bytes, err);
+    if (status == SH_OK)
+        status = sh_manifest_verify(bytes.data, bytes.n, &d->options.release_key, &manifest, err);
+    if (status == SH_OK)
+        *sha256 = manifest.model.sha256;
+    sh_txn_abort(&txn);
+    return status;
+}
+
+static sh_status open_model(const char *path, const sh_hash *sha256, sh_model **out, sh_error *err)
+{
+    sh_model *model = NULL;
+    SH_TRY(sh_model_open(path, &model, err));
+    if (!sh_hash_equal(&model->sha256, sha256)) {
+        sh_model_close(&model);
+        return sh_fail(err, SH_ERR_CORRUPT, "%s: not the file that its manifest names", path);
+    }
+    *out = model;
+    return SH_OK;
+}
+
+sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_error *err)
+{
+    char path[64];
+    sh_hash sha256;
+    sh_model *model = NULL;
+    daemon_slot_path(slot, path, sizeof path);
+    SH_TRY(wanted(d, slot, &sha256, err));
+    sh_status status = open_model(path, &sha256, &model, err);
+    bool genesis = sh_hash_equal(&sha256, &d->genesis_sha256);
+    if (status != SH_OK && status != SH_ERR_NO_MEMORY && genesis) {
+        if (sh_file_exists(path))
+            sh_log(SH_LOG_WARN, "slot_repaired", "slot=%u from=%s", slot, SH_NODE_FILE_GENESIS);
+        status = daemon_copy_file(SH_NODE_FILE_GENESIS, path, err);
+        if (status == SH_OK)
+            status = open_model(path, &sha256, &model, err);
+    } else if (status != SH_OK && status != SH_ERR_NO_MEMORY) {
+        return SH_ERR_CORRUPT; /* whatever it is: the slot cannot be served */
+    }
+    SH_TRY(status);
+    if (sh_engine_activate(d->engine, &model, version, err) != SH_OK) {
+        sh_model_close(&model);
+        return err->code;
+    }
+    d->active_version = version;
+    d->active_slot = slot;
+    d->serving = true;
+    return SH_OK;
+}

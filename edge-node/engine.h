@@ -1,0 +1,130 @@
+/*
+ * The inference engine of a node: requests of many threads, each on the release that it began with,
+ * while releases are swapped under them.
+ *
+ * A request's prompt is compared, token by token, with the texts of the same user in the engine's
+ * slots; the slot with the longest common start goes on with its cache, so that a text that grows
+ * from request to request is one session: what was typed since its last request is measured, once
+ * (edge-node/service.h), and the rest is not run again. A common start that is less than a half of
+ * the slot's text is another text. A prompt that continues no slot begins a session in an empty
+ * slot, or in the one that was used longest ago. A prompt with nothing new in it (a retry) gets a
+ * record whose prompt_tokens are 0: the monitor takes no measurement of the prompt from it.
+ *
+ * Invariants
+ *   - A model is closed when it is not the active one any more and its last request has ended; a
+ *     request ends on the model that it began with.
+ *   - Memory: `slots` contexts of `context` tokens, made at the first activation, and one more for
+ *     the moment in which a slot changes its model. A request that finds all slots busy waits,
+ * first come, first served, at most queue_max of them and wait_ms_max long, then SH_ERR_LIMIT
+ * ("busy").
+ *   - A prompt and max_tokens fit the context: a session of the engine never slides.
+ *   - Measuring is of what the author typed, never of what the model proposed; the record has no
+ *     text.
+ * Threads: all functions from any thread; a generation belongs to one at a time. `finished` is
+ * called before the slot is free, so that what it hands to is a part of the back-pressure: the
+ * thread that empties finished's queue must not wait for requests (sh_engine_forget, a begin).
+ * Ownership: frozen is borrowed and outlives the engine; models are taken over.
+ *
+ *     SH_TRY(sh_engine_create(&(sh_engine_options){.frozen = frozen, ...}, &engine, err));
+ *     SH_TRY(sh_engine_activate(engine, &model, version, err));
+ *     SH_TRY(sh_generation_begin(engine, &request, &generation, &too_long, err));
+ *     for (bool done = false; status == SH_OK && !done;)
+ *         status = sh_generation_next(generation, &text, &done, err); ... send text, clear it
+ *     sh_generation_end(&generation);
+ */
+#ifndef SH_EDGE_ENGINE_H
+#define SH_EDGE_ENGINE_H
+
+#include "edge-node/node.h"
+#include "edge-node/service.h"
+
+#define SH_STOPS_MAX       4
+#define SH_STOP_BYTES_MAX  64
+#define SH_USER_BYTES_MAX  128
+#define SH_MAX_TOKENS_MAX  1024 /* that a request may ask for, within the context */
+#define SH_TEMPERATURE_MAX 2
+
+/* What a user's name is in rows and events: 64 bits of its BLAKE2b, never 0; 0 for NULL. */
+uint64_t sh_engine_user(const char *name);
+
+typedef struct sh_engine sh_engine;
+typedef struct {
+    const sh_frozen *frozen;       /* borrowed */
+    uint32_t slots;                /* requests at once, and texts remembered; 0: 4, at most 256 */
+    uint32_t context;              /* tokens a slot; 0: the model's, at most 1,024 */
+    uint32_t queue_max;            /* 0: 64 */
+    uint32_t wait_ms_max;          /* 0: 30,000 */
+    uint64_t (*now_ms)(void *arg); /* wall clock, for ids and records */
+    /* Each request that ended without an error, early or not, on its thread: the record and the row
+     * (tokens borrowed; without those of a stop string) for the core. May block for as long as its
+     * queue is full. */
+    void (*finished)(void *arg, const sh_record *record, const sh_completion_row *row);
+    void *arg;
+} sh_engine_options;
+SH_MUST_USE sh_status sh_engine_create(const sh_engine_options *options, sh_engine **out,
+                                       sh_error *err);
+void sh_engine_destroy(sh_engine **engine); /* no request runs, no reader has a model */
+/* Refuses requests from now on and wakes those that wait (SH_ERR_CANCELLED). */
+void sh_engine_stop(sh_engine *engine);
+
+/* Requests that begin from now on use this model (taken over; not on an error). SH_ERR_MISMATCH:
+ * its vocabulary is not the fleet's, or its context is smaller than the engine's. */
+SH_MUST_USE sh_status sh_engine_activate(sh_engine *engine, sh_model **model, uint64_t version,
+                                         sh_error *err);
+/* The active model for other readers (tokenizer, training export): counted, put back with
+ * sh_engine_release_model. NULL before the first activation. */
+const sh_model *sh_engine_use_model(sh_engine *engine, uint64_t *version);
+void sh_engine_release_model(sh_engine *engine, const sh_model *model);
+/* Forgets every text in the slots (an erasure), and wipes its tokens from memory; waits until the
+ * requests that run now have ended and were handed to `finished`. */
+void sh_engine_forget(sh_engine *engine);
+/* The same for a thread that must not wait: marks, and whether all that was marked is forgotten. */
+void sh_engine_forget_soon(sh_engine *engine);
+bool sh_engine_is_forgotten(sh_engine *engine);
+/* Ids of completions are above `last`. */
+void sh_engine_set_last_id(sh_engine *engine, uint64_t last);
+
+typedef struct {
+    const char *prompt; /* UTF-8 or any bytes */
+    size_t prompt_bytes;
+    uint32_t max_tokens;
+    float temperature, top_p; /* 0, 1: greedy; at most SH_TEMPERATURE_MAX, 1 */
+    uint64_t seed;            /* 0: from the id */
+    const char *stops[SH_STOPS_MAX];
+    size_t n_stops;
+    const char *user; /* NULL: not said */
+} sh_request;
+
+typedef enum { SH_FINISH_LENGTH, SH_FINISH_STOP } sh_finish;
+typedef struct sh_generation sh_generation;
+/* Waits for a slot and runs the prompt. SH_ERR_LIMIT: busy, or no model yet, or the prompt is
+ * longer than the context leaves room for (then the text says so, and *too_long is set);
+ * SH_ERR_INVALID: an empty prompt, a parameter out of its range; SH_ERR_CANCELLED: stopping. */
+SH_MUST_USE sh_status sh_generation_begin(sh_engine *engine, const sh_request *request,
+                                          sh_generation **out, bool *too_long, sh_error *err);
+/* Appends the next piece of text: whole UTF-8 characters (what the model says that is no UTF-8 is
+ * U+FFFD), nothing of a stop string. *done at the end, with or without a last piece; then it may be
+ * called again and appends nothing. After an error only end may be called. */
+SH_MUST_USE sh_status sh_generation_next(sh_generation *generation, sh_buf *text, bool *done,
+                                         sh_error *err);
+typedef struct {
+    uint64_t id, version;
+    uint32_t prompt_tokens, cached_tokens; /* without BOS; cached: not run again */
+    uint32_t completion_tokens;            /* generated, those of a stop string too */
+    sh_finish finish;
+    uint32_t ttft_us, token_us;
+} sh_generation_info;
+sh_generation_info sh_generation_get_info(const sh_generation *generation);
+/* Ends it, early too: the slot is free again; `finished` is called. */
+void sh_generation_end(sh_generation **generation);
+
+typedef struct {
+    uint64_t requests, refused; /* since the start; refused: busy or stopping */
+    uint64_t prompt_tokens, completion_tokens;
+    uint32_t running, waiting, slots;
+    uint64_t version;
+    uint64_t models_open; /* 1, more while requests end on older ones */
+} sh_engine_status;
+sh_engine_status sh_engine_get_status(sh_engine *engine);
+
+#endif

@@ -1,0 +1,36 @@
+/*
+ * From tokens to the text that a user is shown: whole UTF-8 characters, what is no UTF-8 as U+FFFD,
+ * and nothing of a stop string, which may begin in one token and end in another.
+ *
+ * Invariant: what is appended is valid UTF-8, and the pieces together do not depend on how the
+ * text was split into tokens. Held back is at most one stop string, one character, one token.
+ */
+#ifndef SH_EDGE_ENGINE_TEXT_H
+#define SH_EDGE_ENGINE_TEXT_H
+
+#include "edge-node/engine.h"
+
+typedef struct {
+    char stops[SH_STOPS_MAX][SH_STOP_BYTES_MAX];
+    size_t stop_bytes[SH_STOPS_MAX], n_stops;
+    sh_buf held;       /* bytes that were not appended yet */
+    size_t n_out;      /* bytes before them */
+    size_t *token_end; /* [tokens_max] in bytes from the start */
+    uint32_t n_tokens, tokens_max;
+    bool stopped;
+} sh_text_filter;
+
+/* The stops' lengths are 1 .. SH_STOP_BYTES_MAX. release takes a zeroed one. */
+SH_MUST_USE sh_status sh_text_filter_init(sh_text_filter *filter, const char *const *stops,
+                                          size_t n_stops, uint32_t tokens_max, sh_error *err);
+void sh_text_filter_release(sh_text_filter *filter);
+/* Takes a token and appends what is now certain. At a stop string: all before it, and `stopped`;
+ * then nothing may be added any more. */
+SH_MUST_USE sh_status sh_text_filter_add(sh_text_filter *filter, const sh_tokenizer *tokenizer,
+                                         int32_t token, sh_buf *text, sh_error *err);
+/* The end without a stop string: appends what was held back. */
+SH_MUST_USE sh_status sh_text_filter_end(sh_text_filter *filter, sh_buf *text, sh_error *err);
+/* Tokens that have nothing of the stop string; all without one. */
+uint32_t sh_text_filter_tokens_shown(const sh_text_filter *filter);
+
+#endif

@@ -1,0 +1,100 @@
+/*
+ * What the files of net share: the context, the table of keys, the watch on a socket's connections.
+ * Internal to shared/net.
+ */
+#ifndef SH_NET_INTERNAL_H
+#define SH_NET_INTERNAL_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <zmq.h>
+
+#include "shared/net/net.h"
+
+#define NET_ENDPOINT_BYTES  512
+#define NET_QUEUE_DEFAULT   256
+#define NET_BACKLOG_DEFAULT 4096
+#define NET_HANDSHAKE_MS    10000 /* a peer that is not through with it by then is gone */
+#define NET_FDS_RESERVED    64    /* descriptors that a server leaves to the rest of the process */
+#define NET_ROUTES_MAX      (1u << 20) /* keys whose route is remembered */
+#define NET_DROPPED_MAX     (1u << 20) /* keys shut out of what they had open */
+#define NET_SKIP_MAX        256        /* frames of no use that one call of next goes over */
+/* What CURVE adds to a message on the wire, which libzmq's limit counts (33 bytes), and a little.
+ */
+#define NET_CURVE_BYTES   64
+#define NET_KEYFILE_BYTES 256
+
+/* ---- a table from keys to numbers (net_map.c) ---- */
+typedef struct {
+    struct net_map_slot *slots; /* [cap], a power of two; NULL at first */
+    size_t n, cap, max;
+    size_t hand; /* where the search for something to evict goes on */
+} net_map;
+bool net_map_get(const net_map *map, const sh_hash *key, uint64_t *value);
+/* SH_ERR_LIMIT at max, SH_ERR_NO_MEMORY; unchanged then. */
+SH_MUST_USE sh_status net_map_put(net_map *map, const sh_hash *key, uint64_t value);
+void net_map_remove(net_map *map, const sh_hash *key);
+/* Removes one key, another one each time. */
+void net_map_evict(net_map *map);
+void net_map_release(net_map *map);
+
+/* ---- who may connect (net_zap.c) ---- */
+typedef struct net_gate { /* of one server; the ZAP thread reads it under the lock of its sh_net */
+    char domain[24];
+    bool (*allow)(void *arg, const sh_hash *key);
+    void *arg;
+    /* Grows with every drop. A handshake notes it, and every message of its connection has it: so
+     * what was dropped is told from what connected later. */
+    atomic_ullong generation;
+    atomic_ullong refused;
+    struct net_gate *next;
+} net_gate;
+
+struct sh_net {
+    void *zmq, *zap; /* the socket is the thread's */
+    pthread_t thread;
+    pthread_mutex_t lock; /* of gates; held during `allow` */
+    net_gate *gates;
+    atomic_uint serial;  /* names domains and monitors */
+    atomic_uint sockets; /* servers and clients that live */
+};
+#define NET_GENERATION "X-Generation" /* of ZAP's metadata, a number in decimal */
+SH_MUST_USE sh_status net_zap_start(sh_net *net, sh_error *err);
+void net_zap_join(sh_net *net); /* after zmq_ctx_shutdown */
+void net_gate_open(sh_net *net, net_gate *gate);
+void net_gate_close(sh_net *net, net_gate *gate); /* no `allow` runs when it returns */
+
+/* ---- sockets (net.c) ---- */
+SH_MUST_USE sh_status net_fail(sh_error *err, const char *what, const char *endpoint);
+SH_MUST_USE sh_status net_set_int(void *socket, int option, int value, sh_error *err);
+/* tcp://HOST:PORT or ipc://PATH; libzmq takes a port above 65,535 for another one. */
+SH_MUST_USE sh_status net_check_endpoint(const char *endpoint, bool listens, sh_error *err);
+/* A socket with limits, keys and without linger. */
+typedef struct {
+    int type;
+    const sh_net_keys *keys;
+    uint32_t queue_max;
+    size_t message_max;
+} net_socket_options;
+SH_MUST_USE sh_status net_socket_create(sh_net *net, const net_socket_options *options, void **out,
+                                        sh_error *err);
+/* The socket's life as messages: a PAIR that reads it. */
+SH_MUST_USE sh_status net_monitor_open(sh_net *net, void *socket, int events, void **out,
+                                       sh_error *err);
+/* False: no event is there now. */
+bool net_monitor_next(void *monitor, uint16_t *event, uint32_t *value);
+void net_socket_close(void **socket, void **monitor, int linger_ms);
+uint64_t net_now_ms(void); /* monotonic */
+/* The whole message, of which `first` is the first frame, is read over; at most n frames at once.
+ * Returns false when more of it is there. */
+bool net_skip_rest(void *socket, size_t frames_max);
+
+/* ---- what sh_net_wait asks them ---- */
+typedef struct {
+    void *socket, *monitor; /* NULL: not to be waited for */
+    uint64_t due_ms;        /* UINT64_MAX: never */
+} net_waitable;
+net_waitable net_server_waitable(const sh_net_server *server);
+net_waitable net_client_waitable(const sh_net_client *client);
+
+#endif

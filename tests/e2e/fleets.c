@@ -1,0 +1,85 @@
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include "tests/e2e/fleets.h"
+
+#include "edge-node/node.h"
+#include "shared/base/file.h"
+
+const char *const fleets_eager_aggregator[] = {"--learn.drifting-min",
+                                               "0",
+                                               "--learn.buffer",
+                                               "2",
+                                               "--learn.rank",
+                                               "2",
+                                               "--learn.alpha",
+                                               "4",
+                                               "--learn.context",
+                                               "32",
+                                               "--learn.batch",
+                                               "1",
+                                               "--learn.tokens-min",
+                                               "32",
+                                               "--learn.steps-max",
+                                               "30",
+                                               "--learn.passes",
+                                               "2",
+                                               "--gate.overall-max",
+                                               "10",
+                                               "--gate.slice-max",
+                                               "100",
+                                               "--canary.nodes-min",
+                                               "1",
+                                               "--canary.tokens-min",
+                                               "20",
+                                               "--canary.ms-max",
+                                               "5000",
+                                               "--learn.round-ms-max",
+                                               "5000",
+                                               "--merge.cosine-min",
+                                               "-1",
+                                               NULL};
+const char *const fleets_eager_node[] = {"--monitor.window",
+                                         "16",
+                                         "--monitor.reference",
+                                         "64",
+                                         "--evaluate.tokens-min",
+                                         "4",
+                                         "--feedback.tokens-max",
+                                         "1000000",
+                                         "--completions.count-max",
+                                         "100000",
+                                         "--windows.count-max",
+                                         "100000",
+                                         NULL};
+
+static sh_status count(void *arg, const sh_feedback *row)
+{
+    *(uint64_t *)arg += row->target;
+    return SH_OK;
+}
+
+void fleets_check_feedback(e2e_fleet *f, unsigned node, uint64_t acknowledged, uint64_t doubtful)
+{
+    char path[SH_PATH_BYTES];
+    sh_store_options o = {.tables = sh_node_tables, .n_tables = SH_NODE_TABLES, .read_only = true};
+    sh_store *store = NULL;
+    sh_txn *txn = NULL;
+    uint64_t pieces = 0;
+    OK(sh_path_join(path, sizeof path, f->nodes[node].dir, "store", err));
+    OK(sh_store_open_lmdb(path, &o, &store, err));
+    OK(sh_txn_begin(store, SH_TXN_READ, &txn, err));
+    OK(sh_node_each_feedback(txn, count, &pieces, err));
+    sh_txn_abort(&txn);
+    sh_store_close(&store);
+    print_message("%s: %llu pieces of feedback; %llu were acknowledged, %llu are in doubt\n",
+                  f->nodes[node].name, (unsigned long long)pieces, (unsigned long long)acknowledged,
+                  (unsigned long long)doubtful);
+    if (pieces < acknowledged || pieces > acknowledged + doubtful)
+        fail_msg("%s: feedback was lost or doubled", f->nodes[node].name);
+    assert_true(acknowledged > 0);
+}

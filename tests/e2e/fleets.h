@@ -1,0 +1,18 @@
+/*
+ * Settings of fleets that learn without end and quickly, and what is checked of a node's store when
+ * they have stopped. Include after cmocka.h.
+ */
+#ifndef SH_TESTS_E2E_FLEETS_H
+#define SH_TESTS_E2E_FLEETS_H
+
+#include "tests/e2e/harness.h"
+
+/* Rounds begin at once and again, two updates make a merge, and the gate lets pass what was
+ * measured: the model is random. Feedback is never dropped. */
+extern const char *const fleets_eager_aggregator[], *const fleets_eager_node[];
+
+/* The stopped node has the feedback of all that was answered, and nothing but what was asked:
+ * acknowledged <= pieces <= acknowledged + doubtful. */
+void fleets_check_feedback(e2e_fleet *f, unsigned node, uint64_t acknowledged, uint64_t doubtful);
+
+#endif
