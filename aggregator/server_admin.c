@@ -19,7 +19,7 @@
 typedef struct {
     sh_server *s;
     const json_t *request;
-    const sh_hash *sender;
+    sh_admin_caller caller;
     json_t *reply; /* members after "ok" */
     bool later;    /* the answer comes from elsewhere */
     sh_error *err;
@@ -199,7 +199,7 @@ static sh_status on_backup(call *c)
     if (task == NULL)
         return sh_fail(c->err, SH_ERR_NO_MEMORY, "no memory for a backup");
     memcpy(task->dir, dir, strlen(dir) + 1);
-    task->sender = *c->sender;
+    task->caller = c->caller;
     sh_status status = server_worker_submit(&c->s->worker, &task, c->err);
     server_task_destroy(&task);
     c->later = status == SH_OK;
@@ -219,7 +219,7 @@ void server_answer_backup(sh_server *s, const server_task *task)
         sh_log(SH_LOG_INFO, "backed_up", "version=%llu ms=%llu", (unsigned long long)task->version,
                (unsigned long long)task->took_ms);
     }
-    sh_admin_reply(s->admin, &task->sender, reply);
+    sh_admin_reply(s->admin, task->caller, reply);
 }
 
 static sh_status on_log_level(call *c)
@@ -470,13 +470,13 @@ sh_status server_serve_admin(sh_server *s, sh_error *err)
 {
     for (int i = 0; i < ADMIN_TURN_CALLS && !s->stop; i++) {
         json_t *request = NULL;
-        sh_hash sender;
+        sh_admin_caller caller;
         sh_error failed = {0};
-        SH_TRY(sh_admin_next(s->admin, &request, &sender, err));
+        SH_TRY(sh_admin_next(s->admin, &request, &caller, err));
         if (request == NULL)
             break;
         call c = {
-            .s = s, .request = request, .sender = &sender, .reply = json_object(), .err = &failed};
+            .s = s, .request = request, .caller = caller, .reply = json_object(), .err = &failed};
         sh_json_set(c.reply, "ok", json_true());
         sh_status status = answer(&c);
         if (status != SH_OK) {
@@ -487,7 +487,7 @@ sh_status server_serve_admin(sh_server *s, sh_error *err)
         if (c.later)
             json_decref(c.reply);
         else
-            sh_admin_reply(s->admin, &sender, c.reply);
+            sh_admin_reply(s->admin, caller, c.reply);
         json_decref(request);
     }
     return SH_OK;

@@ -47,7 +47,7 @@ typedef struct server_task {
     sh_merge_job_result merged;
     sh_coord_job_result gated;
     char dir[SH_PATH_BYTES]; /* BACKUP: an absolute path */
-    sh_hash sender;          /* BACKUP: who gets the answer */
+    sh_admin_caller caller;  /* BACKUP: who gets the answer */
     uint64_t version;        /* BACKUP: of the copy */
     sh_folder_keep keep;     /* PRUNE */
     uint64_t removed;

@@ -50,13 +50,6 @@ typedef struct {
     uint64_t last_version;
 } survey;
 
-static json_t *text_of(const sh_hash *hash)
-{
-    char hex[SH_HASH_HEX_BYTES];
-    sh_hex(hash->b, sizeof hash->b, hex);
-    return json_string(hex);
-}
-
 json_t *sh_survey_release(const sh_release_row *r)
 {
     json_t *row = json_object();
@@ -64,7 +57,7 @@ json_t *sh_survey_release(const sh_release_row *r)
     sh_json_set(row, "version", r->version ? sh_json_uint(r->version) : json_null());
     sh_json_set(row, "parent", sh_json_uint(r->parent));
     sh_json_set(row, "at_ms", sh_json_uint(r->at_ms));
-    sh_json_set(row, "sha256", text_of(&r->sha256));
+    sh_json_set(row, "sha256", sh_json_hash(&r->sha256));
     sh_json_set(row, "bytes", sh_json_uint(r->bytes));
     sh_json_set(row, "format", json_string(r->format));
     sh_json_set(row, "loss_parent", sh_json_number(r->loss_parent));
@@ -200,17 +193,24 @@ static void add_bucket(struct bucket *b, const point *p)
     b->nll_n += p->metric[SH_METRIC_NLL].n;
 }
 
-/* The first and the last `most` of the node's points that `release` (0: any) made, into `first` and
+/* Whether a point counts for a metric: of that release (0: any), and with samples (the metrics that
+ * learn where they are centred have none at first). */
+static bool counts(const point *p, uint32_t release, int metric)
+{
+    return (release == 0 || p->release == release) && p->metric[metric].n > 0;
+}
+
+/* The first and the last SH_SURVEY_WINDOWS of the node's points that count, into `first` and
  * `last`; of fewer than twice that, half each. */
-static void split(const survey *s, uint32_t release, const point **first, const point **last,
-                  size_t *n)
+static size_t split(const survey *s, uint32_t release, int metric, const point **first,
+                    const point **last)
 {
     size_t of = 0, most = SH_SURVEY_WINDOWS, at = 0, end = 0;
     for (size_t i = 0; i < s->n_points; i++)
-        of += release == 0 || s->points[i].release == release;
+        of += counts(&s->points[i], release, metric);
     most = SH_MIN(most, of / 2);
     for (size_t i = 0; i < s->n_points; i++) {
-        if (release != 0 && s->points[i].release != release)
+        if (!counts(&s->points[i], release, metric))
             continue;
         if (at < most)
             first[at] = &s->points[i];
@@ -218,7 +218,7 @@ static void split(const survey *s, uint32_t release, const point **first, const 
             last[end++] = &s->points[i];
         at++;
     }
-    *n = most;
+    return most;
 }
 
 /* All windows of one node are there. */
@@ -237,13 +237,13 @@ static void end_node(survey *s)
         n->sufficient = samples >= SH_SURVEY_SAMPLES_MIN;
     for (int m = 0; m < SH_METRICS; m++) {
         bool by_release = sh_metric_is_model_dependent((sh_metric)m);
-        split(s, by_release ? newest->release : 0, first, last, &k);
+        k = split(s, by_release ? newest->release : 0, m, first, last);
         for (size_t i = 0; i < k; i++) {
             add_metrics(&s->reference[m], &first[i]->metric[m]);
             add_metrics(&s->current[m], &last[i]->metric[m]);
         }
     }
-    split(s, 0, first, last, &k);
+    k = split(s, 0, SH_METRIC_NLL, first, last);
     for (size_t i = 0; i < k; i++) {
         add_bucket(&s->before, first[i]);
         add_bucket(&s->now, last[i]);

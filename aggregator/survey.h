@@ -5,7 +5,9 @@
  *
  * Reference and current histograms: of each node the first and the newest SH_SURVEY_WINDOWS windows
  * that the store keeps; of the metrics that depend on the model only windows of the release that
- * the node runs now. A node with fewer than twice as many gives half to each. Threads: none held.
+ * the node runs now, and of each metric windows that have samples of it.
+ * A node with fewer than twice as many gives half to each.
+ * Threads: none held.
  */
 #ifndef SH_AGGREGATOR_SURVEY_H
 #define SH_AGGREGATOR_SURVEY_H

@@ -15,6 +15,7 @@
 
 #define TOKEN_FILE_MAX 4096u
 #define KEY_FILE_MAX   1024u
+#define ERASE_LOOK_MS  50u    /* between two looks whether an erasure can go on */
 #define WAIT_MS_MAX    60000u /* the loop wakes at least this often */
 
 enum { FD_INBOX, FD_SIGNAL, FD_CHILD_OUT, FD_CHILD_END, FDS };
@@ -232,6 +233,7 @@ static sh_status start(sh_daemon *d, sh_error *err)
      * begin above them, at the clock, so that no old id ever names another completion. */
     sh_engine_set_last_id(d->engine, SH_MAX(sh_node_get_status(d->node).last_completion,
                                             daemon_now(d) << DAEMON_ID_CLOCK_SHIFT));
+    daemon_resume_erasure(d);
     daemon_refresh_stats(d, true);
     return daemon_api_create(d, err);
 }
@@ -333,6 +335,8 @@ static int wait_ms(sh_daemon *d)
         due = SH_MIN(due, SH_MAX(d->timer_due_ms, d->full_until_ms));
     if (d->remake)
         due = SH_MIN(due, d->full_until_ms); /* 0: at once */
+    if (d->erase.wanted || (d->erase.running && d->erase.done))
+        due = SH_MIN(due, now + ERASE_LOOK_MS);
     if (d->stopping)
         due = SH_MIN(due, d->stop_due_ms);
     return until(now, due);

@@ -6,8 +6,9 @@
  *     {"command": "log-level", "level": "debug"}
  *     {"command": "stop"}
  *
- * An erasure forgets the texts in the engine's slots, commits what waits, lets the core delete, and
- * then rewrites the store without the pages that were freed; the core is made again after that.
+ * An erasure waits until the requests that run have ended, and the engine has forgotten the texts
+ * in its slots; it commits what waits, lets the core delete, and then rewrites the store without
+ * the pages that were freed; the core is made again after that.
  */
 #include <string.h>
 #include <unistd.h>
@@ -18,12 +19,14 @@
 
 static json_t *status_json(sh_daemon *d)
 {
-    char text[32];
+    char text[SH_HASH_HEX_BYTES];
     sh_engine_status engine = sh_engine_get_status(d->engine);
     json_t *o = json_object();
     sh_json_set(o, "ok", json_true());
     sh_json_set(o, "version", json_string(SHOAL_VERSION));
     sh_json_set(o, "pid", json_integer(getpid()));
+    sh_hex(d->keys.public_key.b, sizeof d->keys.public_key.b, text);
+    sh_json_set(o, "key", json_string(text));
     sh_json_set(o, "uptime_seconds",
                 json_integer((json_int_t)((sh_clock_mono_ms() - d->started_ms) / 1000)));
     sh_json_set(o, "http_port", json_integer(sh_api_port(d->api)));
@@ -74,7 +77,7 @@ static json_t *accept_command(void)
 }
 
 /* NULL: it has begun and is answered at its end. */
-static json_t *begin_erasure(sh_daemon *d, const json_t *request, const sh_hash *sender)
+static json_t *begin_erasure(sh_daemon *d, const json_t *request, sh_admin_caller caller)
 {
     const char *user = json_string_value(json_object_get(request, "user"));
     bool all = json_is_true(json_object_get(request, "all"));
@@ -83,9 +86,10 @@ static json_t *begin_erasure(sh_daemon *d, const json_t *request, const sh_hash 
     if (d->erase.wanted || d->erase.running)
         return refuse(SH_ERR_LIMIT, "erase: another erasure runs; try again");
     memset(&d->erase, 0, sizeof d->erase);
-    d->erase.wanted = d->erase.has_sender = true;
+    d->erase.wanted = d->erase.has_caller = true;
     d->erase.user = all ? 0 : sh_engine_user(user);
-    d->erase.sender = *sender;
+    d->erase.caller = caller;
+    sh_engine_forget_soon(d->engine); /* a request may still run for long: the loop looks again */
     return NULL;
 }
 
@@ -100,7 +104,7 @@ static json_t *set_level(const json_t *request)
     return accept_command();
 }
 
-static json_t *run_command(sh_daemon *d, const json_t *request, const sh_hash *sender)
+static json_t *run_command(sh_daemon *d, const json_t *request, sh_admin_caller caller)
 {
     const char *command = json_string_value(json_object_get(request, "command"));
     if (!command)
@@ -108,7 +112,7 @@ static json_t *run_command(sh_daemon *d, const json_t *request, const sh_hash *s
     if (strcmp(command, "status") == 0)
         return status_json(d);
     if (strcmp(command, "erase") == 0)
-        return begin_erasure(d, request, sender);
+        return begin_erasure(d, request, caller);
     if (strcmp(command, "log-level") == 0)
         return set_level(request);
     if (strcmp(command, "stop") == 0) {
@@ -122,18 +126,18 @@ void daemon_take_commands(sh_daemon *d)
 {
     for (;;) {
         json_t *request = NULL;
-        sh_hash sender;
+        sh_admin_caller caller;
         sh_error err = {0};
-        if (sh_admin_next(d->admin, &request, &sender, &err) != SH_OK) {
+        if (sh_admin_next(d->admin, &request, &caller, &err) != SH_OK) {
             sh_log(SH_LOG_WARN, "admin", "error=\"%s\"", err.text);
             return;
         }
         if (!request)
             return;
-        json_t *reply = run_command(d, request, &sender);
+        json_t *reply = run_command(d, request, caller);
         json_decref(request);
         if (reply)
-            sh_admin_reply(d->admin, &sender, reply);
+            sh_admin_reply(d->admin, caller, reply);
     }
 }
 
@@ -146,8 +150,8 @@ static void end_erasure(sh_daemon *d, sh_status status, const sh_error *err)
         sh_json_set(reply, "rows", json_integer((json_int_t)d->erase.rows));
     else
         sh_log(SH_LOG_ERROR, "erase_failed", "error=\"%s\"", err->text);
-    if (d->erase.has_sender)
-        sh_admin_reply(d->admin, &d->erase.sender, reply);
+    if (d->erase.has_caller)
+        sh_admin_reply(d->admin, d->erase.caller, reply);
     else
         json_decref(reply);
     memset(&d->erase, 0, sizeof d->erase);
@@ -160,10 +164,10 @@ static void start_erasure(sh_daemon *d)
     d->erase.wanted = false;
     d->erase.running = true;
     d->erase.done = false;
-    sh_engine_forget(
-        d->engine); /* waits for running requests: the inbox has room for all of them */
     daemon_flush(d);
-    sh_status status = daemon_step(d, &e, &err);
+    sh_status status = daemon_mark_erasing(&err);
+    if (status == SH_OK)
+        status = daemon_step(d, &e, &err);
     if (status != SH_OK)
         end_erasure(d, status, &err);
 }
@@ -172,13 +176,22 @@ static sh_status compact(sh_daemon *d, sh_error *err)
 {
     sh_node_destroy(&d->node);
     SH_TRY(sh_store_compact(d->store, err));
+    (void)unlink(SH_NODE_FILE_ERASING);
     return daemon_make_core(d, err);
+}
+
+void daemon_resume_erasure(sh_daemon *d)
+{
+    if (!sh_file_exists(SH_NODE_FILE_ERASING))
+        return;
+    d->erase.running = true;
+    d->erase.done = !sh_node_get_status(d->node).erasing;
 }
 
 void daemon_advance_erasure(sh_daemon *d)
 {
     sh_error err = {0};
-    if (d->erase.wanted)
+    if (d->erase.wanted && sh_engine_is_forgotten(d->engine))
         start_erasure(d);
     if (!d->erase.running || !d->erase.done || !daemon_worker_idle(d))
         return;

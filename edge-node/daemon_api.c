@@ -90,6 +90,8 @@ static void quality_metrics(const daemon_stats *s, sh_buf *out)
                  s->node.log_evalue[m]);
     sh_metric_one(out, "shoal_windows_total", "counter", "Windows of statistics closed.",
                   (double)s->node.windows);
+    sh_metric_one(out, "shoal_drift_alarm", "gauge", "1 while a drift alarm stands.",
+                  s->node.drifting ? 1 : 0);
     sh_metric_one(out, "shoal_alarms_total", "counter", "Drift alarms.", (double)s->node.alarms);
 }
 

@@ -1,6 +1,7 @@
 /* Erasing on a store that no daemon has open: the same core, the same events. */
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "edge-node/daemon_internal.h"
 #include "edge-node/setup.h"
@@ -74,6 +75,11 @@ cleanup:
     return status;
 }
 
+sh_status daemon_mark_erasing(sh_error *err)
+{
+    return sh_file_write_atomic(SH_NODE_FILE_ERASING, "", 0, err);
+}
+
 sh_status sh_erase_offline(const sh_settings *settings, uint64_t user, uint64_t *rows,
                            sh_error *err)
 {
@@ -89,6 +95,7 @@ sh_status sh_erase_offline(const sh_settings *settings, uint64_t user, uint64_t 
     SH_GOTO(make_core(&e, settings, err));
     look_at_actions(&e);
     e.done = false;
+    SH_GOTO(daemon_mark_erasing(err));
     SH_GOTO(step(&e, &event, err));
     for (uint32_t i = 0; !e.done; i++) {
         if (i == STEPS_MAX || e.timer_ms == 0)
@@ -98,6 +105,7 @@ sh_status sh_erase_offline(const sh_settings *settings, uint64_t user, uint64_t 
     }
     sh_node_destroy(&e.node);
     SH_GOTO(sh_store_compact(e.store, err));
+    (void)unlink(SH_NODE_FILE_ERASING);
     *rows = e.rows;
 cleanup:
     sh_node_actions_clear(&e.actions);

@@ -166,9 +166,9 @@ typedef struct {
 
     /* erasure */
     struct {
-        bool wanted, running, done, has_sender;
+        bool wanted, running, done, has_caller;
         uint64_t user, rows;
-        sh_hash sender;
+        sh_admin_caller caller;
     } erase;
 
     /* stop */
@@ -228,6 +228,10 @@ void daemon_empty_work(void);
 /* ---- daemon_admin.c ---- */
 void daemon_take_commands(sh_daemon *d);
 void daemon_advance_erasure(sh_daemon *d);
+/* An erasure leaves a mark in the folder until the file is rewritten, so that one that was killed
+ * in between is brought to its end at the next start. */
+sh_status daemon_mark_erasing(sh_error *err);
+void daemon_resume_erasure(sh_daemon *d);
 
 /* ---- daemon_api.c ---- */
 sh_status daemon_api_create(sh_daemon *d, sh_error *err);

@@ -280,6 +280,7 @@ sh_node_status sh_node_get_status(const sh_node *node)
         .last_completion = st->last_completion,
         .link_up = node->link != LINK_DOWN,
         .drifting = st->drifting,
+        .erasing = st->erasing,
         .welcome = node->link == LINK_WELCOME,
     };
     for (int c = 0; c < SH_CLASSES; c++) {

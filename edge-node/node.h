@@ -241,6 +241,7 @@ typedef struct {
     uint64_t last_completion;      /* the largest id that was ever stored */
     double log_evalue[SH_METRICS]; /* of each detector now */
     bool link_up, drifting, welcome;
+    bool erasing; /* SH_NODE_ERASE goes on with timer events */
 } sh_node_status;
 sh_node_status sh_node_get_status(const sh_node *node);
 

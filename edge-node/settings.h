@@ -21,6 +21,7 @@
 #define SH_NODE_FILE_RELEASE    "release.pub"
 #define SH_NODE_FILE_GENESIS    "genesis.gguf"
 #define SH_NODE_FILE_MANIFEST   "genesis.manifest"
+#define SH_NODE_FILE_ERASING    "erasing" /* there while an erasure is not wholly done */
 #define SH_NODE_DIR_STORE       "store"
 #define SH_NODE_DIR_MODELS      "models"
 #define SH_NODE_DIR_WORK        "work"

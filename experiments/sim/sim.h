@@ -145,7 +145,7 @@ typedef struct { /* a node's shell */
     /* measured */
     uint64_t windows, change_window, alarm_window, false_alarms;
     uint32_t alarm_metric;
-    double alarm_log_evalue;
+    double alarm_log_evalue, alarm_effect;
     uint64_t updates_made, updates_not_better, updates_acked, bytes_up;
     uint64_t release_bytes_down, crashes;
     uint64_t releases_taken;             /* bit v: release v was active here (versions under 64) */

@@ -12,6 +12,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "aggregator/survey.h"
 #include "experiments/audit/audit.h"
 #include "experiments/sim/sim.h"
 #include "experiments/version.h"
@@ -39,18 +40,6 @@ typedef struct {
     uint64_t update_bytes, update_tokens_honest;
 } summary;
 
-static json_t *integer(uint64_t x)
-{
-    return json_integer((json_int_t)x);
-}
-
-static json_t *hex(const sh_hash *h)
-{
-    char text[SH_HASH_HEX_BYTES];
-    sh_hex(h->b, sizeof h->b, text);
-    return json_string(text);
-}
-
 /* One number that must hold: `value` is shown beside `limit`. */
 static void check(summary *m, const char *name, json_t *value, const char *limit, bool ok)
 {
@@ -69,31 +58,15 @@ static sh_status add_release(void *arg, const sh_release_row *r)
     bool published = r->version != 0;
     if (published && r->parent == 0)
         return SH_OK; /* the genesis release is not the run's; no gate saw it */
-    json_t *row = json_object();
+    json_t *row = sh_survey_release(r);
     m->published += published;
-    m->gate_refused += !published;
+    m->gate_refused += !published && strncmp(r->verdict, "inconclusive", 12) != 0;
     m->not_q8 += published && strcmp(r->format, "Q8_0") != 0;
-    sh_json_set(row, "candidate", integer(r->candidate));
-    sh_json_set(row, "version", published ? integer(r->version) : json_null());
-    sh_json_set(row, "parent", integer(r->parent));
-    sh_json_set(row, "at_ms", integer(r->at_ms));
-    sh_json_set(row, "sha256", hex(&r->sha256));
-    sh_json_set(row, "bytes", integer(r->bytes));
-    sh_json_set(row, "format", json_string(r->format));
-    sh_json_set(row, "loss_parent", sh_json_number(r->loss_parent));
-    sh_json_set(row, "loss_candidate", sh_json_number(r->loss_candidate));
-    sh_json_set(row, "loss_adapter_form", sh_json_number(r->loss_adapter_form));
-    sh_json_set(row, "worst_slice", sh_json_number(r->worst_slice));
-    sh_json_set(row, "verdict", json_string(r->verdict));
-    sh_json_set(row, "updates_merged", integer(r->n_merged));
-    sh_json_set(row, "rank", integer(r->adapter_rank));
-    sh_json_set(row, "discarded_energy", sh_json_number(r->adapter_discarded));
-    sh_json_set(row, "server_scale", sh_json_number(r->server_scale));
     if (published) {
         uint64_t taken = 0;
         for (uint32_t i = 0; i < m->s->n_nodes; i++)
             taken += r->version < 64 && (m->s->nodes[i].releases_taken >> r->version & 1);
-        sh_json_set(row, "taken_by_nodes", integer(taken));
+        sh_json_set(row, "taken_by_nodes", sh_json_uint(taken));
         sh_sha256_update(&m->s->hash, r->sha256.b, sizeof r->sha256.b);
     }
     json_array_append_new(m->releases, row);
@@ -137,8 +110,10 @@ static sh_status read_alarms(sim *s, sh_txn *txn, sh_error *err)
             continue;
         sim_node *n = &s->nodes[i];
         n->evidence[alarm.metric] = SH_MAX(n->evidence[alarm.metric], alarm.log_evalue);
-        if (alarm.window == n->alarm_window && alarm.metric == n->alarm_metric)
+        if (alarm.window == n->alarm_window && alarm.metric == n->alarm_metric) {
             n->alarm_log_evalue = alarm.log_evalue;
+            n->alarm_effect = alarm.effect;
+        }
     }
     sh_cursor_close(&cursor);
     return status == SH_ERR_NOT_FOUND ? SH_OK : status;
@@ -224,17 +199,21 @@ static void add_drift(summary *m)
         uint64_t windows = n->alarm_window ? n->alarm_window - n->change_window : 0;
         false_alarms += n->false_alarms;
         soon += n->alarm_window && windows <= ALARM_WINDOWS_MAX;
-        sh_json_set(row, "node", integer(i));
+        sh_json_set(row, "node", sh_json_uint(i));
         sh_json_set(row, "topic", json_string(s->texts.n_topics ? s->texts.names[n->topic] : ""));
-        sh_json_set(row, "change_window", integer(n->change_window));
+        sh_json_set(row, "change_window", sh_json_uint(n->change_window));
         sh_json_set(row, "first_alarm_window",
-                    n->alarm_window ? integer(n->alarm_window) : json_null());
-        sh_json_set(row, "windows_to_alarm", n->alarm_window ? integer(windows) : json_null());
+                    n->alarm_window ? sh_json_uint(n->alarm_window) : json_null());
+        sh_json_set(row, "windows_to_alarm", n->alarm_window ? sh_json_uint(windows) : json_null());
         sh_json_set(row, "metric",
                     n->alarm_window ? json_string(sh_metric_name((sh_metric)n->alarm_metric))
                                     : json_null());
         sh_json_set(row, "log_evalue", sh_json_number(n->alarm_log_evalue));
-        sh_json_set(row, "false_alarms", integer(n->false_alarms));
+        sh_json_set(row, "effect", n->alarm_window ? sh_json_number(n->alarm_effect) : json_null());
+        sh_json_set(row, "unit",
+                    n->alarm_window ? json_string(sh_metric_unit((sh_metric)n->alarm_metric))
+                                    : json_null());
+        sh_json_set(row, "false_alarms", sh_json_uint(n->false_alarms));
         json_array_append_new(nodes, row);
         sim_hash_number(s, n->alarm_window << 16 | n->false_alarms);
     }
@@ -245,20 +224,20 @@ static void add_drift(summary *m)
         for (uint32_t k = 0; k < s->n_nodes; k++)
             alarmed += s->nodes[k].alarm_window && s->nodes[k].alarm_window <= i + 1;
         json_t *row = json_object();
-        sh_json_set(row, "window", integer(i + 1));
+        sh_json_set(row, "window", sh_json_uint(i + 1));
         sh_json_set(row, "nll", sh_json_number(p->nll / n));
         sh_json_set(row, "acceptance", sh_json_number((double)p->accepted / n));
-        sh_json_set(row, "nodes_alarmed", integer(alarmed));
+        sh_json_set(row, "nodes_alarmed", sh_json_uint(alarmed));
         json_array_append_new(timeline, row);
     }
-    sh_json_set(drift, "false_alarms", integer(false_alarms));
+    sh_json_set(drift, "false_alarms", sh_json_uint(false_alarms));
     sh_json_set(drift, "nodes", nodes);
     sh_json_set(drift, "timeline", timeline);
     sh_json_set(m->root, "drift", drift);
     double share = (double)soon / s->n_nodes;
     check(m, "alarm within 3 windows of the change", sh_json_number(share), ">= 0.8 of the nodes",
           share >= ALARM_SHARE_MIN);
-    check(m, "alarms before the change", integer(false_alarms), "0", false_alarms == 0);
+    check(m, "alarms before the change", sh_json_uint(false_alarms), "0", false_alarms == 0);
 }
 
 static void add_heatmap(summary *m)
@@ -295,15 +274,15 @@ static void add_updates(summary *m, const json_t *audit)
     }
     for (int r = 1; r < SH_REASONS; r++)
         if (m->refused[r])
-            sh_json_set(refused, sh_reason_name((sh_reason)r), integer(m->refused[r]));
-    sh_json_set(updates, "made", integer(made));
-    sh_json_set(updates, "not_better_on_own_heldout", integer(not_better));
-    sh_json_set(updates, "acknowledged", integer(acked));
-    sh_json_set(updates, "merged", integer(m->merged));
+            sh_json_set(refused, sh_reason_name((sh_reason)r), sh_json_uint(m->refused[r]));
+    sh_json_set(updates, "made", sh_json_uint(made));
+    sh_json_set(updates, "not_better_on_own_heldout", sh_json_uint(not_better));
+    sh_json_set(updates, "acknowledged", sh_json_uint(acked));
+    sh_json_set(updates, "merged", sh_json_uint(m->merged));
     sh_json_set(updates, "refused", refused);
-    sh_json_set(updates, "pending", integer(m->pending));
-    sh_json_set(updates, "poisoned", integer(m->poisoned));
-    sh_json_set(updates, "poisoned_merged", integer(m->poisoned_merged));
+    sh_json_set(updates, "pending", sh_json_uint(m->pending));
+    sh_json_set(updates, "poisoned", sh_json_uint(m->poisoned));
+    sh_json_set(updates, "poisoned_merged", sh_json_uint(m->poisoned_merged));
     json_t *lost = json_object_get(audit, "lost"), *twice = json_object_get(audit, "twice");
     sh_json_set(updates, "lost", lost ? json_incref(lost) : json_null());
     sh_json_set(updates, "twice", twice ? json_incref(twice) : json_null());
@@ -318,7 +297,8 @@ static void add_updates(summary *m, const json_t *audit)
           json_is_integer(twice) && json_integer_value(twice) == 0);
     bool scale = s->options.poison_scale_node >= 0, sign = s->options.poison_sign_node >= 0;
     if (scale || sign)
-        check(m, "poisoned updates merged", integer(m->poisoned_merged), "0, each kind was sent",
+        check(m, "poisoned updates merged", sh_json_uint(m->poisoned_merged),
+              "0, each kind was sent",
               m->poisoned_merged == 0 && m->sent_scale == scale && m->sent_sign == sign);
 }
 
@@ -338,7 +318,7 @@ static void add_bytes(summary *m)
                 sh_json_number((double)m->update_bytes / (double)SH_MAX(m->updates, 1)));
     sh_json_set(bytes, "down_per_release_node",
                 sh_json_number((double)down / (double)SH_MAX(taken, 1)));
-    sh_json_set(bytes, "full_model", integer(s->genesis_model.len));
+    sh_json_set(bytes, "full_model", sh_json_uint(s->genesis_model.len));
     sh_json_set(m->root, "bytes", bytes);
 }
 
@@ -355,7 +335,7 @@ static void add_faults(summary *m)
         json_t *row = json_object();
         sh_json_set(row, "name", json_string(f->name));
         sh_json_set(row, "target", json_string(target));
-        sh_json_set(row, "at_ms", integer(f->at_ms));
+        sh_json_set(row, "at_ms", sh_json_uint(f->at_ms));
         json_array_append_new(faults, row);
         node = node || strcmp(f->name, "node.train") == 0;
         merge = merge || strcmp(f->name, s->options.merge_failpoint) == 0;
@@ -374,7 +354,7 @@ static void add_phases(summary *m)
     for (int p = 0; p <= (int)s->phase; p++) {
         json_t *row = json_object();
         sh_json_set(row, "name", json_string(sim_phase_names[p]));
-        sh_json_set(row, "at_ms", integer(s->phase_at_ms[p]));
+        sh_json_set(row, "at_ms", sh_json_uint(s->phase_at_ms[p]));
         sh_json_set(row, "wall_s", sh_json_number(s->phase_wall_s[p]));
         json_array_append_new(phases, row);
     }
@@ -432,7 +412,7 @@ static void add_configuration(summary *m)
     sh_hash h = sh_sha256(text ? text : "", text ? strlen(text) : 0);
     free(text);
     json_decref(hashed);
-    sh_json_set(m->root, "configuration_sha256", hex(&h));
+    sh_json_set(m->root, "configuration_sha256", sh_json_hash(&h));
     sh_json_set(m->root, "configuration", all);
 }
 
@@ -446,7 +426,7 @@ static void add_head(summary *m, const sh_error *run_error)
     sh_json_set(m->root, "ok", json_false());
     sh_json_set(m->root, "error",
                 run_error && run_error->code ? json_string(run_error->text) : json_null());
-    sh_json_set(m->root, "nodes", integer(s->n_nodes));
+    sh_json_set(m->root, "nodes", sh_json_uint(s->n_nodes));
     sh_json_set(m->root, "threads", json_integer((json_int_t)s->options.threads));
     sh_json_set(m->root, "commit", json_string(SHOAL_COMMIT));
     sh_json_set(m->root, "dirty", json_boolean(SHOAL_DIRTY));
@@ -454,8 +434,8 @@ static void add_head(summary *m, const sh_error *run_error)
     sh_json_set(m->root, "learning", json_string(s->learning->name));
     sh_json_set(m->root, "kernel", json_string(sh_kernel_level()));
     sh_json_set(m->root, "blas_core", json_string(sh_blas_core()));
-    sh_json_set(m->root, "virtual_ms", s->real_processes ? json_null() : integer(s->now_ms));
-    sh_json_set(m->root, "events", s->real_processes ? json_null() : integer(s->events));
+    sh_json_set(m->root, "virtual_ms", s->real_processes ? json_null() : sh_json_uint(s->now_ms));
+    sh_json_set(m->root, "events", s->real_processes ? json_null() : sh_json_uint(s->events));
     sh_json_set(m->root, "wall_s", sh_json_number(sim_wall_seconds() - s->wall_start_s));
 }
 
@@ -526,17 +506,17 @@ sh_status sim_summary(sim *s, const sim_measures *measures, const sh_error *run_
     add_updates(&m, audit);
     add_bytes(&m);
     add_faults(&m);
-    check(&m, "releases published in Q8_0", integer(m.published), ">= 3",
+    check(&m, "releases published in Q8_0", sh_json_uint(m.published), ">= 3",
           m.published >= RELEASES_MIN && m.not_q8 == 0);
     if (s->options.bad_scale_round > 0)
-        check(&m, "candidates refused by the gate", integer(m.gate_refused), ">= 1",
+        check(&m, "candidates refused by the gate", sh_json_uint(m.gate_refused), ">= 1",
               m.gate_refused >= 1);
     add_extra(&m);
     add_phases(&m);
     add_configuration(&m);
     sh_hash h = sh_sha256_final(&s->hash);
     if (!s->real_processes) /* which never run the same way twice */
-        sh_json_set(m.root, "result_hash", hex(&h));
+        sh_json_set(m.root, "result_hash", sh_json_hash(&h));
     sh_json_set(m.root, "ok", json_boolean(m.ok));
     if (strcmp(s->options.store, "lmdb") == 0) {
         SH_GOTO(sh_path_join(path, sizeof path, s->options.out, "summary.json", err));

@@ -54,6 +54,13 @@ json_t *sh_json_uint(uint64_t x)
     return json_integer((json_int_t)SH_MIN(x, (uint64_t)INT64_MAX));
 }
 
+json_t *sh_json_hash(const sh_hash *hash)
+{
+    char text[SH_HASH_HEX_BYTES];
+    sh_hex(hash->b, sizeof hash->b, text);
+    return json_string(text);
+}
+
 json_t *sh_json_number(double x)
 {
     return isfinite(x) ? json_real(x) : json_null();

@@ -6,7 +6,7 @@
 
 #include <jansson.h>
 
-#include "shared/base/status.h"
+#include "shared/base/hash.h"
 
 #define SH_JSON_BYTES_MAX ((size_t)256 << 20)
 
@@ -17,7 +17,8 @@ SH_MUST_USE sh_status sh_json_save(const char *path, const json_t *value, sh_err
 /* Takes over value: json_object_set_new that asserts on the out-of-memory that we do not survive.
  */
 void sh_json_set(json_t *object, const char *key, json_t *value);
-json_t *sh_json_uint(uint64_t x); /* at most 2^63 - 1 is kept */
+json_t *sh_json_uint(uint64_t x);          /* at most 2^63 - 1 is kept */
+json_t *sh_json_hash(const sh_hash *hash); /* 64 hexadecimal digits */
 /* NaN and infinities become null, which JSON has instead. */
 json_t *sh_json_number(double x);
 

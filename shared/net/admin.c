@@ -143,7 +143,7 @@ json_t *sh_admin_error(const sh_error *err)
     return reply;
 }
 
-void sh_admin_reply(sh_admin *admin, const sh_hash *sender, json_t *reply)
+void sh_admin_reply(sh_admin *admin, sh_admin_caller caller, json_t *reply)
 {
     char *text = json_dumps(reply, JSON_COMPACT);
     json_decref(reply);
@@ -158,12 +158,12 @@ void sh_admin_reply(sh_admin *admin, const sh_hash *sender, json_t *reply)
         n = text ? strlen(text) : 0;
     }
     /* Whoever is not there any more does not want it. */
-    sh_status sent = sh_net_server_send(admin->server, sender, text ? text : "", n, NULL);
+    sh_status sent = sh_net_server_answer(admin->server, caller, text ? text : "", n, NULL);
     (void)sent;
     free(text);
 }
 
-sh_status sh_admin_next(sh_admin *admin, json_t **request, sh_hash *sender, sh_error *err)
+sh_status sh_admin_next(sh_admin *admin, json_t **request, sh_admin_caller *caller, sh_error *err)
 {
     for (;;) {
         sh_net_event event;
@@ -177,14 +177,14 @@ sh_status sh_admin_next(sh_admin *admin, json_t **request, sh_hash *sender, sh_e
             json_loadb((const char *)event.data, event.n, JSON_REJECT_DUPLICATES, &where);
         if (json_is_object(value)) {
             *request = value;
-            *sender = event.key;
+            *caller = event.connection;
             return SH_OK;
         }
         sh_error error = {0};
         sh_fail(&error, SH_ERR_INVALID, "the request is no JSON object%s%s", value ? "" : ": ",
                 value ? "" : where.text);
         json_decref(value);
-        sh_admin_reply(admin, &event.key, sh_admin_error(&error));
+        sh_admin_reply(admin, event.connection, sh_admin_error(&error));
     }
 }
 

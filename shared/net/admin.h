@@ -19,17 +19,18 @@
 #define SH_ADMIN_ENDPOINT    "ipc://admin.sock"
 
 typedef struct sh_admin sh_admin;
+typedef uint32_t sh_admin_caller; /* tools share a key: an answer goes to the connection */
 /* Removes a socket file that a killed program left. The socket is for its owner only (0600). */
 SH_MUST_USE sh_status sh_admin_create(sh_net *net, const char *endpoint, const sh_net_keys *keys,
                                       const sh_hash *admin_key, sh_admin **out, sh_error *err);
 void sh_admin_destroy(sh_admin **admin);
 sh_net_server *sh_admin_server(sh_admin *admin); /* for sh_net_wait */
 /* *request is a new reference, or NULL when none is there now; what is no JSON object is answered
- * and skipped. *sender is for the reply. */
-SH_MUST_USE sh_status sh_admin_next(sh_admin *admin, json_t **request, sh_hash *sender,
+ * and skipped. *caller is for the reply. */
+SH_MUST_USE sh_status sh_admin_next(sh_admin *admin, json_t **request, sh_admin_caller *caller,
                                     sh_error *err);
 /* Takes over reply. A tool that went away is no error. */
-void sh_admin_reply(sh_admin *admin, const sh_hash *sender, json_t *reply);
+void sh_admin_reply(sh_admin *admin, sh_admin_caller caller, json_t *reply);
 json_t *sh_admin_error(const sh_error *err); /* {"ok": false, ...} */
 
 /* The tool's side: one call. SH_ERR_NOT_FOUND: nobody answers there (is the program running?);

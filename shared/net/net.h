@@ -64,6 +64,7 @@ typedef enum {
 typedef struct {
     sh_net_event_kind kind;
     sh_hash key;         /* server: the authenticated sender */
+    uint32_t connection; /* server: which of the key's connections it came by */
     const uint8_t *data; /* MESSAGE: n bytes, valid until the next call on the same socket */
     size_t n;
 } sh_net_event;
@@ -97,6 +98,10 @@ SH_MUST_USE sh_status sh_net_server_next(sh_net_server *server, sh_net_event *ou
  * its queue is full; SH_ERR_INVALID: more than message_max. In all cases nothing was sent. */
 SH_MUST_USE sh_status sh_net_server_send(sh_net_server *server, const sh_hash *key,
                                          const void *bytes, size_t n, sh_error *err);
+/* The same to the connection that a message came by, whatever others of its key were heard since:
+ * an answer to one of several callers that share a key. SH_ERR_NOT_FOUND: it has ended. */
+SH_MUST_USE sh_status sh_net_server_answer(sh_net_server *server, uint32_t connection,
+                                           const void *bytes, size_t n, sh_error *err);
 /* Forgets the routes of a key: nothing more is sent to it or taken from its open connections, which
  * are shut when they send; a new handshake is `allow`'s to decide. */
 void sh_net_server_drop(sh_net_server *server, const sh_hash *key);

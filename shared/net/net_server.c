@@ -233,9 +233,8 @@ static bool authenticate(sh_net_server *s, sh_hash *key)
     return generation >= s->floor;
 }
 
-static sh_status note_route(sh_net_server *s, const sh_hash *key, const uint8_t *id, sh_error *err)
+static sh_status note_route(sh_net_server *s, const sh_hash *key, uint32_t number, sh_error *err)
 {
-    uint32_t number = (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
     uint64_t old;
     /* Numbers grow, and may pass 2^32. A newer connection that has ended gives way when a send to
      * it fails. */
@@ -287,7 +286,9 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
             s->ignored++;
             shut(s, zmq_msg_get(&s->body, ZMQ_SRCFD));
         } else {
-            SH_TRY(note_route(s, &event.key, id, err));
+            event.connection =
+                (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
+            SH_TRY(note_route(s, &event.key, event.connection, err));
             event.kind = SH_NET_MESSAGE;
             event.data = zmq_msg_data(&s->body);
             event.n = zmq_msg_size(&s->body);
@@ -297,15 +298,12 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
     return SH_OK;
 }
 
-sh_status sh_net_server_send(sh_net_server *s, const sh_hash *key, const void *bytes, size_t n,
-                             sh_error *err)
+sh_status sh_net_server_answer(sh_net_server *s, uint32_t number, const void *bytes, size_t n,
+                               sh_error *err)
 {
-    uint64_t number;
     if (n > s->message_max)
         return sh_fail(err, SH_ERR_INVALID, "net: a message of %zu bytes, at most %zu may be sent",
                        n, s->message_max);
-    if (!net_map_get(&s->routes, key, &number))
-        return sh_fail(err, SH_ERR_NOT_FOUND, "net: that key has no connection");
     const uint8_t id[ROUTE_BYTES] = {0, (uint8_t)(number >> 24), (uint8_t)(number >> 16),
                                      (uint8_t)(number >> 8), (uint8_t)number};
     int rc;
@@ -313,11 +311,9 @@ sh_status sh_net_server_send(sh_net_server *s, const sh_hash *key, const void *b
         rc = zmq_send(s->socket, id, sizeof id, ZMQ_SNDMORE | ZMQ_DONTWAIT);
     while (rc < 0 && zmq_errno() == EINTR);
     if (rc < 0 && zmq_errno() == EAGAIN)
-        return sh_fail(err, SH_ERR_LIMIT, "net: the queue of that key is full");
-    if (rc < 0 && zmq_errno() == EHOSTUNREACH) {
-        net_map_remove(&s->routes, key);
-        return sh_fail(err, SH_ERR_NOT_FOUND, "net: the connection of that key has ended");
-    }
+        return sh_fail(err, SH_ERR_LIMIT, "net: the queue of that connection is full");
+    if (rc < 0 && zmq_errno() == EHOSTUNREACH)
+        return sh_fail(err, SH_ERR_NOT_FOUND, "net: that connection has ended");
     if (rc < 0)
         return net_fail(err, "send from", s->endpoint);
     /* The first frame reserved the place: this one is taken, or dropped with the connection. */
@@ -325,6 +321,18 @@ sh_status sh_net_server_send(sh_net_server *s, const sh_hash *key, const void *b
         rc = zmq_send(s->socket, bytes, n, ZMQ_DONTWAIT);
     while (rc < 0 && zmq_errno() == EINTR);
     return rc < 0 ? net_fail(err, "send from", s->endpoint) : SH_OK;
+}
+
+sh_status sh_net_server_send(sh_net_server *s, const sh_hash *key, const void *bytes, size_t n,
+                             sh_error *err)
+{
+    uint64_t number = 0;
+    if (!net_map_get(&s->routes, key, &number) && n <= s->message_max)
+        return sh_fail(err, SH_ERR_NOT_FOUND, "net: that key has no connection");
+    sh_status status = sh_net_server_answer(s, (uint32_t)number, bytes, n, err);
+    if (status == SH_ERR_NOT_FOUND)
+        net_map_remove(&s->routes, key);
+    return status;
 }
 
 void sh_net_server_drop(sh_net_server *s, const sh_hash *key)

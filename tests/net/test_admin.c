@@ -62,12 +62,12 @@ static void *run(void *arg)
     sh_net_server *server = sh_admin_server(s->admin);
     while (!atomic_load(&s->stop)) {
         json_t *request = NULL;
-        sh_hash sender;
+        sh_admin_caller caller;
         sh_error e = {0};
-        if (sh_admin_next(s->admin, &request, &sender, &e) != SH_OK)
+        if (sh_admin_next(s->admin, &request, &caller, &e) != SH_OK)
             abort();
         if (request) {
-            sh_admin_reply(s->admin, &sender, answer(request));
+            sh_admin_reply(s->admin, caller, answer(request));
             continue;
         }
         if (sh_net_wait(&(sh_net_waiting){.servers = &server, .n_servers = 1, .timeout_ms = 50},
