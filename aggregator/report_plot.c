@@ -506,7 +506,8 @@ static void put_panel(report_page *p, const json_t *row, double x, double y)
     double before[REPORT_BINS_MAX], now[REPORT_BINS_MAX], top = 0;
     size_t n = 0, m = 0;
     char text[2 * REPORT_NUMBER_BYTES], low[REPORT_NUMBER_BYTES], high[REPORT_NUMBER_BYTES];
-    bool known = shares(row, "reference", before, &n) & shares(row, "current", now, &m);
+    bool known = shares(row, "reference", before, &n);
+    known = shares(row, "current", now, &m) && known;
     const double bottom = y + PANEL_HEIGHT - 30;
     put_label(p, "", "start", x, y + 14, report_string(row, "metric"));
     put_line(p, "x", (double[]){x, bottom, x + PANEL_WIDTH, bottom});

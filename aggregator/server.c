@@ -228,6 +228,10 @@ static void take_in(sh_server *s, server_task *task)
                                          .adapter_discarded = m->discarded};
     } else {
         e.result = task->gated;
+        if (task->status == SH_OK)
+            sh_log(SH_LOG_INFO, "gated", "candidate=%llu loss=%.4f parent=%.4f",
+                   (unsigned long long)task->job.candidate, task->gated.loss_candidate,
+                   task->gated.loss_parent);
     }
     e.result.id = task->job.id;
     e.result.status = task->status;

@@ -44,6 +44,9 @@ static int run(const sh_aggregator_settings *settings)
     if (status != SH_OK)
         err.code = status;
     int code = status == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
+    /* A port or a folder that another process has is no wrong use of the command. */
+    if (status == SH_ERR_EXISTS)
+        code = sh_status_exit_code(SH_ERR_IO);
     if (!sh_server_destroy(&server)) {
         sh_log(SH_LOG_WARN, "job_cut_off", "it is done again by the next start");
         fflush(NULL);

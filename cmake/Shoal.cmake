@@ -83,3 +83,11 @@ function(shoal_fuzz NAME)
     add_test(NAME fuzz_replay_${NAME} COMMAND replay_${NAME} ${F_CORPUS})
     set_tests_properties(fuzz_replay_${NAME} PROPERTIES SKIP_RETURN_CODE 77)
 endfunction()
+
+# shoal_unit(FILE): a systemd unit, installed with the path that the programs are installed to.
+function(shoal_unit FILE)
+    file(READ "${FILE}" unit)
+    string(REPLACE "/usr/local/bin/" "${CMAKE_INSTALL_PREFIX}/bin/" unit "${unit}")
+    file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/${FILE}" "${unit}")
+    install(FILES "${CMAKE_CURRENT_BINARY_DIR}/${FILE}" DESTINATION lib/systemd/system)
+endfunction()

@@ -162,6 +162,8 @@ void fleet_extra(fleet *f)
         sh_json_set(canaries, "candidates", json_integer((json_int_t)f->canaries));
         sh_json_set(canaries, "evaluations", json_integer((json_int_t)f->evaluations));
         sh_json_set(extra, "federated_evaluation", canaries);
+        check(checks, "candidates that canary nodes scored", json_integer((json_int_t)f->canaries),
+              ">= 1", f->canaries >= 1);
     }
     check(checks, "streams that changed release", count(&t->streams_changed), "0", changed == 0);
     check(checks, "streams cut", count(&t->streams_cut), "0", cut == 0);

@@ -121,10 +121,14 @@ static void take_aggregator_line(fleet *f, const char *line)
         sim_progress_line(s, "drift is reported by enough nodes: rounds begin");
     } else if (event_is(line, "released")) {
         s->version_seen = SH_MAX(s->version_seen, number_of(line, "version"));
-        sim_progress_line(s, "release %llu is out", (unsigned long long)s->version_seen);
+        s->gate_loss = s->candidate_loss;
+        sim_progress_line(s, "release %llu is out, gate loss %.3f",
+                          (unsigned long long)s->version_seen, s->gate_loss);
+    } else if (event_is(line, "gated")) {
+        (void)fleet_log_number(line, "loss", &s->candidate_loss);
     } else if (event_is(line, "candidate_refused")) {
-        sim_progress_line(s, "candidate %llu is refused by the gate",
-                          (unsigned long long)number_of(line, "candidate"));
+        sim_progress_line(s, "candidate %llu is refused, gate loss %.3f",
+                          (unsigned long long)number_of(line, "candidate"), s->candidate_loss);
     } else if (event_is(line, "canary_started")) {
         f->canaries++;
     } else if (event_is(line, "closed")) {

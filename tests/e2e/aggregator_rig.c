@@ -11,14 +11,9 @@
 #include "tests/e2e/aggregator_rig.h"
 
 #include <arpa/inet.h>
-#include <fcntl.h>
 #include <ftw.h>
-#include <signal.h>
-#include <spawn.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "shared/base/clock.h"
@@ -26,27 +21,10 @@
 #include "shared/base/rng.h"
 #include "tests/model/tiny.h"
 
-#define LOG_MAX  (8u << 20)
 #define TICK_MS  100
 #define WORD_MAX 32
 
-extern char **environ;
-
-/* ---- the process ---- */
-
-static pid_t running; /* a test that fails leaves it behind */
-
-static void kill_left(void)
-{
-    if (running != 0)
-        (void)kill(running, SIGKILL);
-}
-
-static void pause_ms(unsigned ms)
-{
-    struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000};
-    nanosleep(&t, NULL);
-}
+/* ---- its folder and its process ---- */
 
 static void read_hex(agg_rig *r, const char *name, void *out)
 {
@@ -82,7 +60,7 @@ void agg_make(agg_rig *r, const char *program, const char *tool)
     snprintf(r->root, sizeof r->root, "/tmp/shoal-agg-XXXXXX");
     assert_non_null(mkdtemp(r->root));
     snprintf(r->dir, sizeof r->dir, "%s/A", r->root);
-    snprintf(r->log, sizeof r->log, "%s/log", r->root);
+    snprintf(r->process.log, sizeof r->process.log, "%s/log", r->root);
     snprintf(r->base, sizeof r->base, "%s/base.gguf", r->root);
     snprintf(r->suites, sizeof r->suites, "%s/suites", r->root);
     snprintf(r->endpoint, sizeof r->endpoint, "tcp://127.0.0.1:*");
@@ -121,7 +99,7 @@ static void drop_update(agg_peer *p)
 
 void agg_release(agg_rig *r)
 {
-    if (r->pid != 0)
+    if (r->process.pid != 0)
         (void)agg_end(r, SIGKILL);
     for (unsigned i = 0; i < AGG_PEERS; i++) {
         agg_hang_up(r, i);
@@ -139,108 +117,45 @@ void agg_start(agg_rig *r, const char *const *words, const char *failpoints)
                                   "0",        "--listen",       r->endpoint, "--checkin-ms",
                                   "200",      "--jobs.threads", "1"};
     size_t n = 11;
-    assert_int_equal(r->pid, 0);
     for (size_t i = 0; words != NULL && words[i] != NULL; i++) {
         assert_true(n < WORD_MAX - 1);
         argv[n++] = words[i];
     }
-    if (failpoints != NULL)
-        setenv("SHOAL_FAILPOINTS", failpoints, 1);
-    else
-        unsetenv("SHOAL_FAILPOINTS");
-    posix_spawn_file_actions_t actions;
-    posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0);
-    posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, r->log, O_WRONLY | O_CREAT | O_TRUNC,
-                                     0600);
-    int rc = posix_spawn(&r->pid, r->program, &actions, NULL, (char **)(uintptr_t)argv, environ);
-    posix_spawn_file_actions_destroy(&actions);
-    assert_int_equal(rc, 0);
-    kill_left();
-    running = r->pid;
-    atexit(kill_left);
-    unsetenv("SHOAL_FAILPOINTS");
-}
-
-static char *read_log(const agg_rig *r)
-{
-    uint8_t *text = NULL;
-    size_t n = 0;
-    if (sh_file_read(r->log, LOG_MAX, &text, &n, NULL) != SH_OK)
-        return calloc(1, 1);
-    return (char *)text;
+    argv[n] = NULL;
+    e2e_start(&r->process, argv, failpoints);
 }
 
 bool agg_logged(agg_rig *r, const char *text)
 {
-    char *log = read_log(r);
-    bool there = strstr(log, text) != NULL;
-    free(log);
-    return there;
+    return e2e_logged(&r->process, text);
 }
 
 bool agg_runs(agg_rig *r)
 {
-    siginfo_t info = {0};
-    if (r->pid == 0)
-        return false;
-    assert_int_equal(waitid(P_PID, (id_t)r->pid, &info, WEXITED | WNOHANG | WNOWAIT), 0);
-    return info.si_pid == 0;
+    return e2e_runs(&r->process);
 }
 
 bool agg_saw(agg_rig *r, const char *text)
 {
-    for (uint64_t end = sh_clock_mono_ms() + AGG_WAIT_MS; sh_clock_mono_ms() < end; pause_ms(20)) {
-        bool runs = agg_runs(r);
-        if (agg_logged(r, text))
-            return true;
-        if (!runs)
-            return false;
-    }
-    fail_msg("'%s' did not come into the log", text);
-    return false;
-}
-
-static void take_value(const char *line, const char *key, char *out, size_t n)
-{
-    const char *at = strstr(line, key);
-    assert_non_null(at);
-    at += strlen(key);
-    size_t length = strcspn(at, " \n");
-    assert_true(length < n);
-    memcpy(out, at, length);
-    out[length] = '\0';
+    return e2e_saw(&r->process, text);
 }
 
 void agg_ready(agg_rig *r)
 {
-    if (!agg_saw(r, "event=ready")) {
-        char *log = read_log(r);
-        fail_msg("the aggregator ended: %s", log);
-    }
-    char *log = read_log(r);
-    char *line = strstr(log, "event=ready");
-    assert_non_null(line);
-    take_value(line, "endpoint=", r->endpoint, sizeof r->endpoint);
-    take_value(line, "http=", r->http, sizeof r->http);
-    free(log);
+    if (!agg_saw(r, "event=ready"))
+        fail_msg("the aggregator ended: %s", e2e_log(&r->process));
+    assert_true(e2e_value(&r->process, "event=ready", "endpoint", r->endpoint, sizeof r->endpoint));
+    assert_true(e2e_value(&r->process, "event=ready", "http", r->http, sizeof r->http));
 }
 
 int agg_wait(agg_rig *r)
 {
-    int status = 0;
-    for (uint64_t end = sh_clock_mono_ms() + AGG_WAIT_MS; agg_runs(r); pause_ms(10))
-        if (sh_clock_mono_ms() > end)
-            fail_msg("the aggregator does not end");
-    assert_int_equal(waitpid(r->pid, &status, 0), r->pid);
-    r->pid = running = 0;
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+    return e2e_wait(&r->process);
 }
 
 int agg_end(agg_rig *r, int signal_number)
 {
-    assert_int_equal(kill(r->pid, signal_number), 0);
-    return agg_wait(r);
+    return e2e_end(&r->process, signal_number);
 }
 
 /* ---- its tool and its pages ---- */

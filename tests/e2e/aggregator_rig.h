@@ -6,25 +6,14 @@
 #ifndef SH_TESTS_E2E_AGGREGATOR_RIG_H
 #define SH_TESTS_E2E_AGGREGATOR_RIG_H
 
-#include <sys/types.h>
-
 #include "shared/base/json.h"
 #include "shared/model/model.h"
 #include "shared/net/net.h"
 #include "shared/wire/wire.h"
-#include "tests/cli/run.h"
+#include "tests/e2e/harness.h"
 
-#define AGG_WAIT_MS 120000 /* generous: sanitizers on a machine that others use */
+#define AGG_WAIT_MS E2E_WAIT_MS
 #define AGG_PEERS   3
-
-#define OK(call)                                                                                   \
-    do {                                                                                           \
-        sh_error ok_err_ = {0};                                                                    \
-        sh_error *err = &ok_err_;                                                                  \
-        sh_status ok_status_ = (call);                                                             \
-        if (ok_status_ != SH_OK)                                                                   \
-            fail_msg("%s: %s (%s)", #call, sh_status_name(ok_status_), err->text);                 \
-    } while (0)
 
 typedef struct {
     bool there, acked;
@@ -46,9 +35,9 @@ typedef struct {
 
 typedef struct {
     const char *program, *tool; /* shoal-aggregator, shoal */
-    char root[64], dir[128], log[96], base[96], suites[96];
+    char root[64], dir[128], base[96], suites[96];
     char endpoint[128], http[64];
-    pid_t pid; /* 0: none runs */
+    e2e_process process;
     sh_hash server_key;
     sh_sign_public_key release_pk;
     sh_model *model; /* the genesis */

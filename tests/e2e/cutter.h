@@ -1,6 +1,7 @@
 /*
- * A bad network: a TCP forwarder that ends every connection, both ways, after so many bytes from
- * the target or to it. Include after cmocka.h.
+ * A bad network: a TCP forwarder that is slow, and ends every connection, both ways, after so many
+ * bytes. Slow, because what a broken connection still had in its buffers is lost: over loopback
+ * that would be nearly all of it. Include after cmocka.h.
  *
  * Threads: one of its own forwards; the functions are for the test's thread.
  */

@@ -216,8 +216,7 @@ static void make_inputs(e2e_fleet *f, char *base, char *suites)
     tiny_options tiny = tiny_defaults(3);
     char text[SUITE_BYTES];
     tiny.context = CONTEXT;
-    tiny.width = f->width ? f->width : tiny.width;
-    tiny.ffn = f->ffn ? f->ffn : tiny.ffn;
+    tiny.layers = f->layers ? f->layers : tiny.layers;
     OK(tiny_write(&tiny, base, err));
     for (size_t i = 0; i < sizeof text; i++)
         text[i] = i % 7 == 6 ? ' ' : (char)('a' + i * i % 26);
@@ -454,7 +453,7 @@ int64_t e2e_node_int(e2e_fleet *f, unsigned i, const char *key)
     return n;
 }
 
-static uint64_t last_version(e2e_fleet *f)
+uint64_t e2e_newest_release(e2e_fleet *f)
 {
     int code;
     json_t *status = e2e_tool(f, (const char *const[]){"status", NULL}, &code);
@@ -479,7 +478,7 @@ uint64_t e2e_settle(e2e_fleet *f)
     e2e_command(f, "close", NULL);
     if (!e2e_saw(&f->aggregator, "event=closed"))
         fail_msg("the aggregator ended");
-    uint64_t version = last_version(f);
+    uint64_t version = e2e_newest_release(f);
     for (unsigned i = 0; i < f->n_nodes; i++)
         E2E_UNTIL(settled(f, i, version), f->nodes[i].name);
     return version;

@@ -85,7 +85,7 @@ typedef struct {
 typedef struct {
     const char *bin; /* folder of the programs */
     temp_dir root;
-    uint32_t width, ffn; /* of the base model */
+    uint32_t layers; /* of the base model, 0: tiny.h's; more of them make it larger */
     e2e_process aggregator;
     char aggregator_dir[112];
     unsigned port; /* of the aggregator, for all its starts */
@@ -96,7 +96,7 @@ typedef struct {
 } e2e_fleet;
 
 /* A base model, gate texts, the aggregator's folder and n nodes'; nothing runs. Zero the fleet but
- * for what is to be otherwise: bin (needed), width and ffn (0: tiny.h's), words. */
+ * for what is to be otherwise: bin (needed), layers, words. */
 void e2e_fleet_make(e2e_fleet *f, unsigned n_nodes);
 /* Kills what runs and removes all. For the teardown, also after a failure. */
 void e2e_fleet_release(e2e_fleet *f);
@@ -116,6 +116,7 @@ json_t *e2e_tool(e2e_fleet *f, const char *const *words, int *code);
 void e2e_command(e2e_fleet *f, const char *word, const char *argument); /* must succeed */
 json_t *e2e_node_status(e2e_fleet *f, unsigned i);               /* NULL: it does not answer */
 int64_t e2e_node_int(e2e_fleet *f, unsigned i, const char *key); /* of its status; -1: none */
+uint64_t e2e_newest_release(e2e_fleet *f);
 /* `close`, then waits until every node has confirmed the last release and owes nothing. The users
  * must go on asking. Returns the last version. */
 uint64_t e2e_settle(e2e_fleet *f);

@@ -8,26 +8,18 @@
 #include "tests/e2e/node_rig.h"
 
 #include <arpa/inet.h>
-#include <fcntl.h>
 #include <netinet/in.h>
-#include <poll.h>
-#include <signal.h>
-#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "shared/base/clock.h"
 #include "shared/base/file.h"
 #include "tests/model/tiny.h"
 
-#define LOG_MAX  (4u << 20)
 #define ARGS_MAX 48
-
-extern char **environ;
 
 static void put(const char *dir, const char *name, const void *bytes, size_t n)
 {
@@ -82,7 +74,7 @@ void node_rig_make(node_rig *r, const char *program, const char *endpoint)
     r->dir = temp_dir_make();
     snprintf(r->bundle, sizeof r->bundle, "%s", temp_path(&r->dir, "bundle"));
     snprintf(r->node, sizeof r->node, "%s", temp_path(&r->dir, "node"));
-    snprintf(r->log, sizeof r->log, "%s", temp_path(&r->dir, "log"));
+    snprintf(r->process.log, sizeof r->process.log, "%s", temp_path(&r->dir, "log"));
     if (!endpoint)
         OK(sh_net_keys_make(&r->aggregator, err));
     make_bundle(r);
@@ -100,25 +92,9 @@ void node_rig_make(node_rig *r, const char *program, const char *endpoint)
 
 void node_rig_release(node_rig *r)
 {
-    if (r->pid > 0)
+    if (r->process.pid > 0)
         (void)node_rig_end(r, SIGKILL);
     temp_dir_remove(&r->dir);
-}
-
-static char **make_environment(const char *failpoints)
-{
-    static char line[256];
-    static char *env[512];
-    size_t n = 0;
-    for (char **e = environ; *e && n < SH_COUNT(env) - 2; e++)
-        if (strncmp(*e, "SHOAL_FAILPOINTS=", 17) != 0)
-            env[n++] = *e;
-    if (failpoints) {
-        snprintf(line, sizeof line, "SHOAL_FAILPOINTS=%s", failpoints);
-        env[n++] = line;
-    }
-    env[n] = NULL;
-    return env;
 }
 
 void node_rig_start(node_rig *r, const char *const *words, const char *failpoints)
@@ -131,63 +107,26 @@ void node_rig_start(node_rig *r, const char *const *words, const char *failpoint
         assert_true(n < ARGS_MAX - 1);
         argv[n++] = words[i];
     }
-    posix_spawn_file_actions_t files;
-    assert_int_equal(posix_spawn_file_actions_init(&files), 0);
-    posix_spawn_file_actions_addopen(&files, 2, r->log, O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    argv[n] = NULL;
     r->port = 0;
     r->starts++;
-    if (posix_spawn(&r->pid, r->program, &files, NULL, (char *const *)argv,
-                    make_environment(failpoints)) != 0)
-        fail_msg("%s cannot be started", r->program);
-    posix_spawn_file_actions_destroy(&files);
-}
-
-static char *read_log(node_rig *r)
-{
-    uint8_t *text = NULL;
-    size_t n = 0;
-    sh_error err = {0};
-    if (sh_file_read(r->log, LOG_MAX, &text, &n, &err) != SH_OK)
-        return calloc(1, 1);
-    return (char *)text;
+    e2e_start(&r->process, argv, failpoints);
 }
 
 bool node_rig_logged(node_rig *r, const char *text)
 {
-    char *log = read_log(r);
-    bool there = strstr(log, text) != NULL;
-    free(log);
-    return there;
-}
-
-static bool has_ended(pid_t pid)
-{
-    siginfo_t info = {0};
-    return waitid(P_PID, (id_t)pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == pid;
+    return e2e_logged(&r->process, text);
 }
 
 bool node_rig_saw(node_rig *r, const char *text)
 {
-    uint64_t end = sh_clock_mono_ms() + RIG_WAIT_MS;
-    while (sh_clock_mono_ms() < end) {
-        bool ended = has_ended(r->pid); /* looked at first: the log is whole then */
-        if (node_rig_logged(r, text))
-            return true;
-        if (ended)
-            return false;
-        (void)poll(NULL, 0, 10);
-    }
-    char *log = read_log(r);
-    print_error("log of the node:\n%s\n", log);
-    free(log);
-    fail_msg("'%s' did not come", text);
-    return false;
+    return e2e_saw(&r->process, text);
 }
 
 void node_rig_ready(node_rig *r)
 {
     bool ready = node_rig_saw(r, "event=ready");
-    char *log = read_log(r);
+    char *log = e2e_log(&r->process);
     const char *at = strstr(log, "event=ready http=127.0.0.1:");
     if (!ready || !at || sscanf(at, "event=ready http=127.0.0.1:%u", &r->port) != 1)
         fail_msg("the node is not ready: %s", log);
@@ -196,26 +135,12 @@ void node_rig_ready(node_rig *r)
 
 int node_rig_wait(node_rig *r)
 {
-    int how = 0;
-    uint64_t end = sh_clock_mono_ms() + RIG_WAIT_MS;
-    while (!has_ended(r->pid)) {
-        if (sh_clock_mono_ms() > end) {
-            kill(r->pid, SIGKILL);
-            waitpid(r->pid, &how, 0);
-            r->pid = 0;
-            fail_msg("the node does not end");
-        }
-        (void)poll(NULL, 0, 10);
-    }
-    assert_int_equal(waitpid(r->pid, &how, 0), r->pid);
-    r->pid = 0;
-    return WIFEXITED(how) ? WEXITSTATUS(how) : 128 + WTERMSIG(how);
+    return e2e_wait(&r->process);
 }
 
 int node_rig_end(node_rig *r, int signal_number)
 {
-    kill(r->pid, signal_number);
-    return node_rig_wait(r);
+    return e2e_end(&r->process, signal_number);
 }
 
 /* ---- HTTP ---- */

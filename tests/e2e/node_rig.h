@@ -6,38 +6,26 @@
 #ifndef SH_TESTS_E2E_NODE_RIG_H
 #define SH_TESTS_E2E_NODE_RIG_H
 
-#include <sys/types.h>
-
 #include "shared/base/buf.h"
 #include "shared/base/json.h"
 #include "shared/net/net.h"
 #include "shared/wire/wire.h"
-#include "tests/cli/run.h"
-#include "tests/store/util.h"
+#include "tests/e2e/harness.h"
 
-#define RIG_WAIT_MS 120000 /* generous: sanitizers on a machine that others use */
+#define RIG_WAIT_MS E2E_WAIT_MS
 
 typedef struct {
     const char *program;
     temp_dir dir;
-    char bundle[96], node[96], log[96];
+    char bundle[96], node[96];
     sh_sign_secret_key release_key;
     sh_sign_public_key release_pub;
     sh_net_keys aggregator; /* the aggregator that the test plays */
     sh_hash public_key;     /* the node's */
-    pid_t pid;              /* 0: none runs */
+    e2e_process process;
     unsigned port;
     unsigned starts;
 } node_rig;
-
-#define OK(call)                                                                                   \
-    do {                                                                                           \
-        sh_error ok_err_ = {0};                                                                    \
-        sh_error *err = &ok_err_;                                                                  \
-        sh_status ok_status_ = (call);                                                             \
-        if (ok_status_ != SH_OK)                                                                   \
-            fail_msg("%s: %s (%s)", #call, sh_status_name(ok_status_), err->text);                 \
-    } while (0)
 
 /* A bundle, and a node made of it. endpoint NULL: an aggregator that is not there. */
 void node_rig_make(node_rig *r, const char *program, const char *endpoint);

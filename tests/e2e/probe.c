@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "shared/base/file.h"
+#include "tests/http/client.h"
 
 #define FILE_MAX ((size_t)1 << 30)
 
@@ -55,6 +56,43 @@ double probe_metric(const char *page, const char *name)
             return strtod(line + n, NULL);
     }
     return -1;
+}
+
+/* ---- HTTP ---- */
+
+int probe_ask(unsigned port, const char *method, const char *path, const char *body, char *out,
+              size_t out_bytes)
+{
+    client_reply reply = client_ask((uint16_t)port, method, path, NULL, body);
+    int status = reply.whole ? reply.status : 0;
+    if (out)
+        snprintf(out, out_bytes, "%s", reply.body ? reply.body : "");
+    client_release(&reply);
+    return status;
+}
+
+void probe_complete(unsigned port, const char *prompt, const char *user, char *id)
+{
+    char body[1024], answer[8192];
+    snprintf(body, sizeof body,
+             "{\"prompt\": \"%s\", \"max_tokens\": 4, \"temperature\": 0, \"user\": \"%s\"}",
+             prompt, user);
+    int status = probe_ask(port, "POST", "/v1/completions", body, answer, sizeof answer);
+    const char *at = strstr(answer, "\"cmpl-");
+    if (status != 200 || !at || sscanf(at, "\"%63[^\"]", id) != 1)
+        fail_msg("completion: status %d: %s", status, answer);
+}
+
+int probe_feedback(unsigned port, const char *id, const char *action, const char *text)
+{
+    size_t n = (text ? strlen(text) : 0) + 256;
+    char *body = malloc(n);
+    assert_non_null(body);
+    snprintf(body, n, "{\"id\": \"%s\", \"action\": \"%s\"%s%s%s}", id, action,
+             text ? ", \"text\": \"" : "", text ? text : "", text ? "\"" : "");
+    int status = probe_ask(port, "POST", "/v1/feedback", body, NULL, 0);
+    free(body);
+    return status;
 }
 
 /* ---- files ---- */

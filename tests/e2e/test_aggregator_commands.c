@@ -80,12 +80,12 @@ static void bad_input_is_one_clear_line(void **state)
 
     agg_start(&r, NULL, NULL);
     agg_ready(&r);
-    REFUSED(2, "another shoal-aggregator runs on it", "--dir", r.dir, "--http.port", "0");
+    REFUSED(1, "another shoal-aggregator runs on it", "--dir", r.dir, "--http.port", "0");
     snprintf(path, sizeof path, "%s/B", r.root);
     agg_rig other;
     agg_make(&other, program, tool);
-    REFUSED(2, "in use", "--dir", other.dir, "--http.port", "0", "--listen", r.endpoint);
-    REFUSED(2, "in use", "--dir", other.dir, "--http.port", strrchr(r.http, ':') + 1, "--listen",
+    REFUSED(1, "in use", "--dir", other.dir, "--http.port", "0", "--listen", r.endpoint);
+    REFUSED(1, "in use", "--dir", other.dir, "--http.port", strrchr(r.http, ':') + 1, "--listen",
             "tcp://127.0.0.1:*");
     agg_release(&other);
     assert_int_equal(agg_http(&r, "/healthz", text, sizeof text), 200);

@@ -204,16 +204,20 @@ static void nothing_is_lost(void **state)
     kill_all_over(s);
     E2E_UNTIL(all_ready(s), "all are back");
     print_counts(s);
-    /* A round that has had no peace gets it now. */
+    for (unsigned i = 0; i < NODES; i++)
+        atomic_store(&s->users[i].topic, &e2e_after);
+    uint64_t killed_at = e2e_newest_release(f);
+    E2E_UNTIL(e2e_newest_release(f) > killed_at, "a release after the kills: it goes on learning");
     uint64_t version = e2e_settle(f);
-    json_t *audit;
     for (unsigned i = 0; i < NODES; i++)
         e2e_user_stop(&s->users[i]);
     e2e_fleet_stop(f);
-    audit = e2e_audit(f);
-    print_message("release %llu; audit: %lld made, %lld acknowledged, %lld merged\n",
-                  (unsigned long long)version, (long long)e2e_int(audit, "made"),
-                  (long long)e2e_int(audit, "acknowledged"), (long long)e2e_int(audit, "merged"));
+    json_t *audit = e2e_audit(f);
+    print_message("release %llu, at the last kill %llu; audit: %lld made, %lld acknowledged, "
+                  "%lld merged\n",
+                  (unsigned long long)version, (unsigned long long)killed_at,
+                  (long long)e2e_int(audit, "made"), (long long)e2e_int(audit, "acknowledged"),
+                  (long long)e2e_int(audit, "merged"));
     json_decref(audit);
     for (unsigned i = 0; i < NODES; i++) {
         e2e_user *u = &s->users[i];
@@ -225,7 +229,6 @@ static void nothing_is_lost(void **state)
     for (unsigned i = 0; i < PROCESSES; i++)
         total += s->kills[i];
     assert_int_equal(total, kills_wanted);
-    assert_true(version >= 2); /* it went on learning all the while */
 }
 
 int main(int argc, char **argv)

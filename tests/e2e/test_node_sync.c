@@ -229,7 +229,7 @@ static bool serve_until(played *p, const char *text)
     while (!node_rig_logged(&p->rig, text)) {
         if (sh_clock_mono_ms() > end)
             return node_rig_saw(&p->rig, text); /* says what the log has */
-        if (kill(p->rig.pid, 0) != 0)
+        if (!e2e_runs(&p->rig.process))
             return false;
         serve(p, 20);
     }

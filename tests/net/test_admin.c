@@ -28,7 +28,8 @@ typedef struct {
     pthread_t thread;
     sh_net *net;
     sh_admin *admin;
-    atomic_bool stop;
+    atomic_bool stop, holds;
+    sh_admin_caller held; /* who said "hold": answered after the next "free" */
 } service;
 
 static json_t *answer(json_t *request)
@@ -56,6 +57,37 @@ static json_t *answer(json_t *request)
     return reply;
 }
 
+static bool says(const json_t *request, const char *word)
+{
+    const char *command = json_string_value(json_object_get(request, "command"));
+    return command && strcmp(command, word) == 0;
+}
+
+static json_t *good(const char *value)
+{
+    json_t *reply = json_object();
+    sh_json_set(reply, "ok", json_true());
+    sh_json_set(reply, "value", json_string(value));
+    return reply;
+}
+
+static void take(service *s, json_t *request, sh_admin_caller caller)
+{
+    bool hold = says(request, "hold"), release = says(request, "free");
+    if (!hold && !release) {
+        sh_admin_reply(s->admin, caller, answer(request));
+        return;
+    }
+    json_decref(request);
+    if (hold) {
+        s->held = caller;
+        atomic_store(&s->holds, true);
+        return;
+    }
+    sh_admin_reply(s->admin, caller, good("free"));
+    sh_admin_reply(s->admin, s->held, good("held"));
+}
+
 static void *run(void *arg)
 {
     service *s = arg;
@@ -67,7 +99,7 @@ static void *run(void *arg)
         if (sh_admin_next(s->admin, &request, &caller, &e) != SH_OK)
             abort();
         if (request) {
-            sh_admin_reply(s->admin, caller, answer(request));
+            take(s, request, caller);
             continue;
         }
         if (sh_net_wait(&(sh_net_waiting){.servers = &server, .n_servers = 1, .timeout_ms = 50},
@@ -255,6 +287,38 @@ static void test_garbage_requests(void **state)
     service_stop(&s);
 }
 
+static void *hold(void *arg)
+{
+    sh_error e = {0};
+    json_t *request = json_pack("{s:s}", "command", "hold");
+    sh_status status = sh_admin_call(SH_ADMIN_ENDPOINT, &daemon_keys.public_key, &admin_keys,
+                                     request, DEADLINE_MS, arg, &e);
+    json_decref(request);
+    return status == SH_OK ? arg : NULL;
+}
+
+/* Tools share the admin key: a long command's answer goes to who gave it, whoever called since. */
+static void test_answers_go_to_their_callers(void **state)
+{
+    (void)state;
+    service s;
+    pthread_t thread;
+    json_t *held = NULL, *other = NULL;
+    void *ended = NULL;
+    service_start(&s);
+    assert_int_equal(pthread_create(&thread, NULL, hold, &held), 0);
+    for (uint64_t end = rig_now_ms() + DEADLINE_MS; !atomic_load(&s.holds); poll(NULL, 0, 5))
+        assert_true(rig_now_ms() < end);
+    assert_int_equal(call(&admin_keys, "{\"command\": \"free\"}", &other), SH_OK);
+    assert_string_equal(json_string_value(json_object_get(other, "value")), "free");
+    pthread_join(thread, &ended);
+    assert_non_null(ended);
+    assert_string_equal(json_string_value(json_object_get(held, "value")), "held");
+    json_decref(held);
+    json_decref(other);
+    service_stop(&s);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -264,6 +328,7 @@ int main(void)
         cmocka_unit_test(test_nobody_there),
         cmocka_unit_test(test_stale_socket_is_replaced),
         cmocka_unit_test(test_garbage_requests),
+        cmocka_unit_test(test_answers_go_to_their_callers),
     };
     char dir[] = "/tmp/shoal-admin-XXXXXX";
     OK(sh_crypto_init(&err));

@@ -1,8 +1,6 @@
 /*
  * The API over the true engine on a tiny model: what is streamed is what is answered whole,
- * releases are swapped under streams, a client that leaves frees its slot. "test_api_engine serve"
- * prints its base URL and serves until its input ends: for clients of others
- * (tests/e2e/openai_client.test).
+ * releases are swapped under streams, a client that leaves frees its slot.
  */
 #include "edge-node/api.h"
 #include "shared/base/clock.h"
@@ -300,19 +298,7 @@ static void test_client_leaves(void **state)
     assert_int_equal(sh_engine_get_status(world.engine).running, 0);
 }
 
-static int serve(void)
-{
-    char dropped[256];
-    if (start(NULL) != 0)
-        return 1;
-    print_message("http://127.0.0.1:%u/v1\n", world.port);
-    fflush(stdout);
-    while (read(STDIN_FILENO, dropped, sizeof dropped) > 0) {
-    }
-    return stop(NULL) != 0;
-}
-
-int main(int argc, char **argv)
+int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_stream_is_the_whole),
@@ -321,7 +307,5 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_swaps_under_streams),
         cmocka_unit_test(test_client_leaves),
     };
-    if (argc > 1 && !strcmp(argv[1], "serve"))
-        return serve();
     return cmocka_run_group_tests(tests, start, stop);
 }
