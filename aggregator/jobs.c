@@ -149,6 +149,19 @@ static uint32_t count_good(const sh_merge_source *sources, size_t n)
     return good;
 }
 
+sh_coord_job_result sh_job_merged(const sh_merge_job_result *r, const sh_merge_input *inputs,
+                                  uint32_t n_inputs)
+{
+    return (sh_coord_job_result){.inputs = inputs,
+                                 .n_inputs = n_inputs,
+                                 .new_master = r->new_master,
+                                 .candidate = r->blob,
+                                 .candidate_bytes = {r->candidate.data, r->candidate.len},
+                                 .format = r->format,
+                                 .adapter_rank = r->adapter ? r->adapter->rank : 0,
+                                 .adapter_discarded = r->discarded};
+}
+
 void sh_merge_job_result_release(sh_merge_job_result *result)
 {
     sh_buf_release(&result->candidate);

@@ -55,6 +55,10 @@ typedef struct {
 SH_MUST_USE sh_status sh_job_merge(const sh_merge_job *options, sh_merge_job_result *result,
                                    sh_error *err);
 void sh_merge_job_result_release(sh_merge_job_result *result);
+/* What the coordinator is told of it: borrows result and inputs; id, status and text are the
+ * shell's to set. */
+sh_coord_job_result sh_job_merged(const sh_merge_job_result *result, const sh_merge_input *inputs,
+                                  uint32_t n_inputs);
 
 /* ---- gate ---- */
 #define SH_SUITE_NAME_MAX 64

@@ -217,15 +217,7 @@ static void take_in(sh_server *s, server_task *task)
     if (s->coord == NULL)
         return; /* its next boot starts it again */
     if (task->kind == TASK_MERGE) {
-        const sh_merge_job_result *m = &task->merged;
-        e.result = (sh_coord_job_result){.inputs = task->inputs,
-                                         .n_inputs = task->job.n_inputs,
-                                         .new_master = m->new_master,
-                                         .candidate = m->blob,
-                                         .candidate_bytes = {m->candidate.data, m->candidate.len},
-                                         .format = m->format,
-                                         .adapter_rank = m->adapter ? m->adapter->rank : 0,
-                                         .adapter_discarded = m->discarded};
+        e.result = sh_job_merged(&task->merged, task->inputs, task->job.n_inputs);
     } else {
         e.result = task->gated;
         if (task->status == SH_OK)

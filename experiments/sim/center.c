@@ -159,14 +159,7 @@ static sh_status end_job(sim *s, sim_job *job, sh_error *err)
     bool merge = job->kind == SIM_COORD_KIND + SH_COORD_MERGE;
     if (merge) {
         const sh_merge_job_result *m = &job->merged;
-        e.result = (sh_coord_job_result){.inputs = job->inputs,
-                                         .n_inputs = job->coord.n_inputs,
-                                         .new_master = m->new_master,
-                                         .candidate = m->blob,
-                                         .candidate_bytes = {m->candidate.data, m->candidate.len},
-                                         .format = m->format,
-                                         .adapter_rank = m->adapter ? m->adapter->rank : 0,
-                                         .adapter_discarded = m->discarded};
+        e.result = sh_job_merged(m, job->inputs, job->coord.n_inputs);
         sh_sha256_update(&s->hash, &m->blob.sha256, sizeof m->blob.sha256);
     } else {
         e.result = job->gated;
