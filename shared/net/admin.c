@@ -276,6 +276,7 @@ sh_status sh_admin_call(const char *endpoint, const sh_hash *server_key, const s
                                                           .keys = keys,
                                                           .queue_max = ADMIN_QUEUE,
                                                           .message_max = SH_ADMIN_MESSAGE_MAX,
+                                                          .keep_unread = true,
                                                           .reconnect_min_ms = DIAL_MIN_MS,
                                                           .reconnect_max_ms = DIAL_MAX_MS},
                                  &client, err));

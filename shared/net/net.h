@@ -116,6 +116,9 @@ typedef struct {
     size_t message_max;
     uint32_t reconnect_min_ms, reconnect_max_ms; /* exponential; 0: 200 and 30,000 */
     uint32_t heartbeat_ms;                       /* 0: 5,000; a silent peer is gone after three */
+    bool keep_unread; /* what came and was not read yet outlives its connection (libzmq forgets it
+                         otherwise): for a single answer of a peer that ends. What was sent and did
+                         not get away outlives it, too */
 } sh_net_client_options;
 SH_MUST_USE sh_status sh_net_client_create(sh_net *net, const sh_net_client_options *options,
                                            sh_net_client **out, sh_error *err);

@@ -33,7 +33,7 @@ static sh_status dial(sh_net_client *c, sh_error *err)
     const sh_net_client_options *o = &c->options;
     int beat = (int)o->heartbeat_ms;
     const int settings[][2] = {
-        {ZMQ_IMMEDIATE, 1},
+        {ZMQ_IMMEDIATE, !o->keep_unread},
         {ZMQ_RECONNECT_IVL, (int)o->reconnect_min_ms},
         {ZMQ_RECONNECT_IVL_MAX, (int)o->reconnect_max_ms},
         {ZMQ_CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS},
