@@ -53,6 +53,7 @@ static int make(void **state)
 {
     played *p = calloc(1, sizeof *p);
     assert_non_null(p);
+    atomic_store(&p->shut, true); /* the ZAP thread reads the node's key after this is undone */
     OK(sh_crypto_init(err));
     OK(sh_net_keys_make(&p->rig.aggregator, err));
     OK(sh_net_create(&p->net, err));
@@ -67,6 +68,7 @@ static int make(void **state)
     node_rig_make(&p->rig, program, sh_net_server_endpoint(p->server));
     sh_buf_init(&p->manifest, SH_WIRE_MANIFEST_MAX);
     sh_buf_init(&p->pending, SH_WIRE_ITEM_MAX);
+    atomic_store(&p->shut, false);
     *state = p;
     return 0;
 }
