@@ -75,7 +75,7 @@ static bool ask(e2e_user *u, sh_rng *rng, const e2e_topic *topic, char *id, size
         client_ask((uint16_t)atomic_load(&u->port), "POST", "/v1/completions", NULL, body);
     if (reply.status == 0 || (reply.status == 200 && !reply.whole))
         atomic_fetch_add(&u->broken, 1);
-    else if (reply.status == 503 && strstr(reply.body, "\"stopping\""))
+    else if (reply.status == 503 && strstr(reply.body, "stopping"))
         atomic_fetch_add(&u->broken, 1);
     else if (reply.status != 200 || !of_one_release(reply.body) ||
              (stream && !strstr(reply.body, "data: [DONE]")) || !take_id(reply.body, id, n_id))
@@ -102,7 +102,7 @@ static void rate(e2e_user *u, sh_rng *rng, const e2e_topic *topic, const char *i
         atomic_fetch_add(&u->doubtful, 1);
     else if (reply.status == 404)
         atomic_fetch_add(&u->forgotten, 1);
-    else if (!(reply.status == 503 && strstr(reply.body, "\"stopping\"")))
+    else if (!(reply.status == 503 && strstr(reply.body, "stopping")))
         note_bad(u, "feedback", &reply);
     client_release(&reply);
 }
