@@ -83,3 +83,30 @@ void fleets_check_feedback(e2e_fleet *f, unsigned node, uint64_t acknowledged, u
         fail_msg("%s: feedback was lost or doubled", f->nodes[node].name);
     assert_true(acknowledged > 0);
 }
+
+fleets_scene *fleets_scene_make(const char *bin, uint64_t seed)
+{
+    fleets_scene *s = calloc(1, sizeof *s);
+    assert_non_null(s);
+    s->fleet = (e2e_fleet){
+        .bin = bin, .aggregator_words = fleets_eager_aggregator, .node_words = fleets_eager_node};
+    e2e_fleet_make(&s->fleet, FLEETS_NODES);
+    e2e_fleet_start(&s->fleet);
+    for (unsigned i = 0; i < FLEETS_NODES; i++) {
+        e2e_user *u = &s->users[i];
+        snprintf(u->name, sizeof u->name, "user-%u", i);
+        u->seed = seed + i;
+        u->pause_ms = 10;
+        atomic_store(&u->port, s->fleet.nodes[i].port);
+        e2e_user_start(u);
+    }
+    return s;
+}
+
+void fleets_scene_release(fleets_scene *s)
+{
+    for (unsigned i = 0; i < FLEETS_NODES; i++)
+        e2e_user_stop(&s->users[i]);
+    e2e_fleet_release(&s->fleet);
+    free(s);
+}

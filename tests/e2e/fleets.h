@@ -11,6 +11,15 @@
  * measured: the model is random. Feedback is never dropped. */
 extern const char *const fleets_eager_aggregator[], *const fleets_eager_node[];
 
+/* Such a fleet of two nodes, started, with a user each that types without end. */
+#define FLEETS_NODES 2
+typedef struct {
+    e2e_fleet fleet;
+    e2e_user users[FLEETS_NODES];
+} fleets_scene;
+fleets_scene *fleets_scene_make(const char *bin, uint64_t seed);
+void fleets_scene_release(fleets_scene *s); /* takes a stopped or a running one */
+
 /* The stopped node has the feedback of all that was answered, and nothing but what was asked:
  * acknowledged <= pieces <= acknowledged + doubtful. */
 void fleets_check_feedback(e2e_fleet *f, unsigned node, uint64_t acknowledged, uint64_t doubtful);

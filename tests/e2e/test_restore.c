@@ -18,42 +18,21 @@
 #include "tests/e2e/fleets.h"
 #include "tests/e2e/harness.h"
 
-#define NODES 2
+#define NODES FLEETS_NODES
 
 static const char *bin;
 
-typedef struct {
-    e2e_fleet fleet;
-    e2e_user users[NODES];
-} scene;
+typedef fleets_scene scene;
 
 static int make(void **state)
 {
-    scene *s = calloc(1, sizeof *s);
-    assert_non_null(s);
-    *state = s;
-    s->fleet = (e2e_fleet){
-        .bin = bin, .aggregator_words = fleets_eager_aggregator, .node_words = fleets_eager_node};
-    e2e_fleet_make(&s->fleet, NODES);
-    e2e_fleet_start(&s->fleet);
-    for (unsigned i = 0; i < NODES; i++) {
-        e2e_user *u = &s->users[i];
-        snprintf(u->name, sizeof u->name, "user-%u", i);
-        u->seed = 30 + i;
-        u->pause_ms = 10;
-        atomic_store(&u->port, s->fleet.nodes[i].port);
-        e2e_user_start(u);
-    }
+    *state = fleets_scene_make(bin, 30);
     return 0;
 }
 
 static int release(void **state)
 {
-    scene *s = *state;
-    for (unsigned i = 0; i < NODES; i++)
-        e2e_user_stop(&s->users[i]);
-    e2e_fleet_release(&s->fleet);
-    free(s);
+    fleets_scene_release(*state);
     return 0;
 }
 
