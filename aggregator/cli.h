@@ -39,10 +39,9 @@ SH_MUST_USE sh_status sh_cli_print_json(json_t *value, sh_error *err);
 /* SH_ERR_IO when what was printed did not reach stdout (a full disk, a closed pipe). */
 SH_MUST_USE sh_status sh_cli_flush(sh_error *err);
 
-int sh_cli_model(int argc, char **argv);         /* inspect, perplexity, tokenize, generate, ... */
-int sh_cli_model_inspect(int argc, char **argv); /* cli_inspect.c */
-int sh_cli_aggregator(int argc, char **argv);    /* cli_admin.c */
-int sh_cli_init(int argc, char **argv);          /* cli_init.c */
-int sh_cli_report(int argc, char **argv);        /* report_main.c */
+int sh_cli_model(int argc, char **argv);      /* cli_model.c */
+int sh_cli_aggregator(int argc, char **argv); /* cli_admin.c */
+int sh_cli_init(int argc, char **argv);       /* cli_init.c */
+int sh_cli_report(int argc, char **argv);     /* report_main.c */
 
 #endif

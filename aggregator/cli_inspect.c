@@ -2,7 +2,7 @@
 #include <inttypes.h>
 #include <string.h>
 
-#include "aggregator/cli.h"
+#include "aggregator/cli_model.h"
 #include "shared/base/hash.h"
 #include "shared/base/log.h"
 #include "shared/model/model.h"
