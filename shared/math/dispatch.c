@@ -6,9 +6,15 @@
 
 #include "shared/base/log.h"
 
+#if SH_X86
+#include <cpuid.h>
+#endif
+
 static const char *const level_names[SH_LEVELS] = {
     [SH_LEVEL_PORTABLE] = "portable",
+    [SH_LEVEL_NEON_DOTPROD] = "neon-dotprod",
     [SH_LEVEL_AVX2] = "avx2",
+    [SH_LEVEL_AVX_VNNI] = "avx-vnni",
     [SH_LEVEL_AVX512_VNNI] = "avx512-vnni",
 };
 
@@ -18,6 +24,15 @@ const char *sh_level_name(sh_level level)
     return level_names[level];
 }
 
+#if SH_X86
+/* Not every compiler's __builtin_cpu_supports knows the name. */
+static bool has_avx_vnni(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+#endif
+
 bool sh_level_available(sh_level level)
 {
 #if SH_X86
@@ -26,6 +41,8 @@ bool sh_level_available(sh_level level)
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (level == SH_LEVEL_AVX2)
         return avx2;
+    if (level == SH_LEVEL_AVX_VNNI)
+        return avx2 && has_avx_vnni();
     if (level == SH_LEVEL_AVX512_VNNI)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
@@ -50,13 +67,22 @@ static sh_level level_choose(void)
     return best;
 }
 
+static atomic_int level_in_use = -1;
+
+bool sh_level_force(sh_level level)
+{
+    SH_ASSERT(sh_level_available(level));
+    int found = -1;
+    return atomic_compare_exchange_strong(&level_in_use, &found, (int)level) || found == (int)level;
+}
+
 sh_level sh_level_get(void)
 {
-    static atomic_int chosen = -1;
-    int level = atomic_load_explicit(&chosen, memory_order_acquire);
-    if (level < 0) { /* two threads may both choose; they choose the same */
-        level = (int)level_choose();
-        atomic_store_explicit(&chosen, level, memory_order_release);
+    int level = atomic_load_explicit(&level_in_use, memory_order_acquire);
+    if (level < 0) { /* two threads may both choose: the first one's choice stays */
+        int chosen = (int)level_choose();
+        if (atomic_compare_exchange_strong(&level_in_use, &level, chosen))
+            level = chosen;
     }
     return (sh_level)level;
 }

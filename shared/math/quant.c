@@ -15,6 +15,10 @@
 
 _Static_assert(sizeof(sh_block_q8_0) == 34, "packed as in the file");
 _Static_assert(sizeof(sh_block_q4_0) == 18, "packed as in the file");
+_Static_assert(sizeof(sh_block_q4_1) == 20, "packed as in the file");
+_Static_assert(sizeof(sh_block_q5_0) == 22, "packed as in the file");
+_Static_assert(sizeof(sh_block_q5_1) == 24, "packed as in the file");
+_Static_assert(sizeof(sh_block_q5_k) == 176, "packed as in the file");
 _Static_assert(sizeof(sh_block_q4_k) == 144, "packed as in the file");
 _Static_assert(sizeof(sh_block_q6_k) == 210, "packed as in the file");
 
@@ -24,10 +28,14 @@ static const struct {
 } types[] = {
     {SH_TYPE_F32, {"F32", 1, 4, true}},
     {SH_TYPE_F16, {"F16", 1, 2, true}},
-    {SH_TYPE_BF16, {"BF16", 1, 2, false}},
+    {SH_TYPE_BF16, {"BF16", 1, 2, true}},
     {SH_TYPE_Q8_0, {"Q8_0", SH_Q8_0_VALUES, sizeof(sh_block_q8_0), true}},
     {SH_TYPE_Q4_0, {"Q4_0", SH_Q4_0_VALUES, sizeof(sh_block_q4_0), true}},
+    {SH_TYPE_Q4_1, {"Q4_1", 32, sizeof(sh_block_q4_1), false}},
+    {SH_TYPE_Q5_0, {"Q5_0", 32, sizeof(sh_block_q5_0), false}},
+    {SH_TYPE_Q5_1, {"Q5_1", 32, sizeof(sh_block_q5_1), false}},
     {SH_TYPE_Q4_K, {"Q4_K", SH_K_VALUES, sizeof(sh_block_q4_k), false}},
+    {SH_TYPE_Q5_K, {"Q5_K", SH_K_VALUES, sizeof(sh_block_q5_k), false}},
     {SH_TYPE_Q6_K, {"Q6_K", SH_K_VALUES, sizeof(sh_block_q6_k), false}},
 };
 
@@ -58,7 +66,8 @@ sh_status sh_type_parse(const char *name, sh_type *out, sh_error *err)
         }
     }
     return sh_fail(err, SH_ERR_UNSUPPORTED,
-                   "unknown tensor type '%.32s'; known are F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K",
+                   "unknown tensor type '%.32s'; known are F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, "
+                   "Q5_1, Q4_K, Q5_K, Q6_K",
                    name);
 }
 
@@ -99,6 +108,15 @@ uint16_t sh_f32_to_f16(float x)
     return float_to_half(x);
 }
 
+/* To nearest even; a NaN becomes quiet, so that it does not lose its mantissa and turn infinite. */
+SH_INLINE uint16_t float_to_bf16(float x)
+{
+    uint32_t bits = sh_f32_to_bits(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return (uint16_t)(bits >> 16 | 64);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
 /* ---- to float ---- */
 
 SH_INLINE void dequantize_q8_0(const sh_block_q8_0 *b, float *out, size_t n_blocks)
@@ -121,34 +139,84 @@ SH_INLINE void dequantize_q4_0(const sh_block_q4_0 *b, float *out, size_t n_bloc
     }
 }
 
-/* Scale and min of sub-block j: 6 bits each; those of 4..7 have their top bits in 0..3's bytes. */
-SH_INLINE void q4_k_scale(const uint8_t *s, size_t j, float *scale, float *min)
+/* Q4_1 and Q5_1 (high != NULL). The sum rounds twice, as the reference does. */
+SH_INLINE void dequantize_with_min(uint16_t d_bits, uint16_t m_bits, const uint8_t *qs,
+                                   const uint8_t *high, float *out)
 {
-    if (j < 4) {
-        *scale = (float)(s[j] & 63);
-        *min = (float)(s[j + 4] & 63);
-    } else {
-        *scale = (float)((s[j + 4] & 15) | (s[j - 4] >> 6) << 4);
-        *min = (float)(s[j + 4] >> 4 | (s[j] >> 6) << 4);
+    float d = sh_half_to_float(d_bits), m = sh_half_to_float(m_bits);
+    uint32_t bits = 0;
+    if (high != NULL)
+        memcpy(&bits, high, sizeof bits);
+    for (size_t j = 0; j < 16; j++) {
+        uint32_t low = (qs[j] & 15u) | (bits >> j & 1) << 4;
+        uint32_t top = (uint32_t)(qs[j] >> 4) | (bits >> (j + 16) & 1) << 4;
+        out[j] = (float)(int)low * d + m;
+        out[j + 16] = (float)(int)top * d + m;
+    }
+}
+
+SH_INLINE void dequantize_q4_1(const sh_block_q4_1 *b, float *out, size_t n_blocks)
+{
+    for (size_t i = 0; i < n_blocks; i++, b++, out += 32)
+        dequantize_with_min(b->d, b->m, b->qs, NULL, out);
+}
+
+SH_INLINE void dequantize_q5_1(const sh_block_q5_1 *b, float *out, size_t n_blocks)
+{
+    for (size_t i = 0; i < n_blocks; i++, b++, out += 32)
+        dequantize_with_min(b->d, b->m, b->qs, b->qh, out);
+}
+
+SH_INLINE void dequantize_q5_0(const sh_block_q5_0 *b, float *out, size_t n_blocks)
+{
+    for (size_t i = 0; i < n_blocks; i++, b++, out += 32) {
+        float d = sh_half_to_float(b->d);
+        uint32_t bits;
+        memcpy(&bits, b->qh, sizeof bits);
+        for (size_t j = 0; j < 16; j++) {
+            uint32_t low = (b->qs[j] & 15u) | (bits >> j & 1) << 4;
+            uint32_t top = (uint32_t)(b->qs[j] >> 4) | (bits >> (j + 16) & 1) << 4;
+            out[j] = (float)((int)low - 16) * d;
+            out[j + 16] = (float)((int)top - 16) * d;
+        }
+    }
+}
+
+/* Sub-blocks j and j + 1 of Q4_K, or of Q5_K (high != NULL). */
+SH_INLINE void dequantize_k_pair(const float d[2], const uint8_t scales[12], size_t j,
+                                 const uint8_t *q, const uint8_t *high, float *out)
+{
+    uint8_t scale[2], min[2];
+    sh_k_scale(scales, j, &scale[0], &min[0]);
+    sh_k_scale(scales, j + 1, &scale[1], &min[1]);
+    float d_low = d[0] * (float)scale[0], m_low = d[1] * (float)min[0];
+    float d_top = d[0] * (float)scale[1], m_top = d[1] * (float)min[1];
+    for (size_t l = 0; l < 32; l++) {
+        int low = q[l] & 15, top = q[l] >> 4;
+        if (high != NULL) {
+            low |= (high[l] >> j & 1) << 4;
+            top |= (high[l] >> (j + 1) & 1) << 4;
+        }
+        out[l] = d_low * (float)low - m_low;
+        out[l + 32] = d_top * (float)top - m_top;
     }
 }
 
 SH_INLINE void dequantize_q4_k(const sh_block_q4_k *b, float *out, size_t n_blocks)
 {
     for (size_t i = 0; i < n_blocks; i++, b++) {
-        float d = sh_half_to_float(b->d), dmin = sh_half_to_float(b->dmin);
-        for (size_t j = 0; j < 8; j += 2, out += 64) {
-            const uint8_t *q = b->qs + j * 16;
-            float scale_low, min_low, scale_high, min_high;
-            q4_k_scale(b->scales, j, &scale_low, &min_low);
-            q4_k_scale(b->scales, j + 1, &scale_high, &min_high);
-            float d_low = d * scale_low, m_low = dmin * min_low;
-            float d_high = d * scale_high, m_high = dmin * min_high;
-            for (size_t l = 0; l < 32; l++) {
-                out[l] = d_low * (float)(q[l] & 15) - m_low;
-                out[l + 32] = d_high * (float)(q[l] >> 4) - m_high;
-            }
-        }
+        const float d[2] = {sh_half_to_float(b->d), sh_half_to_float(b->dmin)};
+        for (size_t j = 0; j < 8; j += 2, out += 64)
+            dequantize_k_pair(d, b->scales, j, b->qs + j * 16, NULL, out);
+    }
+}
+
+SH_INLINE void dequantize_q5_k(const sh_block_q5_k *b, float *out, size_t n_blocks)
+{
+    for (size_t i = 0; i < n_blocks; i++, b++) {
+        const float d[2] = {sh_half_to_float(b->d), sh_half_to_float(b->dmin)};
+        for (size_t j = 0; j < 8; j += 2, out += 64)
+            dequantize_k_pair(d, b->scales, j, b->qs + j * 16, b->qh, out);
     }
 }
 
@@ -186,7 +254,7 @@ SH_INLINE void row_dequantize(sh_type type, const void *row, float *out, size_t 
         return;
     case SH_TYPE_BF16:
         for (size_t i = 0; i < n; i++)
-            out[i] = sh_bits_to_f32((uint32_t)halves[i] << 16);
+            out[i] = sh_bf16_to_float(halves[i]);
         return;
     case SH_TYPE_Q8_0:
         dequantize_q8_0(row, out, n / SH_Q8_0_VALUES);
@@ -194,8 +262,20 @@ SH_INLINE void row_dequantize(sh_type type, const void *row, float *out, size_t 
     case SH_TYPE_Q4_0:
         dequantize_q4_0(row, out, n / SH_Q4_0_VALUES);
         return;
+    case SH_TYPE_Q4_1:
+        dequantize_q4_1(row, out, n / 32);
+        return;
+    case SH_TYPE_Q5_0:
+        dequantize_q5_0(row, out, n / 32);
+        return;
+    case SH_TYPE_Q5_1:
+        dequantize_q5_1(row, out, n / 32);
+        return;
     case SH_TYPE_Q4_K:
         dequantize_q4_k(row, out, n / SH_K_VALUES);
+        return;
+    case SH_TYPE_Q5_K:
+        dequantize_q5_k(row, out, n / SH_K_VALUES);
         return;
     case SH_TYPE_Q6_K:
         dequantize_q6_k(row, out, n / SH_K_VALUES);
@@ -284,7 +364,14 @@ SH_INLINE void row_quantize(sh_type type, const float *x, void *row, size_t n)
         quantize_q4_0(x, row, n / SH_Q4_0_VALUES);
         return;
     case SH_TYPE_BF16:
+        for (size_t i = 0; i < n; i++)
+            halves[i] = float_to_bf16(x[i]);
+        return;
+    case SH_TYPE_Q4_1:
+    case SH_TYPE_Q5_0:
+    case SH_TYPE_Q5_1:
     case SH_TYPE_Q4_K:
+    case SH_TYPE_Q5_K:
     case SH_TYPE_Q6_K:
         break;
     }

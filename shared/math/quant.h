@@ -12,8 +12,12 @@ typedef enum { /* values are GGUF's */
                SH_TYPE_F32 = 0,
                SH_TYPE_F16 = 1,
                SH_TYPE_Q4_0 = 2,
+               SH_TYPE_Q4_1 = 3,
+               SH_TYPE_Q5_0 = 6,
+               SH_TYPE_Q5_1 = 7,
                SH_TYPE_Q8_0 = 8,
                SH_TYPE_Q4_K = 12,
+               SH_TYPE_Q5_K = 13,
                SH_TYPE_Q6_K = 14,
                SH_TYPE_BF16 = 30,
 } sh_type;
@@ -33,7 +37,7 @@ typedef struct {
     const char *name;      /* "Q8_0" */
     uint32_t block_values; /* 1 for floats */
     uint32_t block_bytes;
-    bool can_write; /* F32, F16, Q8_0, Q4_0 */
+    bool can_write; /* F32, F16, BF16, Q8_0, Q4_0 */
 } sh_type_info;
 
 /* NULL for a type that we do not know. */

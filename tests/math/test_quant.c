@@ -25,8 +25,9 @@ static uint32_t bits_of(float x)
 static void test_types(void **state)
 {
     (void)state;
-    static const char *const names[] = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"};
-    static const size_t bytes_of_256[] = {1024, 512, 512, 272, 144, 144, 210};
+    static const char *const names[] = {"F32",  "F16",  "BF16", "Q8_0", "Q4_0", "Q4_1",
+                                        "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"};
+    static const size_t bytes_of_256[] = {1024, 512, 512, 272, 144, 160, 176, 192, 144, 176, 210};
     for (size_t i = 0; i < SH_COUNT(names); i++) {
         sh_type type;
         assert_int_equal(sh_type_parse(names[i], &type, NULL), SH_OK);
@@ -40,7 +41,7 @@ static void test_types(void **state)
     assert_int_equal(sh_type_parse("Q8", &type, &err), SH_ERR_UNSUPPORTED);
     assert_non_null(strstr(err.text, "Q8"));
     assert_int_equal(type, SH_TYPE_Q8_0); /* untouched on error */
-    assert_null(sh_type_get(3));
+    assert_null(sh_type_get(10));
     assert_int_equal(sh_type_row_bytes(SH_TYPE_Q8_0, 172), 0);
     assert_int_equal(sh_type_row_bytes(SH_TYPE_F32, SIZE_MAX), 0);
 }
@@ -191,6 +192,65 @@ static void test_bf16(void **state)
     assert_int_equal(bits_of(y[2]), 0x10000);
 }
 
+/* To nearest even; what is written is read back; NaN stays NaN. */
+static void test_bf16_rounding(void **state)
+{
+    (void)state;
+    static const struct {
+        uint32_t bits;
+        uint16_t expected;
+    } cases[] = {
+        {0x3f808000, 0x3f80}, {0x3f818000, 0x3f82}, {0x3f808001, 0x3f81}, {0x3f807fff, 0x3f80},
+        {0xbf818000, 0xbf82}, {0x7f7fffff, 0x7f80}, {0x00008000, 0x0000}, {0x00018000, 0x0002},
+        {0xff800000, 0xff80}, {0x7f800001, 0x7fc0}, {0xffc12345, 0xffc1}, {0x80000000, 0x8000},
+    };
+    for (size_t i = 0; i < SH_COUNT(cases); i++) {
+        float x;
+        uint16_t h;
+        memcpy(&x, &cases[i].bits, sizeof x);
+        sh_row_quantize(SH_TYPE_BF16, &x, &h, 1);
+        assert_int_equal(h, cases[i].expected);
+    }
+    for (uint32_t h = 0; h <= 0xffff; h++) {
+        uint16_t half = (uint16_t)h, back;
+        float x;
+        sh_row_dequantize(SH_TYPE_BF16, &half, &x, 1);
+        sh_row_quantize(SH_TYPE_BF16, &x, &back, 1);
+        assert_int_equal(back, isnan(x) ? h | 64 : h);
+    }
+}
+
+/* Q4_1, Q5_0 and Q5_1 against their definition, one value at a time, bit for bit. */
+static void test_q4_1_q5(void **state)
+{
+    (void)state;
+    static const sh_type types[] = {SH_TYPE_Q4_1, SH_TYPE_Q5_0, SH_TYPE_Q5_1};
+    sh_rng rng;
+    sh_rng_init(&rng, SEED, 0, 3);
+    for (int round = 0; round < 150; round++) {
+        sh_type type = types[round % 3];
+        size_t at = type == SH_TYPE_Q5_0 ? 2 : 4, high = type == SH_TYPE_Q4_1 ? 0 : 4;
+        uint8_t b[24];
+        float y[32];
+        for (size_t i = 0; i < sizeof b; i++)
+            b[i] = (uint8_t)sh_rng_u32(&rng);
+        uint16_t d = sh_f32_to_f16(0.01f), m = sh_f32_to_f16(-0.07f);
+        memcpy(b, &d, 2);
+        if (type != SH_TYPE_Q5_0)
+            memcpy(b + 2, &m, 2);
+        sh_row_dequantize(type, b, y, 32);
+        for (size_t i = 0; i < 32; i++) {
+            uint8_t both = b[at + high + i % 16];
+            int q = i < 16 ? both & 15 : both >> 4;
+            if (high > 0)
+                q |= (b[at + i / 8] >> i % 8 & 1) << 4;
+            float product = sh_f16_to_f32(d) * (float)(type == SH_TYPE_Q5_0 ? q - 16 : q);
+            float sum = product + sh_f16_to_f32(m);
+            assert_int_equal(bits_of(y[i]), bits_of(type == SH_TYPE_Q5_0 ? product : sum));
+        }
+    }
+}
+
 /* K-quants against their definition, one value at a time. */
 static void test_k_quants(void **state)
 {
@@ -216,6 +276,20 @@ static void test_k_quants(void **state)
             double value = (double)sh_f16_to_f32(d) * scale * q - (double)sh_f16_to_f32(dmin) * min;
             assert_true(fabs((double)y[i] - value) <= 1e-6);
         }
+        /* Q5_K: the same with 32 bytes of high bits before the low ones */
+        uint8_t b5[176];
+        memcpy(b5, b, sizeof b5);
+        sh_row_dequantize(SH_TYPE_Q5_K, b5, y, 256);
+        for (size_t i = 0; i < 256; i++) {
+            size_t j = i / 32;
+            const uint8_t *s = b5 + 4;
+            int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
+            int min = j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | (s[j] >> 6) << 4;
+            uint8_t both = b5[48 + i / 64 * 32 + i % 32];
+            int q = (j % 2 == 0 ? both & 15 : both >> 4) | (b5[16 + i % 32] >> j & 1) << 4;
+            double value = (double)sh_f16_to_f32(d) * scale * q - (double)sh_f16_to_f32(dmin) * min;
+            assert_true(fabs((double)y[i] - value) <= 2e-6);
+        }
         memcpy(b + 208, &d, 2);
         sh_row_dequantize(SH_TYPE_Q6_K, b, y, 256);
         for (size_t i = 0; i < 256; i++) {
@@ -236,7 +310,8 @@ int main(void)
         cmocka_unit_test(test_types),         cmocka_unit_test(test_half_round_trip),
         cmocka_unit_test(test_half_rounding), cmocka_unit_test(test_round_trip),
         cmocka_unit_test(test_q8_0_rounding), cmocka_unit_test(test_extremes),
-        cmocka_unit_test(test_bf16),          cmocka_unit_test(test_k_quants),
+        cmocka_unit_test(test_bf16),          cmocka_unit_test(test_bf16_rounding),
+        cmocka_unit_test(test_q4_1_q5),       cmocka_unit_test(test_k_quants),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
