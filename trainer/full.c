@@ -55,6 +55,7 @@ void sh_full_destroy(sh_full **full)
 sh_status sh_full_from_model(const sh_model *model, sh_full **out, sh_error *err)
 {
     sh_full *full = NULL;
+    SH_TRY(tr_model_check(model, err));
     SH_TRY(full_create(&model->config, &full, err));
     tr_net_dequantize(full->net, model);
     full->keys = model->gguf;

@@ -65,6 +65,7 @@ static sh_status net_open(const sh_model *base, const sh_adapter *adapter,
     sh_status status = SH_OK;
     tr_net *net = NULL;
     float *flat = NULL;
+    SH_GOTO(tr_model_check(base, err));
     SH_GOTO(tr_data_check(&base->config, data, err));
     SH_GOTO(tr_net_create(&base->config, data->length - 1, &net, err));
     tr_net_dequantize(net, base);

@@ -236,6 +236,18 @@ static void dequantize(const sh_matrix *m, float *out)
                           out + o * (size_t)m->in, m->in);
 }
 
+sh_status tr_model_check(const sh_model *model, sh_error *err)
+{
+    if (sh_model_is_plain_llama(model))
+        return SH_OK;
+    return sh_fail(err, SH_ERR_UNSUPPORTED,
+                   "%s: cannot train: its architecture is %s%s; only llama without biases and "
+                   "scaled RoPE is trained",
+                   model->gguf != NULL ? sh_gguf_path(model->gguf) : "the model",
+                   sh_arch_name(model->config.arch),
+                   model->config.arch == SH_ARCH_LLAMA ? " with biases or scaled RoPE" : "");
+}
+
 void tr_net_dequantize(tr_net *net, const sh_model *model)
 {
     const tr_layout *l = &net->layout;

@@ -70,6 +70,8 @@ typedef struct {
 SH_MUST_USE sh_status tr_net_create(const sh_model_config *config, size_t positions, tr_net **out,
                                     sh_error *err);
 void tr_net_destroy(tr_net **net);
+/* SH_ERR_UNSUPPORTED unless the network computes what the model does. */
+SH_MUST_USE sh_status tr_model_check(const sh_model *model, sh_error *err);
 /* weights from a model of the same shape. */
 void tr_net_dequantize(tr_net *net, const sh_model *model);
 /* Lengthens the table of angles; only when no thread uses the net. */

@@ -1,7 +1,7 @@
 /*
  * LoRA adapters (Hu et al. 2021, arXiv:2106.09685) in llama.cpp's GGUF form:
  *
- *   general.type = "adapter", general.architecture = "llama", adapter.type = "lora",
+ *   general.type = "adapter", general.architecture = the base's, adapter.type = "lora",
  *   adapter.lora.alpha (f32)
  *   blk.<layer>.<matrix>.weight.lora_a  ne = {in, rank}: A [rank, in], row-major
  *   blk.<layer>.<matrix>.weight.lora_b  ne = {rank, out}: B [out, rank], row-major
@@ -49,9 +49,8 @@ void sh_adapter_destroy(sh_adapter **adapter)
     *adapter = NULL;
 }
 
-/* An adapter of the model's shapes without any values. */
-static sh_status create_empty(const sh_model_config *config, float alpha, sh_adapter **out,
-                              sh_error *err)
+sh_status sh_adapter_create_empty(const sh_model_config *config, float alpha, sh_adapter **out,
+                                  sh_error *err)
 {
     SH_ASSERT(config->n_layers > 0 && config->n_layers <= SH_MODEL_LAYERS_MAX);
     size_t n = (size_t)config->n_layers * SH_LAYER_MATRICES;
@@ -65,7 +64,8 @@ static sh_status create_empty(const sh_model_config *config, float alpha, sh_ada
     }
     for (size_t i = 0; i < n; i++)
         matrix_shape(config, i % SH_LAYER_MATRICES, &pairs[i].out, &pairs[i].in);
-    *a = (sh_adapter){.n_layers = config->n_layers, .alpha = alpha, .pairs = pairs};
+    *a = (sh_adapter){
+        .arch = config->arch, .n_layers = config->n_layers, .alpha = alpha, .pairs = pairs};
     *out = a;
     return SH_OK;
 }
@@ -78,7 +78,7 @@ sh_status sh_adapter_create(const sh_model_config *config, uint32_t rank, float 
     if (rank < 1 || rank > RANK_MAX)
         return sh_fail(err, SH_ERR_LIMIT, "an adapter of rank %" PRIu32 "; 1 to %u are allowed",
                        rank, RANK_MAX);
-    SH_GOTO(create_empty(config, alpha, &a, err));
+    SH_GOTO(sh_adapter_create_empty(config, alpha, &a, err));
     a->rank = rank;
     for (size_t i = 0; i < (size_t)a->n_layers * SH_LAYER_MATRICES; i++) {
         sh_lora_pair *pair = &a->pairs[i];
@@ -109,6 +109,20 @@ static sh_status need_string(const sh_gguf *g, const char *key, const char *want
     if (n != strlen(wanted) || memcmp(text, wanted, n) != 0)
         return sh_fail(err, SH_ERR_UNSUPPORTED, "%s: %s is '%.*s', an adapter needs '%s'",
                        sh_gguf_path(g), key, (int)SH_MIN(n, (size_t)40), text, wanted);
+    return SH_OK;
+}
+
+/* The adapter's architecture must be the model's. */
+static sh_status need_architecture(const sh_gguf *g, sh_arch arch, sh_error *err)
+{
+    const char *text = NULL, *wanted = sh_arch_name(arch);
+    size_t n = 0;
+    SH_TRY(sh_gguf_get_string(g, "general.architecture", &text, &n, err));
+    if (n != strlen(wanted) || memcmp(text, wanted, n) != 0)
+        return sh_fail(err, SH_ERR_MISMATCH,
+                       "%s: the adapter is for the architecture '%.*s', the model's is '%s'; is it "
+                       "for another base?",
+                       sh_gguf_path(g), (int)SH_MIN(n, (size_t)40), text, wanted);
     return SH_OK;
 }
 
@@ -210,13 +224,13 @@ static sh_status from_gguf(const sh_gguf *g, const sh_model_config *config, sh_a
     sh_adapter *a = NULL;
     double alpha = 0;
     SH_TRY(need_string(g, "general.type", "adapter", err));
-    SH_TRY(need_string(g, "general.architecture", "llama", err));
+    SH_TRY(need_architecture(g, config->arch, err));
     SH_TRY(need_string(g, "adapter.type", "lora", err));
     SH_TRY(sh_gguf_get_f64(g, "adapter.lora.alpha", &alpha, err));
     if (!__builtin_isfinite((float)alpha))
         return sh_fail(err, SH_ERR_INVALID, "%s: adapter.lora.alpha is not finite",
                        sh_gguf_path(g));
-    SH_TRY(create_empty(config, (float)alpha, &a, err));
+    SH_TRY(sh_adapter_create_empty(config, (float)alpha, &a, err));
     for (size_t i = 0; i < sh_gguf_n_tensors(g); i++)
         SH_GOTO(read_tensor(g, sh_gguf_tensor_at(g, i), a, err));
     SH_GOTO(check_pairs(g, a, err));
@@ -267,7 +281,7 @@ sh_status sh_adapter_encode(const sh_adapter *adapter, sh_buf *out, sh_error *er
     sh_status status = SH_OK;
     sh_gguf_writer *w = NULL;
     SH_GOTO(sh_gguf_writer_create(&w, err));
-    SH_GOTO(sh_gguf_writer_set_string(w, "general.architecture", "llama"));
+    SH_GOTO(sh_gguf_writer_set_string(w, "general.architecture", sh_arch_name(adapter->arch)));
     SH_GOTO(sh_gguf_writer_set_string(w, "general.type", "adapter"));
     SH_GOTO(sh_gguf_writer_set_string(w, "adapter.type", "lora"));
     SH_GOTO(sh_gguf_writer_set_f32(w, "adapter.lora.alpha", adapter->alpha));

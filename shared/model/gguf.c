@@ -15,6 +15,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "shared/base/file.h"
 #include "shared/model/gguf_internal.h"
@@ -30,7 +32,7 @@ struct sh_gguf {
     sh_map map;    /* of the file, or */
     uint8_t *copy; /* of bytes that were not aligned, or neither */
     const uint8_t *bytes;
-    size_t n;
+    size_t n, header_bytes;
     char *path; /* for errors */
     uint32_t version, alignment;
     gguf_key *keys;
@@ -318,11 +320,11 @@ static sh_status read_alignment(const cursor *c, sh_gguf *g)
 static const char *foreign_type_name(uint32_t type)
 {
     static const char *const names[] = {
-        [3] = "Q4_1",     [6] = "Q5_0",   [7] = "Q5_1",    [9] = "Q8_1",     [10] = "Q2_K",
-        [11] = "Q3_K",    [13] = "Q5_K",  [15] = "Q8_K",   [16] = "IQ2_XXS", [17] = "IQ2_XS",
-        [18] = "IQ3_XXS", [19] = "IQ1_S", [20] = "IQ4_NL", [21] = "IQ3_S",   [22] = "IQ2_S",
-        [23] = "IQ4_XS",  [24] = "I8",    [25] = "I16",    [26] = "I32",     [27] = "I64",
-        [28] = "F64",     [29] = "IQ1_M", [34] = "TQ1_0",  [35] = "TQ2_0",   [39] = "MXFP4",
+        [9] = "Q8_1",    [10] = "Q2_K",    [11] = "Q3_K",  [15] = "Q8_K",   [16] = "IQ2_XXS",
+        [17] = "IQ2_XS", [18] = "IQ3_XXS", [19] = "IQ1_S", [20] = "IQ4_NL", [21] = "IQ3_S",
+        [22] = "IQ2_S",  [23] = "IQ4_XS",  [24] = "I8",    [25] = "I16",    [26] = "I32",
+        [27] = "I64",    [28] = "F64",     [29] = "IQ1_M", [34] = "TQ1_0",  [35] = "TQ2_0",
+        [39] = "MXFP4",
     };
     return type < SH_COUNT(names) && names[type] != NULL ? names[type] : "unknown";
 }
@@ -377,7 +379,7 @@ static sh_status read_tensor(cursor *c, sh_gguf *g, size_t i, uint64_t *offset)
     if (sh_type_get(type) == NULL)
         return sh_fail(c->err, SH_ERR_UNSUPPORTED,
                        "%s: %s has type %" PRIu32 " (%s); read are F32, F16, BF16, Q8_0, Q4_0, "
-                       "Q4_K, Q6_K",
+                       "Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K",
                        c->path, c->what, type, foreign_type_name(type));
     t->type = (sh_type)type;
     SH_TRY(read_u64(c, offset));
@@ -434,6 +436,7 @@ static sh_status read_tensors(cursor *c, sh_gguf *g)
         extents[i].name = g->tensors[i].name;
     }
     SH_GOTO(index_names(c, g->tensor_index, g->n_tensors, "tensor"));
+    g->header_bytes = c->at;
     uint64_t start = ((uint64_t)c->at + g->alignment - 1) / g->alignment * g->alignment;
     uint64_t section_bytes = start <= c->n ? c->n - start : 0;
     for (size_t i = 0; i < g->n_tensors && start <= c->n; i++)
@@ -533,6 +536,29 @@ uint32_t sh_gguf_version(const sh_gguf *gguf)
 const char *sh_gguf_path(const sh_gguf *gguf)
 {
     return gguf->path;
+}
+
+const uint8_t *sh_gguf_bytes(const sh_gguf *gguf, size_t *n)
+{
+    *n = gguf->n;
+    return gguf->bytes;
+}
+
+size_t sh_gguf_header_bytes(const sh_gguf *gguf)
+{
+    return gguf->header_bytes;
+}
+
+void sh_gguf_forget(const sh_gguf *gguf, const void *bytes, size_t n)
+{
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = ((uintptr_t)bytes + page - 1) & ~(page - 1);
+    const uintptr_t end = ((uintptr_t)bytes + n) & ~(page - 1);
+    if (gguf->map.data == NULL || begin >= end) /* of memory it would lose what is there */
+        return;
+    SH_ASSERT(begin >= (uintptr_t)gguf->map.data &&
+              end <= (uintptr_t)gguf->map.data + gguf->map.bytes);
+    (void)!madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
 size_t sh_gguf_n_tensors(const sh_gguf *gguf)

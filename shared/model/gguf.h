@@ -42,6 +42,12 @@ void sh_gguf_close(sh_gguf **gguf);
 
 uint32_t sh_gguf_version(const sh_gguf *gguf);
 const char *sh_gguf_path(const sh_gguf *gguf); /* or the name of memory; for errors */
+/* The file as it is in the map; header_bytes of it (keys, tensor table) come before the data. */
+const uint8_t *sh_gguf_bytes(const sh_gguf *gguf, size_t *n);
+size_t sh_gguf_header_bytes(const sh_gguf *gguf);
+/* Bytes of the map that are not needed soon: whole pages of them leave the process's memory, and
+ * come back from the file when they are read. Does nothing for bytes that are not of a file. */
+void sh_gguf_forget(const sh_gguf *gguf, const void *bytes, size_t n);
 size_t sh_gguf_n_tensors(const sh_gguf *gguf);
 const sh_gguf_tensor *sh_gguf_tensor_at(const sh_gguf *gguf, size_t i);
 const sh_gguf_tensor *sh_gguf_tensor_find(const sh_gguf *gguf, const char *name); /* or NULL */
@@ -72,7 +78,8 @@ SH_MUST_USE sh_status sh_gguf_key_text(const sh_gguf *gguf, size_t i, sh_buf *ke
                                        sh_buf *value);
 
 /* ---- writing: add keys and tensors in order, then save. Data is borrowed until save. A key that
- * is set again keeps its place and gets the new value. general.alignment is ours (32). ---- */
+ * is set again keeps its place and gets the new value. general.alignment is ours (32). Data NULL is
+ * for sh_gguf_stream only. ---- */
 typedef struct sh_gguf_writer sh_gguf_writer;
 SH_MUST_USE sh_status sh_gguf_writer_create(sh_gguf_writer **out, sh_error *err);
 void sh_gguf_writer_destroy(sh_gguf_writer **writer);
@@ -97,5 +104,26 @@ SH_MUST_USE sh_status sh_gguf_writer_add_tensor(sh_gguf_writer *w, const char *n
 SH_MUST_USE sh_status sh_gguf_writer_encode(const sh_gguf_writer *w, sh_buf *out, sh_error *err);
 SH_MUST_USE sh_status sh_gguf_writer_save(const sh_gguf_writer *w, const char *path,
                                           sh_error *err); /* atomic */
+
+/* ---- writing what is too large for memory: tensors are added with data NULL, then their bytes
+ * come one tensor after another in that order, in pieces of any size; zeros between tensors are
+ * put by the stream. The file is there whole after finish, or not at all. The writer must outlive
+ * the stream and not change. ----
+ *     sh_gguf_stream *s = NULL;
+ *     SH_GOTO(sh_gguf_stream_begin(writer, path, &s, err));
+ *     for (every row of every tensor)
+ *         SH_GOTO(sh_gguf_stream_write(s, row, row_bytes, err));
+ *     SH_GOTO(sh_gguf_stream_finish(&s, err));
+ * cleanup:
+ *     sh_gguf_stream_cancel(&s); */
+typedef struct sh_gguf_stream sh_gguf_stream;
+SH_MUST_USE sh_status sh_gguf_stream_begin(const sh_gguf_writer *w, const char *path,
+                                           sh_gguf_stream **out, sh_error *err);
+/* n bytes of the tensor that is next, at most what is left of it. */
+SH_MUST_USE sh_status sh_gguf_stream_write(sh_gguf_stream *stream, const void *bytes, size_t n,
+                                           sh_error *err);
+/* Every byte must have come; also on error the stream is gone. */
+SH_MUST_USE sh_status sh_gguf_stream_finish(sh_gguf_stream **stream, sh_error *err);
+void sh_gguf_stream_cancel(sh_gguf_stream **stream); /* NULL inside is ok */
 
 #endif

@@ -46,4 +46,9 @@ const gguf_key *sh_gguf_key_at(const sh_gguf *gguf, size_t i);
 size_t sh_gguf_value_bytes(gguf_value_type type);
 const char *sh_gguf_value_type_name(gguf_value_type type);
 
+/* What comes before the tensors' bytes, padded to the alignment. */
+SH_MUST_USE sh_status sh_gguf_writer_head(const sh_gguf_writer *w, sh_buf *out);
+size_t sh_gguf_writer_n_tensors(const sh_gguf_writer *w);
+uint64_t sh_gguf_writer_tensor_bytes(const sh_gguf_writer *w, size_t i);
+
 #endif

@@ -260,7 +260,7 @@ sh_status sh_gguf_writer_add_tensor(sh_gguf_writer *w, const char *name, sh_type
 {
     written_tensor t = {.type = type, .n_dims = n_dims, .data = data};
     size_t name_bytes = strlen(name);
-    SH_ASSERT(n_dims >= 1 && n_dims <= SH_GGUF_DIMS_MAX && data != NULL);
+    SH_ASSERT(n_dims >= 1 && n_dims <= SH_GGUF_DIMS_MAX);
     if (name_bytes == 0 || name_bytes >= sizeof t.name)
         return sh_fail(err, SH_ERR_LIMIT, "the tensor name '%.64s' does not have 1 to %zu bytes",
                        name, sizeof t.name - 1);
@@ -308,7 +308,7 @@ static sh_status append_tensor_info(sh_buf *out, const written_tensor *t, uint64
     return append_u64(out, offset);
 }
 
-static sh_status append_all(const sh_gguf_writer *w, sh_buf *out)
+sh_status sh_gguf_writer_head(const sh_gguf_writer *w, sh_buf *out)
 {
     size_t start = out->len;
     uint64_t offset = 0;
@@ -325,11 +325,30 @@ static sh_status append_all(const sh_gguf_writer *w, sh_buf *out)
         uint64_t bytes = w->tensors[i].bytes;
         offset += (bytes + SH_GGUF_ALIGNMENT - 1) / SH_GGUF_ALIGNMENT * SH_GGUF_ALIGNMENT;
     }
-    for (size_t i = 0; i < w->n_tensors; i++) {
-        SH_TRY(append_padding(out, start));
-        SH_TRY(sh_buf_append(out, w->tensors[i].data, w->tensors[i].bytes));
-    }
     return append_padding(out, start);
+}
+
+size_t sh_gguf_writer_n_tensors(const sh_gguf_writer *w)
+{
+    return w->n_tensors;
+}
+
+uint64_t sh_gguf_writer_tensor_bytes(const sh_gguf_writer *w, size_t i)
+{
+    SH_ASSERT(i < w->n_tensors);
+    return w->tensors[i].bytes;
+}
+
+static sh_status append_all(const sh_gguf_writer *w, sh_buf *out)
+{
+    size_t start = out->len;
+    SH_TRY(sh_gguf_writer_head(w, out));
+    for (size_t i = 0; i < w->n_tensors; i++) {
+        SH_ASSERT(w->tensors[i].data != NULL);
+        SH_TRY(sh_buf_append(out, w->tensors[i].data, w->tensors[i].bytes));
+        SH_TRY(append_padding(out, start));
+    }
+    return SH_OK;
 }
 
 sh_status sh_gguf_writer_encode(const sh_gguf_writer *w, sh_buf *out, sh_error *err)

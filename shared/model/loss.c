@@ -73,7 +73,7 @@ static sh_status run_worker(loss_job *job, size_t worker, sh_error *err)
     }
     SH_GOTO(sh_context_create(job->model, &options, &context, err));
     if (job->adapter != NULL)
-        SH_GOTO(sh_context_set_adapters(context, &job->adapter, 1, err));
+        SH_GOTO(sh_context_set_adapters(context, &job->adapter, NULL, 1, err));
     for (size_t i = worker; i < job->n_chunks; i += job->n_workers) {
         const uint32_t n = chunk_length(job, i);
         memcpy(chunk, text->tokens + i * text->chunk, n * sizeof *chunk);

@@ -1,32 +1,34 @@
 /*
- * Whole-file quantization, as llama-quantize does it with --pure: one type for every matrix, F16
- * for a matrix whose rows are no whole blocks, F32 for vectors.
+ * Whole-file quantization, row by row. The file is made either in memory or as a stream.
  */
 #include "shared/model/quantize.h"
 
+#include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "shared/base/file.h"
+#include "shared/model/blame.h"
+#include "shared/model/finite.h"
 
-#define QUANTIZATION_VERSION 2 /* of the block formats, GGML_QNT_VERSION */
+#define QUANTIZATION_VERSION 2            /* of the block formats, GGML_QNT_VERSION */
+#define WRITE_BYTES          (256u << 10) /* rows are put together to pieces of about this */
 
 /* general.file_type, llama_ftype of llama.cpp. */
 static uint32_t file_type(sh_type type)
 {
-    switch (type) {
-    case SH_TYPE_F32:
-        return 0;
-    case SH_TYPE_F16:
-        return 1;
-    case SH_TYPE_Q4_0:
-        return 2;
-    case SH_TYPE_Q8_0:
-        return 7;
-    case SH_TYPE_BF16:
-    case SH_TYPE_Q4_K:
-    case SH_TYPE_Q6_K:
-        break;
-    }
+    static const struct {
+        sh_type type;
+        uint32_t file_type;
+    } known[] = {{SH_TYPE_F32, 0},
+                 {SH_TYPE_F16, 1},
+                 {SH_TYPE_Q4_0, 2},
+                 {SH_TYPE_Q8_0, 7},
+                 {SH_TYPE_BF16, 32}};
+    for (size_t i = 0; i < SH_COUNT(known); i++)
+        if (known[i].type == type)
+            return known[i].file_type;
     SH_ASSERT(!"a writable type");
     return 0;
 }
@@ -38,32 +40,122 @@ static sh_type type_for(const sh_gguf_tensor *t, sh_type wanted)
     return sh_type_row_bytes(wanted, t->ne[0]) > 0 ? wanted : SH_TYPE_F16;
 }
 
-/* The tensor in another type, row by row; *out is malloc'ed. */
+static uint64_t rows_of(const sh_gguf_tensor *t)
+{
+    return t->ne[1] * t->ne[2] * t->ne[3];
+}
+
+/* Sums over the values of a tensor, in doubles. */
+typedef struct {
+    double squares, error_squares, largest;
+} loss_sums;
+
+static void add_loss(loss_sums *sums, const float *before, const float *after, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        const double x = (double)before[i], e = (double)after[i] - x;
+        sums->squares += x * x;
+        sums->error_squares += e * e;
+        sums->largest = fmax(sums->largest, fabs(e));
+    }
+}
+
+/* Rows of one tensor on their way into another type. */
+typedef struct {
+    const sh_gguf_tensor *t;
+    sh_type type;
+    size_t n, src_row_bytes, row_bytes;
+    float *values, *back; /* [n] */
+} conversion;
+
+static void conversion_release(conversion *c)
+{
+    free(c->values);
+    free(c->back);
+    *c = (conversion){0};
+}
+
+static sh_status conversion_init(conversion *c, const sh_gguf_tensor *t, sh_type type,
+                                 sh_error *err)
+{
+    *c = (conversion){.t = t, .type = type, .n = t->ne[0]};
+    c->src_row_bytes = sh_type_row_bytes(t->type, c->n);
+    c->row_bytes = sh_type_row_bytes(type, c->n);
+    c->values = sh_calloc(c->n, sizeof *c->values);
+    c->back = sh_calloc(c->n, sizeof *c->back);
+    if (c->values != NULL && c->back != NULL)
+        return SH_OK;
+    conversion_release(c);
+    return sh_fail(err, SH_ERR_NO_MEMORY, "out of memory for the tensor '%s'", t->name);
+}
+
+/* Row i into `row`; its loss goes to sums unless NULL. */
+static sh_status convert_row(conversion *c, uint64_t i, void *row, loss_sums *sums, sh_error *err)
+{
+    const uint8_t *src = (const uint8_t *)c->t->data + i * c->src_row_bytes;
+    sh_row_dequantize(c->t->type, src, c->values, c->n);
+    if (!sh_row_is_finite(SH_TYPE_F32, c->values, c->n))
+        return sh_fail(err, SH_ERR_INVALID,
+                       "tensor '%s': row %" PRIu64 " holds a NaN or an infinity", c->t->name, i);
+    sh_row_quantize(c->type, c->values, row, c->n);
+    if (sums != NULL) {
+        sh_row_dequantize(c->type, row, c->back, c->n);
+        add_loss(sums, c->values, c->back, c->n);
+    }
+    return SH_OK;
+}
+
+static sh_status begin_writer(const sh_gguf *src, sh_type type, sh_gguf_writer **out, sh_error *err)
+{
+    sh_status status;
+    sh_gguf_writer *w = NULL;
+    const sh_type_info *info = sh_type_get((uint32_t)type);
+    if (info == NULL || !info->can_write)
+        return sh_fail(err, SH_ERR_UNSUPPORTED,
+                       "cannot quantize to %s; F32, F16, BF16, Q8_0 and Q4_0 can be written",
+                       info == NULL ? "an unknown type" : info->name);
+    SH_GOTO(sh_gguf_writer_create(&w, err));
+    SH_GOTO(sh_gguf_writer_copy_keys(w, src, NULL, err));
+    status = sh_gguf_writer_set_u32(w, "general.quantization_version", QUANTIZATION_VERSION);
+    if (status == SH_OK)
+        status = sh_gguf_writer_set_u32(w, "general.file_type", file_type(type));
+    if (status != SH_OK)
+        sh_fail(err, status, "out of memory to quantize %s", sh_gguf_path(src));
+    if (status == SH_OK) {
+        *out = w;
+        w = NULL;
+    }
+
+cleanup:
+    sh_gguf_writer_destroy(&w);
+    return status;
+}
+
+/* ---- in memory ---- */
+
+/* The tensor in another type; *out is malloc'ed. */
 static sh_status convert(const sh_gguf_tensor *t, sh_type type, void **out, sh_error *err)
 {
-    sh_status status = SH_OK;
-    size_t row_values = t->ne[0], n_rows = t->ne[1] * t->ne[2] * t->ne[3];
-    size_t row_bytes = sh_type_row_bytes(type, row_values), bytes;
-    size_t src_row_bytes = sh_type_row_bytes(t->type, row_values);
+    sh_status status;
+    size_t bytes;
     uint8_t *rows = NULL;
-    float *values = sh_calloc(row_values, sizeof *values);
-    if (!__builtin_mul_overflow(row_bytes, n_rows, &bytes))
+    conversion c;
+    SH_TRY(conversion_init(&c, t, type, err));
+    if (!__builtin_mul_overflow(c.row_bytes, rows_of(t), &bytes))
         rows = sh_alloc_aligned(bytes);
-    if (values == NULL || rows == NULL) {
+    if (rows == NULL) {
         status = sh_fail(err, SH_ERR_NO_MEMORY, "out of memory for the tensor '%s'", t->name);
         goto cleanup;
     }
-    for (size_t i = 0; i < n_rows; i++) {
-        sh_row_dequantize(t->type, (const uint8_t *)t->data + i * src_row_bytes, values,
-                          row_values);
-        sh_row_quantize(type, values, rows + i * row_bytes, row_values);
-    }
+    for (uint64_t i = 0; i < rows_of(t); i++)
+        SH_GOTO(convert_row(&c, i, rows + i * c.row_bytes, NULL, err));
+    status = SH_OK;
     *out = rows;
     rows = NULL;
 
 cleanup:
-    free(values);
     free(rows);
+    conversion_release(&c);
     return status;
 }
 
@@ -80,21 +172,13 @@ static sh_status add_tensor(sh_gguf_writer *w, const sh_gguf_tensor *t, sh_type 
 
 sh_status sh_gguf_quantize_encode(const sh_gguf *src, sh_type type, sh_buf *out, sh_error *err)
 {
-    sh_status status = SH_OK;
+    sh_status status;
     sh_gguf_writer *w = NULL;
     size_t n = sh_gguf_n_tensors(src);
-    const sh_type_info *info = sh_type_get((uint32_t)type);
-    if (info == NULL || !info->can_write)
-        return sh_fail(err, SH_ERR_UNSUPPORTED,
-                       "cannot quantize to %s; F32, F16, Q8_0 and Q4_0 can be written",
-                       info == NULL ? "an unknown type" : info->name);
     void **made = sh_calloc(n, sizeof *made);
     if (made == NULL)
         return sh_fail(err, SH_ERR_NO_MEMORY, "out of memory to quantize %s", sh_gguf_path(src));
-    SH_GOTO(sh_gguf_writer_create(&w, err));
-    SH_GOTO(sh_gguf_writer_copy_keys(w, src, NULL, err));
-    SH_GOTO(sh_gguf_writer_set_u32(w, "general.quantization_version", QUANTIZATION_VERSION));
-    SH_GOTO(sh_gguf_writer_set_u32(w, "general.file_type", file_type(type)));
+    SH_GOTO(begin_writer(src, type, &w, err));
     for (size_t i = 0; i < n; i++)
         SH_GOTO(add_tensor(w, sh_gguf_tensor_at(src, i), type, &made[i], err));
     SH_GOTO(sh_gguf_writer_encode(w, out, err));
@@ -104,18 +188,100 @@ cleanup:
         free(made[i]);
     free(made);
     sh_gguf_writer_destroy(&w);
+    if (status != SH_OK)
+        sh_blame_file(src, err);
+    return status;
+}
+
+/* ---- to a file ---- */
+
+/* All rows of one tensor, in pieces. */
+static sh_status stream_rows(sh_gguf_stream *stream, conversion *c, loss_sums *sums, sh_error *err)
+{
+    sh_status status = SH_OK;
+    const uint64_t n_rows = rows_of(c->t);
+    const size_t at_once = SH_MAX(WRITE_BYTES / c->row_bytes, 1);
+    uint8_t *rows = sh_alloc_aligned(SH_MIN(at_once, n_rows) * c->row_bytes);
+    if (rows == NULL)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "out of memory for the tensor '%s'", c->t->name);
+    for (uint64_t i = 0; i < n_rows; i += at_once) {
+        const uint64_t end = SH_MIN(i + at_once, n_rows);
+        for (uint64_t r = i; r < end; r++)
+            SH_GOTO(convert_row(c, r, rows + (r - i) * c->row_bytes, sums, err));
+        SH_GOTO(sh_gguf_stream_write(stream, rows, (end - i) * c->row_bytes, err));
+    }
+
+cleanup:
+    free(rows);
+    return status;
+}
+
+static sh_status stream_tensor(sh_gguf_stream *stream, const sh_gguf_tensor *t, sh_type type,
+                               sh_quantize_loss *loss, sh_error *err)
+{
+    conversion c;
+    loss_sums sums = {0};
+    *loss = (sh_quantize_loss){.name = t->name,
+                               .before = t->type,
+                               .after = type,
+                               .n_values = t->ne[0] * rows_of(t),
+                               .bytes_before = t->bytes,
+                               .bytes = sh_type_row_bytes(type, t->ne[0]) * rows_of(t)};
+    if (type == t->type)
+        return sh_gguf_stream_write(stream, t->data, t->bytes, err);
+    SH_TRY(conversion_init(&c, t, type, err));
+    sh_status status = stream_rows(stream, &c, &sums, err);
+    conversion_release(&c);
+    loss->rms_error = sums.squares > 0 ? sqrt(sums.error_squares / sums.squares) : 0;
+    loss->largest_error = sums.largest;
+    return status;
+}
+
+sh_status sh_gguf_quantize_file(const sh_gguf *src, sh_type type, const char *out_path,
+                                const sh_quantize_report *report, sh_error *err)
+{
+    sh_status status;
+    sh_gguf_writer *w = NULL;
+    sh_gguf_stream *stream = NULL;
+    const size_t n = sh_gguf_n_tensors(src);
+    SH_GOTO(begin_writer(src, type, &w, err));
+    for (size_t i = 0; i < n; i++) {
+        const sh_gguf_tensor *t = sh_gguf_tensor_at(src, i);
+        SH_GOTO(
+            sh_gguf_writer_add_tensor(w, t->name, type_for(t, type), t->ne, t->n_dims, NULL, err));
+    }
+    SH_GOTO(sh_gguf_stream_begin(w, out_path, &stream, err));
+    for (size_t i = 0; i < n; i++) {
+        const sh_gguf_tensor *t = sh_gguf_tensor_at(src, i);
+        sh_quantize_loss loss;
+        status = stream_tensor(stream, t, type_for(t, type), &loss, err);
+        if (status == SH_ERR_INVALID)
+            sh_blame_file(src, err);
+        SH_GOTO(status);
+        if (report != NULL)
+            report->tensor(report->arg, &loss, i + 1, n);
+    }
+    SH_GOTO(sh_gguf_stream_finish(&stream, err));
+
+cleanup:
+    sh_gguf_stream_cancel(&stream);
+    sh_gguf_writer_destroy(&w);
     return status;
 }
 
 sh_status sh_gguf_quantize(const sh_gguf *src, sh_type type, const char *out_path, sh_error *err)
 {
-    sh_status status = SH_OK;
-    sh_buf bytes;
-    sh_buf_init(&bytes, SIZE_MAX);
-    SH_GOTO(sh_gguf_quantize_encode(src, type, &bytes, err));
-    SH_GOTO(sh_file_write_atomic(out_path, bytes.data, bytes.len, err));
+    return sh_gguf_quantize_file(src, type, out_path, NULL, err);
+}
 
-cleanup:
-    sh_buf_release(&bytes);
-    return status;
+sh_status sh_gguf_check_tensor(const sh_gguf_tensor *tensor, sh_error *err)
+{
+    const size_t row_bytes = sh_type_row_bytes(tensor->type, tensor->ne[0]);
+    for (uint64_t i = 0; i < rows_of(tensor); i++)
+        if (!sh_row_is_finite(tensor->type, (const uint8_t *)tensor->data + i * row_bytes,
+                              tensor->ne[0]))
+            return sh_fail(err, SH_ERR_INVALID,
+                           "tensor '%s': row %" PRIu64 " holds a NaN or an infinity", tensor->name,
+                           i);
+    return SH_OK;
 }

@@ -1,43 +1,33 @@
-#include "shared/model/transform.h"
+#include "shared/model/transform_internal.h"
 
-#include <math.h>
-#include <string.h>
+size_t sh_kv_tile_bytes(uint32_t head_size, bool halves)
+{
+    const size_t values = (head_size + SH_LANES_UP(head_size)) * SH_KV_TILE;
+    return values * (halves ? sizeof(uint16_t) : sizeof(float));
+}
 
-#include "shared/math/kernel.h"
+/* See scratch_of in transform_attend.h. */
+size_t sh_attend_scratch_bytes(uint32_t head_size)
+{
+    const size_t a_query = SH_LANES_UP(head_size) + SH_LANES + 1;
+    const size_t weights = (size_t)SH_ATTEND_GROUP * SH_ATTEND_POSITIONS;
+    return (SH_ATTEND_CHUNK * a_query + weights) * sizeof(float) +
+           SH_ATTEND_TILES * sh_kv_tile_bytes(head_size, false);
+}
 
-typedef float v16 __attribute__((vector_size(SH_LANES * sizeof(float))));
-typedef int32_t v16i __attribute__((vector_size(SH_LANES * sizeof(int32_t))));
-typedef uint32_t v16u __attribute__((vector_size(SH_LANES * sizeof(uint32_t))));
-typedef double v16d __attribute__((vector_size(SH_LANES * sizeof(double))));
-
-#define LEVEL(name) portable_##name
-#define TARGET
-#include "shared/model/transform_body.h"
-#undef LEVEL
-#undef TARGET
-
-#if defined(__x86_64__)
-#define LEVEL(name) avx2_##name
-#define TARGET      __attribute__((target("avx2,fma")))
-#include "shared/model/transform_body.h"
-#undef LEVEL
-#undef TARGET
-
-#define LEVEL(name) avx512_##name
-#define TARGET      __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma")))
-#include "shared/model/transform_body.h"
-#undef LEVEL
-#undef TARGET
+const sh_transform *sh_transform_at(sh_level level)
+{
+#if SH_X86
+    if (level == SH_LEVEL_AVX512_VNNI)
+        return &sh_transform_avx512;
+    if (level == SH_LEVEL_AVX2 || level == SH_LEVEL_AVX_VNNI)
+        return &sh_transform_avx2;
 #endif
+    (void)level;
+    return &sh_transform_portable;
+}
 
 const sh_transform *sh_transform_get(void)
 {
-#if defined(__x86_64__)
-    const char *level = sh_kernel_level();
-    if (strncmp(level, "avx512", 6) == 0 && __builtin_cpu_supports("avx512dq"))
-        return &avx512_table;
-    if (strncmp(level, "avx", 3) == 0)
-        return &avx2_table;
-#endif
-    return &portable_table;
+    return sh_transform_at(sh_level_get());
 }

@@ -1,260 +1,272 @@
 /*
- * Bodies of transform.h, included once a level by transform.c with two macros set:
- * LEVEL(name) names a function of the level, TARGET is its attribute. Vectors of 16 floats are
- * GCC's and Clang's generic ones; the compiler cuts them to what the level has.
+ * Bodies of transform.h, included once by each level's file after its lanes: the type v16 of 16
+ * floats with its operations (lanes_*), TARGET and OP (attributes of a function and of an inlined
+ * operation), how many vectors a step takes (what fits the registers; no result depends on it), and
+ * TABLE, the table's name.
+ *
+ * A fused multiply-add is asked for by name (these files are compiled with -ffp-contract=off), so
+ * levels that have it round alike.
  */
-
-TARGET static inline v16 LEVEL(load)(const float *p)
-{
-    v16 v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-TARGET static inline void LEVEL(store)(float *p, v16 v)
-{
-    memcpy(p, &v, sizeof v);
-}
-
-/* The first n lanes from p, the rest `fill`. */
-TARGET static inline v16 LEVEL(load_part)(const float *p, size_t n, float fill)
-{
-    v16 v;
-    for (size_t i = 0; i < SH_LANES; i++)
-        v[i] = i < n ? p[i] : fill;
-    return v;
-}
-
-TARGET static inline v16 LEVEL(select)(v16i mask, v16 yes, v16 no)
-{
-    return (v16)((mask & (v16i)yes) | (~mask & (v16i)no));
-}
-
-TARGET static inline v16 LEVEL(splat)(float x)
-{
-    return x - (v16){0};
-}
-
-TARGET static inline float LEVEL(sum)(v16 v)
-{
-    float s[SH_LANES];
-    memcpy(s, &v, sizeof s);
-    for (size_t half = SH_LANES / 2; half > 0; half /= 2)
-        for (size_t i = 0; i < half; i++)
-            s[i] += s[i + half];
-    return s[0];
-}
-
-TARGET static inline float LEVEL(largest)(v16 v)
-{
-    float m = v[0];
-    for (size_t i = 1; i < SH_LANES; i++)
-        m = v[i] > m ? v[i] : m;
-    return m;
-}
+#include <float.h>
+#include <math.h>
+#include <string.h>
 
 /* e^x: x = k ln 2 + r, |r| <= ln 2 / 2; e^r by a polynomial of degree 6 (coefficients of Moshier's
- * Cephes expf). A NaN stays one. */
-TARGET static inline v16 LEVEL(exp)(v16 x)
+ * Cephes expf). e^0 is 1 exactly. A NaN stays one. */
+OP v16 lanes_exp(v16 x)
 {
-    x = LEVEL(select)(x < -86.0f, LEVEL(splat)(-86.0f), x);
-    x = LEVEL(select)(x > 86.0f, LEVEL(splat)(86.0f), x);
-    const v16 shifted = x * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: rounds to integer */
-    const v16 k = shifted - 12582912.0f;
-    const v16 r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-    v16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const v16u power = ((v16u)shifted << 23) + (127u << 23);
-    return p * (v16)power;
+    const v16 magic = lanes_splat(12582912.0f); /* 1.5 * 2^23: rounds to integer */
+    x = lanes_min(lanes_splat(86.0f), lanes_max(lanes_splat(-86.0f), x));
+    const v16 shifted = lanes_fma(x, lanes_splat(1.44269504088896341f), magic);
+    const v16 k = lanes_sub(shifted, magic);
+    const v16 r =
+        lanes_fma(k, lanes_splat(2.12194440e-4f), lanes_fnma(k, lanes_splat(0.693359375f), x));
+    v16 p = lanes_fma(r, lanes_splat(1.9875691500e-4f), lanes_splat(1.3981999507e-3f));
+    p = lanes_fma(p, r, lanes_splat(8.3334519073e-3f));
+    p = lanes_fma(p, r, lanes_splat(4.1665795894e-2f));
+    p = lanes_fma(p, r, lanes_splat(1.6666665459e-1f));
+    p = lanes_fma(p, r, lanes_splat(5.0000001201e-1f));
+    p = lanes_add(lanes_fma(p, lanes_mul(r, r), r), lanes_splat(1.0f));
+    return lanes_power(p, shifted);
 }
 
-TARGET static void LEVEL(rms_norm)(const float *x, const float *weight, float eps, uint32_t n,
-                                   float *out)
+/* Four sums side by side hide the latency of the additions. */
+TARGET static void rms_norm(const float *x, const float *weight, float eps, uint32_t n, float *out)
 {
-    v16 squares = {0};
+    v16 a = lanes_zero(), b = a, c = a, d = a;
+    uint32_t i = 0;
+    for (; i + 4 * SH_LANES <= n; i += 4 * SH_LANES) {
+        const v16 s = lanes_load(x + i), t = lanes_load(x + i + SH_LANES);
+        const v16 u = lanes_load(x + i + 2 * SH_LANES), v = lanes_load(x + i + 3 * SH_LANES);
+        a = lanes_fma(s, s, a);
+        b = lanes_fma(t, t, b);
+        c = lanes_fma(u, u, c);
+        d = lanes_fma(v, v, d);
+    }
+    for (; i < n; i += SH_LANES) {
+        const v16 v = lanes_load_part(x + i, SH_MIN(SH_LANES, n - i));
+        a = lanes_fma(v, v, a);
+    }
+    const float squares = lanes_sum(lanes_add(lanes_add(a, b), lanes_add(c, d)));
+    const v16 scale = lanes_splat(1.0f / sqrtf(squares / (float)n + eps));
+    for (i = 0; i + SH_LANES <= n; i += SH_LANES)
+        lanes_store(out + i,
+                    lanes_mul(lanes_mul(lanes_load(x + i), scale), lanes_load(weight + i)));
+    if (i < n) {
+        const v16 v = lanes_mul(lanes_load_part(x + i, n - i), scale);
+        lanes_store_part(out + i, lanes_mul(v, lanes_load_part(weight + i, n - i)), n - i);
+    }
+}
+
+TARGET static void rotate(float *x, const float *angles, uint32_t n)
+{
+    const size_t end = 2 * (size_t)n;
+    size_t i = 0;
+    for (; i + SH_LANES <= end; i += SH_LANES)
+        lanes_store(x + i, lanes_rotate(lanes_load(x + i), lanes_load(angles + i)));
+    if (i < end) {
+        const v16 v = lanes_load_part(x + i, end - i);
+        lanes_store_part(x + i, lanes_rotate(v, lanes_load_part(angles + i, end - i)), end - i);
+    }
+}
+
+TARGET static void rotate_halves(float *x, const float *angles, uint32_t n)
+{
+    v16 c, s;
     uint32_t i = 0;
     for (; i + SH_LANES <= n; i += SH_LANES) {
-        const v16 v = LEVEL(load)(x + i);
-        squares += v * v;
+        const v16 a = lanes_load(x + i), b = lanes_load(x + n + i);
+        lanes_load_pairs(angles + 2 * (size_t)i, &c, &s);
+        lanes_store(x + i, lanes_fnma(b, s, lanes_mul(a, c)));
+        lanes_store(x + n + i, lanes_fma(a, s, lanes_mul(b, c)));
     }
     if (i < n) {
-        const v16 v = LEVEL(load_part)(x + i, n - i, 0);
-        squares += v * v;
+        const uint32_t rest = n - i;
+        const v16 a = lanes_load_part(x + i, rest), b = lanes_load_part(x + n + i, rest);
+        float pairs[2 * SH_LANES] = {0};
+        memcpy(pairs, angles + 2 * (size_t)i, 2 * (size_t)rest * sizeof *pairs);
+        lanes_load_pairs(pairs, &c, &s);
+        lanes_store_part(x + i, lanes_fnma(b, s, lanes_mul(a, c)), rest);
+        lanes_store_part(x + n + i, lanes_fma(a, s, lanes_mul(b, c)), rest);
     }
-    const float scale = 1.0f / sqrtf(LEVEL(sum)(squares) / (float)n + eps);
-    for (i = 0; i < n; i++)
-        out[i] = x[i] * scale * weight[i];
 }
 
-TARGET static void LEVEL(rotate)(float *x, const float *angles, uint32_t n)
+OP v16 gated(v16 gate, v16 up)
 {
-    for (uint32_t i = 0; i < n; i++) {
-        const float a = x[2 * i], b = x[2 * i + 1];
-        const float c = angles[2 * i], s = angles[2 * i + 1];
-        x[2 * i] = a * c - b * s;
-        x[2 * i + 1] = a * s + b * c;
-    }
+    const v16 minus = lanes_sub(lanes_zero(), gate);
+    return lanes_mul(lanes_div(gate, lanes_add(lanes_splat(1.0f), lanes_exp(minus))), up);
 }
 
-/* scores[n_keys] = q·K * scale, in whole blocks of lanes. */
-TARGET static void LEVEL(score)(const sh_head_cache *cache, const float *q, uint32_t n_keys,
-                                float *scores)
-{
-    const uint32_t head_size = cache->head_size;
-    const size_t end = SH_LANES_UP(n_keys), stride = cache->stride;
-    const float scale = 1.0f / sqrtf((float)head_size);
-    size_t s = 0;
-    for (; s + 4 * SH_LANES <= end; s += 4 * SH_LANES) {
-        v16 a = {0}, b = {0}, c = {0}, d = {0};
-        const float *k = cache->k + s;
-        for (uint32_t i = 0; i < head_size; i++, k += stride) {
-            a += q[i] * LEVEL(load)(k);
-            b += q[i] * LEVEL(load)(k + SH_LANES);
-            c += q[i] * LEVEL(load)(k + 2 * SH_LANES);
-            d += q[i] * LEVEL(load)(k + 3 * SH_LANES);
-        }
-        LEVEL(store)(scores + s, a * scale);
-        LEVEL(store)(scores + s + SH_LANES, b * scale);
-        LEVEL(store)(scores + s + 2 * SH_LANES, c * scale);
-        LEVEL(store)(scores + s + 3 * SH_LANES, d * scale);
-    }
-    for (; s < end; s += SH_LANES) {
-        v16 a = {0};
-        const float *k = cache->k + s;
-        for (uint32_t i = 0; i < head_size; i++, k += stride)
-            a += q[i] * LEVEL(load)(k);
-        LEVEL(store)(scores + s, a * scale);
-    }
-}
-
-/* Scores become weights e^(score - largest); returns their sum. */
-TARGET static float LEVEL(weigh)(uint32_t n_keys, float *scores)
-{
-    const size_t end = SH_LANES_UP(n_keys);
-    for (size_t s = n_keys; s < end; s++)
-        scores[s] = -INFINITY;
-    v16 top = LEVEL(load)(scores);
-    for (size_t s = SH_LANES; s < end; s += SH_LANES) {
-        const v16 v = LEVEL(load)(scores + s);
-        top = LEVEL(select)(v > top, v, top);
-    }
-    const float largest = LEVEL(largest)(top);
-    v16 sums = {0};
-    for (size_t s = 0; s < end; s += SH_LANES) {
-        v16 w = LEVEL(exp)(LEVEL(load)(scores + s) - largest);
-        if (s + SH_LANES > n_keys)
-            for (size_t i = n_keys - s; i < SH_LANES; i++)
-                w[i] = 0;
-        sums += w;
-        LEVEL(store)(scores + s, w);
-    }
-    return LEVEL(sum)(sums);
-}
-
-TARGET static void LEVEL(attend)(const sh_head_cache *cache, const float *q, uint32_t n_keys,
-                                 float *scores, float *out)
-{
-    LEVEL(score)(cache, q, n_keys, scores);
-    const float share = 1.0f / LEVEL(weigh)(n_keys, scores);
-    const uint32_t padded = cache->head_padded;
-    uint32_t d = 0;
-    for (; d + 4 * SH_LANES <= padded; d += 4 * SH_LANES) {
-        v16 a = {0}, b = {0}, c = {0}, e = {0};
-        const float *v = cache->v + d;
-        for (uint32_t s = 0; s < n_keys; s++, v += padded) {
-            a += scores[s] * LEVEL(load)(v);
-            b += scores[s] * LEVEL(load)(v + SH_LANES);
-            c += scores[s] * LEVEL(load)(v + 2 * SH_LANES);
-            e += scores[s] * LEVEL(load)(v + 3 * SH_LANES);
-        }
-        const v16 block[4] = {a * share, b * share, c * share, e * share};
-        memcpy(out + d, block, SH_MIN(sizeof block, (cache->head_size - d) * sizeof *out));
-    }
-    for (; d < padded; d += SH_LANES) {
-        v16 a = {0};
-        const float *v = cache->v + d;
-        for (uint32_t s = 0; s < n_keys; s++, v += padded)
-            a += scores[s] * LEVEL(load)(v);
-        a *= share;
-        memcpy(out + d, &a, SH_MIN(sizeof a, (cache->head_size - d) * sizeof *out));
-    }
-}
-
-TARGET static void LEVEL(swiglu)(float *gate, const float *up, size_t n)
+TARGET static void swiglu(float *gate, const float *up, size_t n)
 {
     size_t i = 0;
-    for (; i + SH_LANES <= n; i += SH_LANES) {
-        const v16 g = LEVEL(load)(gate + i);
-        LEVEL(store)(gate + i, g / (1.0f + LEVEL(exp)(-g)) * LEVEL(load)(up + i));
-    }
+    for (; i + SH_LANES <= n; i += SH_LANES)
+        lanes_store(gate + i, gated(lanes_load(gate + i), lanes_load(up + i)));
     if (i < n) {
-        const v16 g = LEVEL(load_part)(gate + i, n - i, 0);
-        const v16 y = g / (1.0f + LEVEL(exp)(-g)) * LEVEL(load_part)(up + i, n - i, 0);
-        memcpy(gate + i, &y, (n - i) * sizeof *gate);
+        const v16 y = gated(lanes_load_part(gate + i, n - i), lanes_load_part(up + i, n - i));
+        lanes_store_part(gate + i, y, n - i);
     }
 }
 
-TARGET static void LEVEL(add_rows)(float *y, const float *t, const float *rows, uint32_t rank,
-                                   uint32_t out)
+TARGET static void add(float *y, const float *x, size_t n)
 {
-    uint32_t o = 0;
-    for (; o + 4 * SH_LANES <= out; o += 4 * SH_LANES) {
-        v16 a = {0}, b = {0}, c = {0}, d = {0};
-        const float *row = rows + o;
-        for (uint32_t r = 0; r < rank; r++, row += out) {
-            a += t[r] * LEVEL(load)(row);
-            b += t[r] * LEVEL(load)(row + SH_LANES);
-            c += t[r] * LEVEL(load)(row + 2 * SH_LANES);
-            d += t[r] * LEVEL(load)(row + 3 * SH_LANES);
-        }
-        LEVEL(store)(y + o, LEVEL(load)(y + o) + a);
-        LEVEL(store)(y + o + SH_LANES, LEVEL(load)(y + o + SH_LANES) + b);
-        LEVEL(store)(y + o + 2 * SH_LANES, LEVEL(load)(y + o + 2 * SH_LANES) + c);
-        LEVEL(store)(y + o + 3 * SH_LANES, LEVEL(load)(y + o + 3 * SH_LANES) + d);
-    }
-    for (; o < out; o++) {
-        float sum = 0;
-        for (uint32_t r = 0; r < rank; r++)
-            sum += t[r] * rows[(size_t)r * out + o];
-        y[o] += sum;
-    }
+    size_t i = 0;
+    for (; i + SH_LANES <= n; i += SH_LANES)
+        lanes_store(y + i, lanes_add(lanes_load(y + i), lanes_load(x + i)));
+    for (; i < n; i++)
+        y[i] += x[i];
 }
 
-TARGET static double LEVEL(log_sum_exp)(const float *x, uint32_t n)
+/* ---- low-rank addition ---- */
+
+/* 16 values at place i of an array of floats or halves. */
+OP v16 load_at(const void *p, size_t i, const bool halves)
 {
-    v16 top = LEVEL(splat)(x[0]);
+    return halves ? lanes_load_halves((const uint16_t *)p + i) : lanes_load((const float *)p + i);
+}
+
+/* `columns` vectors of ranks from rank r on: for each four sums, of every fourth input. */
+OP void down_step(const sh_lora_a *a, const float *x, uint32_t r, float *t, const int columns,
+                  const bool halves)
+{
+    v16 sums[4][LORA_DOWN_COLUMNS];
+    SH_UNROLL
+    for (int j = 0; j < 4; j++)
+        SH_UNROLL
+    for (int c = 0; c < columns; c++)
+        sums[j][c] = lanes_zero();
     uint32_t i = 0;
-    for (; i + SH_LANES <= n; i += SH_LANES) {
-        const v16 v = LEVEL(load)(x + i);
-        top = LEVEL(select)(v > top, v, top);
+    for (; i + 4 <= a->in; i += 4) {
+        SH_UNROLL
+        for (uint32_t j = 0; j < 4; j++) {
+            const v16 value = lanes_splat(x[i + j]);
+            SH_UNROLL
+            for (int c = 0; c < columns; c++) {
+                const size_t place = (size_t)(i + j) * a->rank + r + (size_t)c * SH_LANES;
+                sums[j][c] = lanes_fma(value, load_at(a->a, place, halves), sums[j][c]);
+            }
+        }
     }
-    float largest = LEVEL(largest)(top);
+    SH_UNROLL
+    for (int c = 0; c < columns; c++) {
+        for (uint32_t j = i; j < a->in; j++) {
+            const size_t place = (size_t)j * a->rank + r + (size_t)c * SH_LANES;
+            sums[0][c] = lanes_fma(lanes_splat(x[j]), load_at(a->a, place, halves), sums[0][c]);
+        }
+        lanes_store(t + r + c * SH_LANES, lanes_add(lanes_add(sums[0][c], sums[1][c]),
+                                                    lanes_add(sums[2][c], sums[3][c])));
+    }
+}
+
+OP void down(const sh_lora_a *a, const float *x, uint32_t begin, uint32_t end, float *t,
+             const bool halves)
+{
+    uint32_t r = begin;
+    for (; r + LORA_DOWN_COLUMNS * SH_LANES <= end; r += LORA_DOWN_COLUMNS * SH_LANES)
+        down_step(a, x, r, t, LORA_DOWN_COLUMNS, halves);
+#if LORA_DOWN_COLUMNS > 1
+    const uint32_t rest = (end - r) / SH_LANES;
+    if (rest == 1)
+        down_step(a, x, r, t, 1, halves);
+    if (rest == 2)
+        down_step(a, x, r, t, 2, halves);
+    if (rest == 3)
+        down_step(a, x, r, t, 3, halves);
+#endif
+}
+
+TARGET static void lora_down(const sh_lora_a *a, const float *x, uint32_t begin, uint32_t end,
+                             float *t)
+{
+    if (a->halves)
+        down(a, x, begin, end, t, true);
+    else
+        down(a, x, begin, end, t, false);
+}
+
+OP void up_step(const sh_lora_b *b, const float *t, uint32_t o, v16 *sums, const int vectors,
+                const bool halves)
+{
+    SH_UNROLL
+    for (int c = 0; c < vectors; c++)
+        sums[c] = lanes_zero();
+    for (uint32_t r = 0; r < b->rank; r++) {
+        const v16 value = lanes_splat(t[r]);
+        const size_t place = (size_t)r * b->out_padded + o;
+        SH_UNROLL
+        for (int c = 0; c < vectors; c++)
+            sums[c] =
+                lanes_fma(value, load_at(b->b, place + (size_t)c * SH_LANES, halves), sums[c]);
+    }
+}
+
+OP void up(const sh_lora_b *b, const float *t, uint32_t begin, uint32_t end, float *y,
+           const bool halves)
+{
+    v16 sums[LORA_UP_VECTORS];
+    uint32_t o = begin;
+    for (; o + LORA_UP_VECTORS * SH_LANES <= end; o += LORA_UP_VECTORS * SH_LANES) {
+        up_step(b, t, o, sums, LORA_UP_VECTORS, halves);
+        SH_UNROLL
+        for (uint32_t c = 0; c < LORA_UP_VECTORS; c++) {
+            float *place = y + o + (size_t)c * SH_LANES;
+            lanes_store(place, lanes_add(lanes_load(place), sums[c]));
+        }
+    }
+    for (; o < end; o += SH_LANES) {
+        const uint32_t n = SH_MIN(SH_LANES, end - o);
+        up_step(b, t, o, sums, 1, halves);
+        lanes_store_part(y + o, lanes_add(lanes_load_part(y + o, n), sums[0]), n);
+    }
+}
+
+TARGET static void lora_up(const sh_lora_b *b, const float *t, uint32_t begin, uint32_t end,
+                           float *y)
+{
+    if (b->halves)
+        up(b, t, begin, end, y, true);
+    else
+        up(b, t, begin, end, y, false);
+}
+
+/* ---- loss ---- */
+
+TARGET static double log_sum_exp(const float *x, uint32_t n)
+{
+    v16 top = lanes_splat(x[0]);
+    uint32_t i = 0;
+    for (; i + SH_LANES <= n; i += SH_LANES)
+        top = lanes_max(lanes_load(x + i), top);
+    float largest = lanes_largest(top);
     for (uint32_t j = i; j < n; j++)
         largest = x[j] > largest ? x[j] : largest;
-    v16d sums = {0};
+    const v16 shift = lanes_splat(largest);
+    v16d sums;
+    memset(&sums, 0, sizeof sums);
     for (i = 0; i + SH_LANES <= n; i += SH_LANES)
-        sums += __builtin_convertvector(LEVEL(exp)(LEVEL(load)(x + i) - largest), v16d);
+        lanes_add_double(&sums, lanes_exp(lanes_sub(lanes_load(x + i), shift)));
     if (i < n) {
-        v16 w = LEVEL(exp)(LEVEL(load_part)(x + i, n - i, largest) - largest);
-        for (size_t j = n - i; j < SH_LANES; j++)
-            w[j] = 0;
-        sums += __builtin_convertvector(w, v16d);
+        const v16 w = lanes_exp(lanes_sub(lanes_load_part(x + i, n - i), shift));
+        lanes_add_double(&sums, lanes_first(w, n - i, lanes_zero()));
     }
-    double sum = 0;
+    double all[SH_LANES], sum = 0;
+    memcpy(all, &sums, sizeof all);
     for (size_t j = 0; j < SH_LANES; j++)
-        sum += sums[j];
+        sum += all[j];
     return (double)largest + log(sum);
 }
 
-static const sh_transform LEVEL(table) = {
-    .rms_norm = LEVEL(rms_norm),
-    .rotate = LEVEL(rotate),
-    .attend = LEVEL(attend),
-    .swiglu = LEVEL(swiglu),
-    .add_rows = LEVEL(add_rows),
-    .log_sum_exp = LEVEL(log_sum_exp),
+#include "shared/model/transform_attend.h"
+
+const sh_transform TABLE = {
+    .rms_norm = rms_norm,
+    .rotate = rotate,
+    .rotate_halves = rotate_halves,
+    .store = store,
+    .attend = attend,
+    .swiglu = swiglu,
+    .add = add,
+    .lora_down = lora_down,
+    .lora_up = lora_up,
+    .log_sum_exp = log_sum_exp,
 };

@@ -48,16 +48,34 @@ static void normalize(const double *x, const float *weight, uint32_t n, double e
         y[i] = x[i] / sqrt(squares / n + eps) * weight[i];
 }
 
-static void rotate(double *x, uint32_t heads, uint32_t size, double base, uint32_t position)
+/* Each head's norm (qwen3; NULL: none), then the rotation. Frequencies of scaled models are the
+ * model's own: what is judged here is their use. */
+static void turn(const sh_model *model, double *x, uint32_t heads, const float *norm,
+                 uint32_t position)
 {
-    for (uint32_t h = 0; h < heads; h++)
+    const sh_model_config *c = &model->config;
+    const uint32_t size = c->head_size;
+    const bool plain = c->rope_scaling == SH_ROPE_PLAIN && !model->rope_factors;
+    for (uint32_t h = 0; h < heads; h++) {
+        double *head = x + h * size;
+        if (norm != NULL)
+            normalize(head, norm, size, c->norm_eps, head);
         for (uint32_t j = 0; j < size / 2; j++) {
-            const double angle = position * pow(base, -2.0 * j / size);
-            double *p = x + h * size + 2 * j;
-            const double a = p[0], b = p[1];
-            p[0] = a * cos(angle) - b * sin(angle);
-            p[1] = a * sin(angle) + b * cos(angle);
+            const double angle =
+                position * (plain ? pow(c->rope_base, -2.0 * j / size) : model->rope_frequency[j]);
+            double *first = head + (c->rope_halves ? j : 2 * j);
+            double *second = c->rope_halves ? first + size / 2 : first + 1;
+            const double a = *first * model->rope_magnitude, b = *second * model->rope_magnitude;
+            *first = a * cos(angle) - b * sin(angle);
+            *second = a * sin(angle) + b * cos(angle);
         }
+    }
+}
+
+static void add_bias(const float *bias, double *y, uint32_t n)
+{
+    for (uint32_t i = 0; bias != NULL && i < n; i++)
+        y[i] += bias[i];
 }
 
 /* out[size] of one head at one position: keys and values are rows of kv_width. */
@@ -97,8 +115,11 @@ static void layer_forward(const sh_model *model, const sh_adapter *adapter, uint
         PRODUCT(SH_ATTN_Q, norm, q);
         PRODUCT(SH_ATTN_K, norm, k + t * kv);
         PRODUCT(SH_ATTN_V, norm, v + t * kv);
-        rotate(q, c->n_heads, c->head_size, c->rope_base, t);
-        rotate(k + t * kv, c->n_kv_heads, c->head_size, c->rope_base, t);
+        add_bias(layer->bias[SH_ATTN_Q], q, qw);
+        add_bias(layer->bias[SH_ATTN_K], k + t * kv, kv);
+        add_bias(layer->bias[SH_ATTN_V], v + t * kv, kv);
+        turn(model, q, c->n_heads, layer->q_norm, t);
+        turn(model, k + t * kv, c->n_kv_heads, layer->k_norm, t);
         for (uint32_t h = 0; h < c->n_heads; h++) {
             const uint32_t shared = h / (c->n_heads / c->n_kv_heads) * c->head_size;
             attend(q + h * c->head_size, k + shared, v + shared, t, kv, c->head_size,

@@ -166,7 +166,7 @@ static void test_broken(void **state)
         const float *data;
     } cases[] = {
         {"model", "llama", "lora", NULL, SH_ERR_UNSUPPORTED, "'model'", data},
-        {"adapter", "qwen2", "lora", NULL, SH_ERR_UNSUPPORTED, "'qwen2'", data},
+        {"adapter", "qwen2", "lora", NULL, SH_ERR_MISMATCH, "'qwen2'", data},
         {"adapter", "llama", "ia3", NULL, SH_ERR_UNSUPPORTED, "'ia3'", data},
         {"adapter", "llama", "lora", NULL, SH_ERR_INVALID, "no tensors", data},
         {"adapter", "llama", "lora", "token_embd.weight.lora_a", SH_ERR_UNSUPPORTED,

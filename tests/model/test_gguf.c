@@ -346,7 +346,7 @@ static void test_broken_tensors(void **state)
     break_u64(&file, at + 4, UINT64_MAX, SH_ERR_INVALID, "larger than any file");
     break_u64(&file, at + 12, (uint64_t)1 << 62, SH_ERR_INVALID, "larger than any file");
     break_u64(&file, at + 12, 1000, SH_ERR_INVALID, "truncated: tensor 'blk.0.attn_q.weight'");
-    break_u32(&file, at + 20, 3, SH_ERR_UNSUPPORTED, "'blk.0.attn_q.weight' has type 3 (Q4_1)");
+    break_u32(&file, at + 20, 10, SH_ERR_UNSUPPORTED, "'blk.0.attn_q.weight' has type 10 (Q2_K)");
     break_u32(&file, at + 20, 4242, SH_ERR_UNSUPPORTED, "type 4242 (unknown)");
     break_u32(&file, at + 20, SH_TYPE_Q4_K, SH_ERR_INVALID, "block of 256");
     break_u64(&file, at + 24, 16, SH_ERR_INVALID, "no multiple of the alignment");

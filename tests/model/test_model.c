@@ -6,6 +6,7 @@
 
 #include <cmocka.h>
 
+#include "shared/model/synth.h"
 #include "tests/model/util.h"
 
 static void test_opens_every_type_and_version(void **state)
@@ -34,7 +35,8 @@ static void test_opens_every_type_and_version(void **state)
         assert_int_equal(model->layers[1].m[SH_FFN_DOWN].out, 64);
         assert_int_equal(model->layers[1].m[SH_FFN_DOWN].type, types[i]);
         assert_string_equal(model->layers[1].m[SH_ATTN_K].name, "blk.1.attn_k");
-        assert_false(sh_hash_is_zero(&model->sha256));
+        const sh_hash hash = sh_model_hash(model);
+        assert_false(sh_hash_is_zero(&hash));
         sh_model_close(&model);
         assert_null(model);
     }
@@ -73,19 +75,21 @@ static void refuse(const char *name, const tiny_options *o, sh_status expected, 
 static void test_refuses_by_name(void **state)
 {
     (void)state;
-    REFUSE(SH_ERR_UNSUPPORTED, "'qwen2'", o.architecture = "qwen2");
-    REFUSE(SH_ERR_UNSUPPORTED, "'gpt2'", o.tokenizer = "gpt2");
+    REFUSE(SH_ERR_UNSUPPORTED, "'gemma'", o.architecture = "gemma");
+    REFUSE(SH_ERR_NOT_FOUND, "qwen2.block_count", o.architecture = "qwen2");
     REFUSE(SH_ERR_INVALID, "<0x41>", o.token_from = "<0x41>", o.token_to = "other");
     REFUSE(SH_ERR_INVALID, "twice", o.token_from = "z", o.token_to = "y");
     REFUSE(SH_ERR_INVALID, "blk.1.ffn_up.weight", o.skip_tensor = "blk.1.ffn_up.weight");
     REFUSE(SH_ERR_INVALID, "blk.0.attn_norm.weight", o.skip_tensor = "blk.0.attn_norm.weight");
     REFUSE(SH_ERR_INVALID, "token_embd.weight", o.skip_tensor = "token_embd.weight");
     REFUSE(SH_ERR_INVALID, "output_norm.weight", o.skip_tensor = "output_norm.weight");
-    REFUSE(SH_ERR_UNSUPPORTED, "blk.0.attn_q.bias", o.extra_tensor = "blk.0.attn_q.bias");
-    REFUSE(SH_ERR_UNSUPPORTED, "rope_freqs.weight", o.extra_tensor = "rope_freqs.weight");
+    REFUSE(SH_ERR_UNSUPPORTED, "blk.0.ffn_up.bias", o.extra_tensor = "blk.0.ffn_up.bias");
+    REFUSE(SH_ERR_UNSUPPORTED, "blk.0.attn_q_norm", o.extra_tensor = "blk.0.attn_q_norm.weight");
+    REFUSE(SH_ERR_INVALID, "blk.0.attn_k.bias", o.extra_tensor = "blk.0.attn_k.bias");
+    REFUSE(SH_ERR_INVALID, "rope_freqs.weight", o.extra_tensor = "rope_freqs.weight");
     REFUSE(SH_ERR_UNSUPPORTED, "expert_count", o.u32_key = "llama.expert_count", o.u32_value = 8);
-    REFUSE(SH_ERR_UNSUPPORTED, "'yarn'", o.string_key = "llama.rope.scaling.type",
-           o.string_value = "yarn");
+    REFUSE(SH_ERR_UNSUPPORTED, "'longrope'", o.string_key = "llama.rope.scaling.type",
+           o.string_value = "longrope");
     REFUSE(SH_ERR_MISMATCH, "adapter", o.string_key = "general.type", o.string_value = "adapter");
     REFUSE(SH_ERR_UNSUPPORTED, "RoPE over 8", o.u32_key = "llama.rope.dimension_count",
            o.u32_value = 8);
@@ -109,6 +113,102 @@ static void test_refuses_by_name(void **state)
            o.skip_key = "llama.attention.layer_norm_rms_epsilon");
     REFUSE(SH_ERR_NOT_FOUND, "general.architecture", o.skip_key = "general.architecture");
     REFUSE(SH_ERR_NOT_FOUND, "llama.context_length", o.skip_key = "llama.context_length");
+}
+
+/* Rewrites a made-up model of a few tensors with other keys: GGUF of ours in, GGUF out. */
+static sh_status rewrite(const char *from, const char *to, const char *skip_tensor,
+                         void (*keys)(sh_gguf_writer *), sh_error *err)
+{
+    sh_status status;
+    sh_gguf *g = NULL;
+    sh_gguf_writer *w = NULL;
+    SH_GOTO(sh_gguf_open(from, &g, err));
+    SH_GOTO(sh_gguf_writer_create(&w, err));
+    SH_GOTO(sh_gguf_writer_copy_keys(w, g, NULL, err));
+    if (keys != NULL)
+        keys(w);
+    for (size_t i = 0; i < sh_gguf_n_tensors(g); i++) {
+        const sh_gguf_tensor *t = sh_gguf_tensor_at(g, i);
+        if (skip_tensor == NULL || strcmp(t->name, skip_tensor) != 0)
+            SH_GOTO(sh_gguf_writer_add_tensor(w, t->name, t->type, t->ne, t->n_dims, t->data, err));
+    }
+    SH_GOTO(sh_gguf_writer_save(w, to, err));
+
+cleanup:
+    sh_gguf_writer_destroy(&w);
+    sh_gguf_close(&g);
+    return status;
+}
+
+static void fewer_tokens(sh_gguf_writer *w)
+{
+    static const char *texts[300];
+    static char spelled[300][8];
+    static uint32_t lengths[300];
+    static float scores[300];
+    static int32_t kinds[300];
+    for (unsigned i = 0; i < 300; i++) {
+        snprintf(spelled[i], sizeof spelled[i], i < 256 ? "<0x%02X>" : "w%u", i);
+        texts[i] = spelled[i];
+        lengths[i] = (uint32_t)strlen(spelled[i]);
+        kinds[i] = i < 256 ? 6 : 1;
+    }
+    assert_int_equal(sh_gguf_writer_set_strings(w, "tokenizer.ggml.tokens", texts, lengths, 300),
+                     SH_OK);
+    assert_int_equal(sh_gguf_writer_set_f32s(w, "tokenizer.ggml.scores", scores, 300), SH_OK);
+    assert_int_equal(sh_gguf_writer_set_i32s(w, "tokenizer.ggml.token_type", kinds, 300), SH_OK);
+}
+
+static void window(sh_gguf_writer *w)
+{
+    assert_int_equal(sh_gguf_writer_set_u32(w, "qwen2.attention.sliding_window", 128), SH_OK);
+}
+
+static void softcap(sh_gguf_writer *w)
+{
+    assert_int_equal(sh_gguf_writer_set_f32(w, "qwen2.final_logit_softcapping", 30), SH_OK);
+}
+
+static void test_other_architectures(void **state)
+{
+    (void)state;
+    char from[] = "/tmp/shoal-arch-XXXXXX", to[] = "/tmp/shoal-arch-XXXXXX";
+    sh_synth_options o = {.type = SH_TYPE_F32};
+    sh_model *model = NULL;
+    sh_error e = {0};
+    close(mkstemp(from));
+    close(mkstemp(to));
+    CHECK_OK(sh_synth_find("tiny-qwen2", &o.shape, err));
+    CHECK_OK(sh_synth_model(&o, from, err));
+
+    /* More rows than the tokenizer has tokens, as Qwen pads them. */
+    CHECK_OK(rewrite(from, to, NULL, fewer_tokens, err));
+    CHECK_OK(sh_model_open(to, &model, err));
+    assert_int_equal(sh_tokenizer_size(model->tokenizer), 300);
+    assert_int_equal(model->config.vocab, 320);
+    sh_model_close(&model);
+
+    CHECK_OK(rewrite(from, to, NULL, window, err));
+    CHECK_OK(sh_model_open(to, &model, err));
+    assert_int_equal(model->config.context, 128);
+    sh_model_close(&model);
+
+    CHECK_OK(rewrite(from, to, NULL, softcap, err));
+    assert_int_equal(sh_model_open(to, &model, &e), SH_ERR_UNSUPPORTED);
+    assert_non_null(strstr(e.text, "qwen2.final_logit_softcapping is 30"));
+
+    CHECK_OK(rewrite(from, to, "blk.1.attn_k.bias", NULL, err));
+    assert_int_equal(sh_model_open(to, &model, &e), SH_ERR_INVALID);
+    assert_non_null(strstr(e.text, "blk.1.attn_k.bias is missing"));
+
+    CHECK_OK(sh_synth_find("tiny-qwen3", &o.shape, err));
+    CHECK_OK(sh_synth_model(&o, from, err));
+    CHECK_OK(rewrite(from, to, "blk.0.attn_q_norm.weight", NULL, err));
+    assert_int_equal(sh_model_open(to, &model, &e), SH_ERR_INVALID);
+    assert_non_null(strstr(e.text, "blk.0.attn_q_norm.weight is missing"));
+    assert_null(model);
+    unlink(from);
+    unlink(to);
 }
 
 static void test_every_truncation_is_refused(void **state)
@@ -159,6 +259,7 @@ int main(void)
         cmocka_unit_test(test_opens_every_type_and_version),
         cmocka_unit_test(test_an_even_head_that_is_no_multiple_of_lanes),
         cmocka_unit_test(test_refuses_by_name),
+        cmocka_unit_test(test_other_architectures),
         cmocka_unit_test(test_every_truncation_is_refused),
         cmocka_unit_test(test_every_allocation_may_fail),
     };

@@ -6,10 +6,13 @@
 
 #include <cmocka.h>
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "shared/base/buf.h"
+#include "shared/base/file.h"
 #include "shared/base/rng.h"
 #include "shared/model/quantize.h"
 
@@ -75,6 +78,7 @@ static void test_types(void **state)
     } cases[] = {
         {SH_TYPE_F32, SH_TYPE_F32, 0},
         {SH_TYPE_F16, SH_TYPE_F16, 1},
+        {SH_TYPE_BF16, SH_TYPE_BF16, 32},
         {SH_TYPE_Q8_0, SH_TYPE_F16, 7}, /* 40 is no multiple of 32 */
         {SH_TYPE_Q4_0, SH_TYPE_F16, 2},
     };
@@ -103,6 +107,100 @@ static void test_types(void **state)
         sh_gguf_close(&g);
         sh_buf_release(&out);
     }
+    sh_gguf_close(&source);
+    sh_buf_release(&file);
+}
+
+typedef struct {
+    size_t n;
+    sh_quantize_loss losses[3];
+} seen;
+
+static void on_tensor(void *arg, const sh_quantize_loss *loss, size_t done, size_t n)
+{
+    seen *s = arg;
+    assert_int_equal(n, 3);
+    assert_int_equal(done, s->n + 1);
+    s->losses[s->n++] = *loss;
+}
+
+/* The file is the one made in memory; the losses are those of the definition. */
+static void test_file_and_losses(void **state)
+{
+    (void)state;
+    char path[] = "/tmp/shoal-quantize-XXXXXX";
+    values v;
+    sh_buf file, expected;
+    uint8_t *bytes = NULL, row[2 * 34];
+    size_t n = 0;
+    seen s = {0};
+    const sh_quantize_report report = {on_tensor, &s};
+    sh_gguf *source = make_source(&v, &file);
+    close(mkstemp(path));
+    sh_buf_init(&expected, BYTES_MAX);
+    assert_int_equal(sh_gguf_quantize_encode(source, SH_TYPE_Q8_0, &expected, NULL), SH_OK);
+    assert_int_equal(sh_gguf_quantize_file(source, SH_TYPE_Q8_0, path, &report, NULL), SH_OK);
+    assert_int_equal(sh_file_read(path, BYTES_MAX, &bytes, &n, NULL), SH_OK);
+    assert_int_equal(n, expected.len);
+    assert_memory_equal(bytes, expected.data, n);
+    assert_int_equal(s.n, 3);
+    double squares = 0, errors = 0, largest = 0;
+    for (size_t r = 0; r < ROWS; r++) {
+        float back[WIDE];
+        sh_row_quantize(SH_TYPE_Q8_0, v.wide + r * WIDE, row, WIDE);
+        sh_row_dequantize(SH_TYPE_Q8_0, row, back, WIDE);
+        for (size_t i = 0; i < WIDE; i++) {
+            const double x = (double)v.wide[r * WIDE + i], e = (double)back[i] - x;
+            squares += x * x;
+            errors += e * e;
+            largest = fabs(e) > largest ? fabs(e) : largest;
+        }
+    }
+    assert_true(errors > 0);
+    assert_true(fabs(s.losses[0].rms_error - sqrt(errors / squares)) < 1e-12);
+    assert_true(fabs(s.losses[0].largest_error - largest) < 1e-12);
+    assert_int_equal(s.losses[0].before, SH_TYPE_F32);
+    assert_int_equal(s.losses[0].after, SH_TYPE_Q8_0);
+    assert_int_equal(s.losses[0].bytes, ROWS * sizeof row);
+    assert_int_equal(s.losses[1].after, SH_TYPE_F16);
+    assert_int_equal(s.losses[2].after, SH_TYPE_F32);
+    assert_true(s.losses[2].rms_error == 0);
+    unlink(path);
+    free(bytes);
+    sh_buf_release(&expected);
+    sh_gguf_close(&source);
+    sh_buf_release(&file);
+}
+
+/* The place of a tensor's value in a file that is in memory. */
+static float *value_in(sh_buf *file, const sh_gguf *g, const char *name, size_t i)
+{
+    const sh_gguf_tensor *t = sh_gguf_tensor_find(g, name);
+    assert_non_null(t);
+    return (float *)(void *)(file->data + ((const uint8_t *)t->data - file->data)) + i;
+}
+
+static void test_numbers_that_are_none(void **state)
+{
+    (void)state;
+    char path[] = "/tmp/shoal-quantize-XXXXXX";
+    values v;
+    sh_buf file, out;
+    sh_error err = {0};
+    sh_gguf *source = make_source(&v, &file);
+    close(mkstemp(path));
+    unlink(path);
+    sh_buf_init(&out, BYTES_MAX);
+    assert_int_equal(sh_gguf_check_tensor(sh_gguf_tensor_find(source, "wide.weight"), &err), SH_OK);
+    *value_in(&file, source, "wide.weight", 2 * WIDE + 5) = -INFINITY;
+    assert_int_equal(sh_gguf_check_tensor(sh_gguf_tensor_find(source, "wide.weight"), &err),
+                     SH_ERR_INVALID);
+    assert_int_equal(sh_gguf_quantize_encode(source, SH_TYPE_Q4_0, &out, &err), SH_ERR_INVALID);
+    assert_string_equal(err.text, "source: tensor 'wide.weight': row 2 holds a NaN or an infinity");
+    assert_int_equal(sh_gguf_quantize(source, SH_TYPE_Q4_0, path, &err), SH_ERR_INVALID);
+    assert_string_equal(err.text, "source: tensor 'wide.weight': row 2 holds a NaN or an infinity");
+    assert_false(sh_file_exists(path));
+    sh_buf_release(&out);
     sh_gguf_close(&source);
     sh_buf_release(&file);
 }
@@ -137,6 +235,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_types),
+        cmocka_unit_test(test_file_and_losses),
+        cmocka_unit_test(test_numbers_that_are_none),
         cmocka_unit_test(test_errors),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -61,6 +61,7 @@ sh_model *small_model(const sh_model_config *c, sh_type type, uint64_t seed)
         {c->ffn, c->width}, {c->ffn, c->width}, {c->width, c->ffn}};
     sh_model *model = must(sh_calloc(1, sizeof(*model)));
     model->config = *c;
+    model->rope_magnitude = 1;
     model->layers = must(sh_calloc(c->n_layers, sizeof(*model->layers)));
     model->token_embd = random_matrix(type, c->vocab, c->width, seed, 1);
     model->output =

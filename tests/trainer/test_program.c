@@ -12,6 +12,7 @@
 #include "shared/base/file.h"
 #include "shared/base/json.h"
 #include "shared/model/model.h"
+#include "shared/model/synth.h"
 #include "tests/model/tiny.h"
 #include "tests/trainer/util.h"
 #include "trainer/snapshot.h"
@@ -22,7 +23,7 @@ static char dir[] = "/tmp/shoal-train-test-XXXXXX";
 
 static const char *const files[] = {"vocab.gguf",   "text",        "model.gguf", "again.gguf",
                                     "adapter.gguf", "broken.gguf", "f16.gguf",   "snapshot",
-                                    "update.gguf",  "result.json"};
+                                    "update.gguf",  "result.json", "other.gguf"};
 
 static const char *path_of(const char *name)
 {
@@ -128,6 +129,31 @@ static void test_full(void **state)
     json_decref(j);
     json_decref(e);
     json_decref(h);
+}
+
+/* A forward pass that the trainer does not know: one line, nothing written. */
+static void test_other_architectures(void **state)
+{
+    (void)state;
+    sh_synth_options o = {.type = SH_TYPE_F32, .rope = SH_ROPE_LINEAR, .rope_factor = 2};
+    static const char *const shapes[] = {"tiny-qwen2", "tiny-qwen3", "tiny-llama"};
+    for (size_t i = 0; i < SH_COUNT(shapes); i++) {
+        char out[4096];
+        uint8_t *text = NULL;
+        size_t n = 0;
+        must_be_ok(sh_synth_find(shapes[i], &o.shape, &err));
+        must_be_ok(sh_synth_model(&o, path_of("other.gguf"), &err));
+        assert_int_equal(run("lora --base other.gguf --data text --context 16 --steps 1 "
+                             "--out none.gguf",
+                             out, sizeof(out)),
+                         2);
+        must_be_ok(sh_file_read(path_of("stderr"), 1 << 20, &text, &n, &err));
+        if (!strstr((const char *)text, "cannot train") ||
+            strchr((const char *)text, '\n') != (const char *)text + n - 1)
+            fail_msg("unclear: %s", (const char *)text);
+        assert_false(sh_file_exists(path_of("none.gguf")));
+        free(text);
+    }
 }
 
 static void test_full_is_deterministic(void **state)
@@ -325,6 +351,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_full), /* leaves the model that others use */
         cmocka_unit_test(test_full_is_deterministic),
+        cmocka_unit_test(test_other_architectures),
         cmocka_unit_test(test_lora),
         cmocka_unit_test(test_round),
         cmocka_unit_test(test_round_errors),
