@@ -133,8 +133,9 @@ static json_t *model_json(const sh_api *api)
     sh_json_set(model, "object", json_string("model"));
     sh_json_set(model, "created", json_integer((json_int_t)api->created_s));
     sh_json_set(model, "owned_by", json_string("shoal"));
-    sh_json_set(model, "release",
-                json_integer((json_int_t)sh_engine_get_status(api->options.engine).version));
+    sh_engine_status status = sh_engine_get_status(api->options.engine);
+    sh_json_set(model, "release", json_integer((json_int_t)status.version));
+    sh_json_set(model, "chat_template", json_string(sh_chat_family_name(status.family)));
     return model;
 }
 
@@ -182,6 +183,7 @@ static void handle_health(void *arg, const sh_http_request *request, sh_http_rep
 static const sh_http_route routes[] = {
     {"POST", "/v1/completions", api_handle_completions, false},
     {"POST", "/v1/chat/completions", api_handle_chat, false},
+    {"POST", "/v1/embeddings", api_handle_embeddings, false},
     {"GET", "/v1/models", handle_models, false},
     {"GET", API_MODELS_PATH "*", handle_model, false},
     {"POST", "/v1/feedback", handle_feedback, false},

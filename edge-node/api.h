@@ -1,6 +1,6 @@
 /*
  * The node's HTTP API over the engine: OpenAI-compatible /v1/completions, /v1/chat/completions,
- * /v1/models; /v1/feedback; /healthz; /metrics. docs/api.md is its manual.
+ * /v1/embeddings, /v1/models; /v1/feedback; /healthz; /metrics. docs/api.md is its manual.
  *
  * What touches the store goes through the daemon (sh_api_backend), because one thread owns the
  * core: feedback is answered after its commit.

@@ -12,10 +12,19 @@
 #define API_MODELS_PATH "/v1/models/"
 #define API_NAME        "shoal" /* names the model whatever it is configured as */
 
-typedef enum { API_COMPLETIONS, API_CHAT, API_FEEDBACK, API_ENDPOINTS } api_endpoint;
+typedef enum {
+    API_COMPLETIONS,
+    API_CHAT,
+    API_EMBEDDINGS,
+    API_FEEDBACK,
+    API_ENDPOINTS
+} api_endpoint;
 enum {
     API_CODES_MAX = 16,
-    API_CLIENT_GONE = 499, /* counted for a stream whose client left; nobody is told */
+    API_CHOICES_MAX = 8,
+    API_LOGPROBS_MAX = 5,         /* top ones of a completion; of a chat SH_TOP_LOGPROBS_MAX */
+    API_EMBED_BYTES_A_VALUE = 26, /* in a reply, at most */
+    API_CLIENT_GONE = 499,        /* counted for a request whose client left; nobody is told */
 };
 
 typedef struct {
@@ -37,8 +46,11 @@ struct sh_api {
 
 typedef struct {
     bool chat, stream, include_usage;
-    sh_request request; /* its strings lie in root or prompt */
-    sh_buf prompt;      /* of a chat, put together */
+    uint32_t n;         /* choices */
+    sh_request request; /* its strings lie in root, or in texts */
+    sh_chat_message *messages;
+    char **texts; /* [n_texts] contents that were put together */
+    size_t n_texts;
     json_t *root;
 } api_ask;
 
@@ -49,7 +61,35 @@ bool api_ask_parse(const sh_api *api, const sh_http_request *request, bool chat,
                    sh_http_reply *reply);
 void api_ask_release(api_ask *ask);
 
+/* Refuses; false. param NULL: the body as a whole. */
+bool api_refuse(sh_http_reply *reply, const char *param, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+/* Whether `model` is absent or ours. */
+bool api_check_model(const sh_api *api, const json_t *root, sh_http_reply *reply);
+const json_t *api_field(const json_t *root, const char *name); /* NULL: absent, or null */
+
+/* ---- api_logprobs.c ---- */
+
+/* Log-probabilities of a text's tokens, in the shape of the endpoint. */
+typedef struct {
+    bool chat;
+    uint32_t n_taken; /* tokens of the generation that were taken */
+    size_t offset;    /* characters of their texts */
+} api_logprobs;
+/* The generation's tokens whose text was appended since the last call. New reference; null for
+ * logprobs NULL. */
+json_t *api_logprobs_take(api_logprobs *logprobs, const sh_generation *generation);
+
+/* ---- api_embed.c ---- */
+
+void api_handle_embeddings(void *arg, const sh_http_request *request, sh_http_reply *reply);
+
 /* ---- api_complete.c ---- */
+
+/* Says why the engine did not take a request. param: the field that is at fault when one is. */
+void api_fail_engine(sh_http_reply *reply, const char *param, sh_status status, bool too_long,
+                     const sh_error *err);
+bool api_client_gone(void *client); /* for sh_request_client */
 
 void api_handle_completions(void *arg, const sh_http_request *request, sh_http_reply *reply);
 void api_handle_chat(void *arg, const sh_http_request *request, sh_http_reply *reply);

@@ -35,8 +35,9 @@ void api_observe(sh_api *api, const sh_generation_info *info)
 
 static void put_counts(const sh_api *api, sh_buf *out)
 {
-    static const char *const names[] = {
-        [API_COMPLETIONS] = "/v1/completions", [API_CHAT] = "/v1/chat/completions"};
+    static const char *const names[] = {[API_COMPLETIONS] = "/v1/completions",
+                                        [API_CHAT] = "/v1/chat/completions",
+                                        [API_EMBEDDINGS] = "/v1/embeddings"};
     const char *requests = "shoal_inference_requests_total";
     const char *feedback = "shoal_feedback_requests_total";
     char code[16];
@@ -70,6 +71,10 @@ static void put_engine(const sh_api *api, sh_buf *out)
     sh_metric_one(out, "shoal_inference_waiting", "gauge", "Requests that wait for a slot.",
                   s.waiting);
     sh_metric_one(out, "shoal_inference_slots", "gauge", "Requests that can run at once.", s.slots);
+    sh_metric_one(out, "shoal_inference_passes_total", "counter",
+                  "Passes over the model's weights.", (double)s.passes);
+    sh_metric_one(out, "shoal_inference_pass_rows_total", "counter",
+                  "Tokens of all sequences in these passes.", (double)s.pass_rows);
     sh_metric_one(out, "shoal_models_open", "gauge",
                   "Models in memory: more than one while requests end on an older release.",
                   (double)s.models_open);

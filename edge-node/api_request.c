@@ -6,6 +6,7 @@
 #include "edge-node/api_internal.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { MAX_TOKENS_DEFAULT = 16, CHAT_MAX_TOKENS_DEFAULT = 128 };
@@ -18,12 +19,9 @@ static const struct {
     neutral value; /* besides null */
     const char *say;
 } fixed[] = {
-    {"n", NEUTRAL_ONE, "1"},
     {"best_of", NEUTRAL_ONE, "1"},
     {"echo", NEUTRAL_FALSE, "false"},
     {"suffix", NEUTRAL_EMPTY, "empty"},
-    {"logprobs", NEUTRAL_FALSE, "null"},
-    {"top_logprobs", NEUTRAL_ZERO, "0"},
     {"logit_bias", NEUTRAL_EMPTY, "empty"},
     {"frequency_penalty", NEUTRAL_ZERO, "0"},
     {"presence_penalty", NEUTRAL_ZERO, "0"},
@@ -33,8 +31,7 @@ static const struct {
     {"prediction", NEUTRAL_EMPTY, "null"},
 };
 
-__attribute__((format(printf, 3, 4))) static bool bad(sh_http_reply *reply, const char *param,
-                                                      const char *format, ...)
+bool api_refuse(sh_http_reply *reply, const char *param, const char *format, ...)
 {
     char text[256];
     va_list args;
@@ -47,7 +44,7 @@ __attribute__((format(printf, 3, 4))) static bool bad(sh_http_reply *reply, cons
 }
 
 /* The field, NULL when it is not there or null. */
-static const json_t *field(const json_t *root, const char *name)
+const json_t *api_field(const json_t *root, const char *name)
 {
     const json_t *value = json_object_get(root, name);
     return json_is_null(value) ? NULL : value;
@@ -73,24 +70,25 @@ static bool is_neutral(const json_t *value, neutral kind)
 static bool check_fixed(const json_t *root, sh_http_reply *reply)
 {
     for (size_t i = 0; i < SH_COUNT(fixed); i++) {
-        const json_t *value = field(root, fixed[i].name);
+        const json_t *value = api_field(root, fixed[i].name);
         if (value && !is_neutral(value, fixed[i].value))
-            return bad(reply, fixed[i].name, "not supported: leave it out, or %s", fixed[i].say);
+            return api_refuse(reply, fixed[i].name, "not supported: leave it out, or %s",
+                              fixed[i].say);
     }
-    const json_t *format = field(root, "response_format");
+    const json_t *format = api_field(root, "response_format");
     const char *type = json_string_value(json_object_get(format, "type"));
     if (format && (!type || strcmp(type, "text") != 0))
-        return bad(reply, "response_format", "only {\"type\": \"text\"} is supported");
+        return api_refuse(reply, "response_format", "only {\"type\": \"text\"} is supported");
     return true;
 }
 
-static bool check_model(const sh_api *api, const json_t *root, sh_http_reply *reply)
+bool api_check_model(const sh_api *api, const json_t *root, sh_http_reply *reply)
 {
-    const json_t *model = field(root, "model");
+    const json_t *model = api_field(root, "model");
     if (!model)
         return true;
     if (!json_is_string(model))
-        return bad(reply, "model", "a string is needed");
+        return api_refuse(reply, "model", "a string is needed");
     const char *name = json_string_value(model);
     if (!strcmp(name, api->model_name) || !strcmp(name, API_NAME))
         return true;
@@ -99,15 +97,19 @@ static bool check_model(const sh_api *api, const json_t *root, sh_http_reply *re
     return false;
 }
 
-static bool read_integer(const json_t *root, const char *name, uint32_t max, uint32_t *out,
+typedef struct {
+    uint32_t min, max;
+} bounds;
+
+static bool read_integer(const json_t *root, const char *name, bounds b, uint32_t *out,
                          sh_http_reply *reply)
 {
-    const json_t *value = field(root, name);
+    const json_t *value = api_field(root, name);
     if (!value)
         return true;
-    if (!json_is_integer(value) || json_integer_value(value) < 1 ||
-        json_integer_value(value) > (json_int_t)max)
-        return bad(reply, name, "an integer from 1 to %u is needed", max);
+    if (!json_is_integer(value) || json_integer_value(value) < (json_int_t)b.min ||
+        json_integer_value(value) > (json_int_t)b.max)
+        return api_refuse(reply, name, "an integer from %u to %u is needed", b.min, b.max);
     *out = (uint32_t)json_integer_value(value);
     return true;
 }
@@ -115,42 +117,44 @@ static bool read_integer(const json_t *root, const char *name, uint32_t max, uin
 static bool read_number(const json_t *root, const char *name, double max, float *out,
                         sh_http_reply *reply)
 {
-    const json_t *value = field(root, name);
+    const json_t *value = api_field(root, name);
     if (!value)
         return true;
     double x = json_number_value(value);
     if (!json_is_number(value) || !(x >= 0 && x <= max))
-        return bad(reply, name, "a number from 0 to %g is needed", max);
+        return api_refuse(reply, name, "a number from 0 to %g is needed", max);
     *out = (float)x;
     return true;
 }
 
 static bool read_flag(const json_t *root, const char *name, bool *out, sh_http_reply *reply)
 {
-    const json_t *value = field(root, name);
+    const json_t *value = api_field(root, name);
     if (!value)
         return true;
     if (!json_is_boolean(value))
-        return bad(reply, name, "true or false is needed");
+        return api_refuse(reply, name, "true or false is needed");
     *out = json_is_true(value);
     return true;
 }
 
 static bool read_stops(const json_t *root, sh_request *out, sh_http_reply *reply)
 {
-    const json_t *stop = field(root, "stop");
+    const json_t *stop = api_field(root, "stop");
     if (!stop)
         return true;
     size_t n = json_is_string(stop) ? 1 : json_array_size(stop);
     if (!json_is_string(stop) && !json_is_array(stop))
-        return bad(reply, "stop", "a string, or an array of up to %d, is needed", SH_STOPS_MAX);
+        return api_refuse(reply, "stop", "a string, or an array of up to %d, is needed",
+                          SH_STOPS_MAX);
     if (n > SH_STOPS_MAX)
-        return bad(reply, "stop", "at most %d strings are taken", SH_STOPS_MAX);
+        return api_refuse(reply, "stop", "at most %d strings are taken", SH_STOPS_MAX);
     for (size_t i = 0; i < n; i++) {
         const json_t *text = json_is_string(stop) ? stop : json_array_get(stop, i);
         size_t bytes = json_string_length(text);
         if (!json_is_string(text) || bytes < 1 || bytes > SH_STOP_BYTES_MAX)
-            return bad(reply, "stop", "each must be a string of 1 to %d bytes", SH_STOP_BYTES_MAX);
+            return api_refuse(reply, "stop", "each must be a string of 1 to %d bytes",
+                              SH_STOP_BYTES_MAX);
         out->stops[i] = json_string_value(text);
     }
     out->n_stops = n;
@@ -159,99 +163,149 @@ static bool read_stops(const json_t *root, sh_request *out, sh_http_reply *reply
 
 static bool read_stream(const json_t *root, api_ask *out, sh_http_reply *reply)
 {
-    const json_t *options = field(root, "stream_options");
+    const json_t *options = api_field(root, "stream_options");
     if (!read_flag(root, "stream", &out->stream, reply))
         return false;
     if (!options)
         return true;
     if (!json_is_object(options))
-        return bad(reply, "stream_options", "an object is needed");
+        return api_refuse(reply, "stream_options", "an object is needed");
     if (!out->stream)
-        return bad(reply, "stream_options", "only with \"stream\": true");
+        return api_refuse(reply, "stream_options", "only with \"stream\": true");
     return read_flag(options, "include_usage", &out->include_usage, reply);
 }
 
 static bool read_sampling(const json_t *root, sh_request *out, sh_http_reply *reply)
 {
-    out->temperature = out->top_p = 1; /* OpenAI's defaults */
-    if (!read_number(root, "temperature", 2, &out->temperature, reply) ||
-        !read_number(root, "top_p", 1, &out->top_p, reply))
+    out->temperature = out->top_p = out->repeat_penalty = 1; /* OpenAI's defaults */
+    if (!read_number(root, "temperature", SH_TEMPERATURE_MAX, &out->temperature, reply) ||
+        !read_number(root, "top_p", 1, &out->top_p, reply) ||
+        !read_number(root, "min_p", 1, &out->min_p, reply) ||
+        !read_number(root, "repeat_penalty", SH_PENALTY_MAX, &out->repeat_penalty, reply) ||
+        !read_integer(root, "top_k", (bounds){0, SH_TOP_K_MAX}, &out->top_k, reply))
         return false;
     if (out->top_p == 0) { /* only the likeliest token is left */
         out->temperature = 0;
         out->top_p = 1;
     }
-    const json_t *seed = field(root, "seed"), *user = field(root, "user");
+    const json_t *seed = api_field(root, "seed"), *user = api_field(root, "user");
     if (seed && !json_is_integer(seed))
-        return bad(reply, "seed", "an integer is needed");
+        return api_refuse(reply, "seed", "an integer is needed");
     if (seed)
         out->seed = json_integer_value(seed) ? (uint64_t)json_integer_value(seed) : SEED_OF_ZERO;
     if (user && (!json_is_string(user) || json_string_length(user) > SH_USER_BYTES_MAX))
-        return bad(reply, "user", "a string of at most %d bytes is needed", SH_USER_BYTES_MAX);
+        return api_refuse(reply, "user", "a string of at most %d bytes is needed",
+                          SH_USER_BYTES_MAX);
     out->user = user ? json_string_value(user) : NULL;
     return true;
 }
 
 static bool read_prompt(api_ask *out, sh_http_reply *reply)
 {
-    const json_t *prompt = field(out->root, "prompt");
+    const json_t *prompt = api_field(out->root, "prompt");
     if (json_is_array(prompt)) {
         if (json_array_size(prompt) != 1)
-            return bad(reply, "prompt", "a string, or an array of exactly one, is needed");
+            return api_refuse(reply, "prompt", "a string, or an array of exactly one, is needed");
         prompt = json_array_get(prompt, 0);
     }
     if (!json_is_string(prompt))
-        return bad(reply, "prompt", "a string, or an array of exactly one, is needed");
+        return api_refuse(reply, "prompt", "a string, or an array of exactly one, is needed");
     if (json_string_length(prompt) == 0)
-        return bad(reply, "prompt", "it is empty: there is nothing to go on from");
+        return api_refuse(reply, "prompt", "it is empty: there is nothing to go on from");
     out->request.prompt = json_string_value(prompt);
     out->request.prompt_bytes = json_string_length(prompt);
     return true;
 }
 
-/* Appends a message's text: a string, or parts of type text. */
-static bool put_content(const json_t *content, sh_buf *out)
+/* A completion asks with a number, a chat with a flag and a number. */
+static bool read_logprobs(const json_t *root, api_ask *out, sh_http_reply *reply)
 {
-    if (json_is_string(content))
-        return sh_buf_append(out, json_string_value(content), json_string_length(content)) == SH_OK;
+    sh_request *r = &out->request;
+    const json_t *logprobs = api_field(root, "logprobs"), *top = api_field(root, "top_logprobs");
+    if (!out->chat) {
+        if (top && !is_neutral(top, NEUTRAL_ZERO))
+            return api_refuse(reply, "top_logprobs", "only of a chat: use logprobs");
+        if (!logprobs || json_is_false(logprobs))
+            return true;
+        r->logprobs = true;
+        return read_integer(root, "logprobs", (bounds){0, API_LOGPROBS_MAX}, &r->top_logprobs,
+                            reply);
+    }
+    if (!read_flag(root, "logprobs", &r->logprobs, reply) ||
+        !read_integer(root, "top_logprobs", (bounds){0, SH_TOP_LOGPROBS_MAX}, &r->top_logprobs,
+                      reply))
+        return false;
+    if (r->top_logprobs > 0 && !r->logprobs)
+        return api_refuse(reply, "top_logprobs", "only with \"logprobs\": true");
+    return true;
+}
+
+/* A message's text: a string, or parts of type text, which are put together. False: neither. */
+static bool read_content(const json_t *content, api_ask *out, sh_chat_message *message)
+{
+    if (json_is_string(content)) {
+        message->content = json_string_value(content);
+        message->content_bytes = json_string_length(content);
+        return true;
+    }
     if (!json_is_array(content))
         return false;
-    for (size_t i = 0; i < json_array_size(content); i++) {
-        const json_t *part = json_array_get(content, i), *text = json_object_get(part, "text");
+    sh_buf text;
+    sh_buf_init(&text, SH_CHAT_TEXT_MAX);
+    bool good = true;
+    for (size_t i = 0; i < json_array_size(content) && good; i++) {
+        const json_t *part = json_array_get(content, i), *piece = json_object_get(part, "text");
         const char *type = json_string_value(json_object_get(part, "type"));
-        if (!type || strcmp(type, "text") != 0 || !json_is_string(text) ||
-            sh_buf_append(out, json_string_value(text), json_string_length(text)) != SH_OK)
-            return false;
+        good = type && strcmp(type, "text") == 0 && json_is_string(piece) &&
+               sh_buf_append(&text, json_string_value(piece), json_string_length(piece)) == SH_OK;
     }
-    return true;
+    char *copy = good ? malloc(text.len + 1) : NULL;
+    if (copy) {
+        if (text.len)
+            memcpy(copy, text.data, text.len);
+        copy[text.len] = 0;
+        out->texts[out->n_texts++] = copy;
+        message->content = copy;
+        message->content_bytes = text.len;
+    }
+    sh_buf_release(&text);
+    return copy != NULL;
 }
 
 static bool read_messages(api_ask *out, sh_http_reply *reply)
 {
     static const char *const roles[] = {"system", "developer", "user", "assistant"};
-    const json_t *messages = field(out->root, "messages");
-    if (!json_is_array(messages) || json_array_size(messages) == 0)
-        return bad(reply, "messages", "an array of at least one message is needed");
-    bool room = true;
-    for (size_t i = 0; i < json_array_size(messages); i++) {
+    const json_t *messages = api_field(out->root, "messages");
+    size_t n = json_array_size(messages);
+    if (!json_is_array(messages) || n == 0)
+        return api_refuse(reply, "messages", "an array of at least one message is needed");
+    if (n > SH_CHAT_MESSAGES_MAX)
+        return api_refuse(reply, "messages", "at most %d messages are taken", SH_CHAT_MESSAGES_MAX);
+    out->messages = sh_calloc(n, sizeof(*out->messages));
+    out->texts = sh_calloc(n, sizeof(*out->texts));
+    if (!out->messages || !out->texts) {
+        sh_http_fail(reply, 503, "overloaded_error", NULL, "memory",
+                     "no memory for the messages: try again later");
+        return false;
+    }
+    for (size_t i = 0; i < n; i++) {
         const json_t *message = json_array_get(messages, i);
         const char *role = json_string_value(json_object_get(message, "role"));
         size_t r = 0;
         while (r < SH_COUNT(roles) && (!role || strcmp(role, roles[r]) != 0))
             r++;
         if (r == SH_COUNT(roles))
-            return bad(reply, "messages",
-                       "message %zu: its role must be system, developer, user or assistant", i);
-        room = room && sh_buf_printf(&out->prompt, "%s: ", roles[r]) == SH_OK;
-        if (!put_content(json_object_get(message, "content"), &out->prompt))
-            return bad(reply, "messages",
-                       "message %zu: its content must be a string, or an array of text parts", i);
-        room = room && sh_buf_append(&out->prompt, "\n", 1) == SH_OK;
+            return api_refuse(reply, "messages",
+                              "message %zu: its role must be system, developer, user or assistant",
+                              i);
+        out->messages[i].role = roles[r];
+        if (!read_content(json_object_get(message, "content"), out, &out->messages[i]))
+            return api_refuse(
+                reply, "messages",
+                "message %zu: its content must be a string, or an array of text parts", i);
     }
-    if (!room || sh_buf_append(&out->prompt, "assistant:", 10) != SH_OK)
-        return bad(reply, "messages", "they are too long");
-    out->request.prompt = (const char *)out->prompt.data;
-    out->request.prompt_bytes = out->prompt.len;
+    out->request.messages = out->messages;
+    out->request.n_messages = n;
     return true;
 }
 
@@ -261,9 +315,10 @@ json_t *api_parse_body(const sh_http_request *request, sh_http_reply *reply)
     json_t *root = json_loadb((const char *)request->body, request->n, 0, &error);
     if (!root) {
         /* Not jansson's own text: it quotes the body. */
-        bad(reply, NULL, "it is not JSON in UTF-8 (line %d, column %d)", error.line, error.column);
+        api_refuse(reply, NULL, "it is not JSON in UTF-8 (line %d, column %d)", error.line,
+                   error.column);
     } else if (!json_is_object(root)) {
-        bad(reply, NULL, "a JSON object is needed");
+        api_refuse(reply, NULL, "a JSON object is needed");
         json_decref(root);
         root = NULL;
     }
@@ -273,24 +328,27 @@ json_t *api_parse_body(const sh_http_request *request, sh_http_reply *reply)
 bool api_ask_parse(const sh_api *api, const sh_http_request *request, bool chat, api_ask *out,
                    sh_http_reply *reply)
 {
-    *out = (api_ask){.chat = chat};
+    const bounds tokens = {1, SH_MAX_TOKENS_MAX};
+    *out = (api_ask){.chat = chat, .n = 1};
     sh_request *r = &out->request;
     r->max_tokens = chat ? CHAT_MAX_TOKENS_DEFAULT : MAX_TOKENS_DEFAULT;
-    /* Roles make a message longer, by less than its own JSON does. */
-    sh_buf_init(&out->prompt, request->n + 64);
     out->root = api_parse_body(request, reply);
-    return out->root && check_model(api, out->root, reply) && check_fixed(out->root, reply) &&
+    return out->root && api_check_model(api, out->root, reply) && check_fixed(out->root, reply) &&
            (chat ? read_messages(out, reply) : read_prompt(out, reply)) &&
-           read_integer(out->root, "max_tokens", SH_MAX_TOKENS_MAX, &r->max_tokens, reply) &&
-           (!chat || read_integer(out->root, "max_completion_tokens", SH_MAX_TOKENS_MAX,
-                                  &r->max_tokens, reply)) &&
-           read_sampling(out->root, r, reply) && read_stops(out->root, r, reply) &&
-           read_stream(out->root, out, reply);
+           read_integer(out->root, "max_tokens", tokens, &r->max_tokens, reply) &&
+           (!chat ||
+            read_integer(out->root, "max_completion_tokens", tokens, &r->max_tokens, reply)) &&
+           read_integer(out->root, "n", (bounds){1, API_CHOICES_MAX}, &out->n, reply) &&
+           read_sampling(out->root, r, reply) && read_logprobs(out->root, out, reply) &&
+           read_stops(out->root, r, reply) && read_stream(out->root, out, reply);
 }
 
 void api_ask_release(api_ask *ask)
 {
     json_decref(ask->root);
-    sh_buf_release(&ask->prompt);
+    for (size_t i = 0; i < ask->n_texts; i++)
+        free(ask->texts[i]);
+    free(ask->texts);
+    free(ask->messages);
     *ask = (api_ask){0};
 }

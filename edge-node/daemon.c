@@ -110,7 +110,10 @@ static sh_status make_engine(sh_daemon *d, sh_error *err)
     const sh_node_settings_values *v = &d->settings->v;
     sh_model *genesis = NULL;
     sh_status status = sh_model_open(SH_NODE_FILE_GENESIS, &genesis, err);
-    if (status == SH_OK && !sh_hash_equal(&genesis->sha256, &d->genesis_sha256))
+    sh_hash hash = {0};
+    if (status == SH_OK)
+        hash = sh_model_hash(genesis);
+    if (status == SH_OK && !sh_hash_equal(&hash, &d->genesis_sha256))
         status = sh_fail(err, SH_ERR_CORRUPT, "not the file that %s names", SH_NODE_FILE_MANIFEST);
     if (status != SH_OK) {
         sh_model_close(&genesis);
@@ -123,6 +126,9 @@ static sh_status make_engine(sh_daemon *d, sh_error *err)
     sh_engine_options o = {.frozen = d->frozen,
                            .slots = (uint32_t)v->engine_slots,
                            .context = (uint32_t)v->engine_context,
+                           .threads = sh_settings_threads(v),
+                           .kv = strcmp(v->engine_kv, "f32") == 0 ? SH_KV_F32 : SH_KV_F16,
+                           .share_prefix = v->engine_share_prefix,
                            .now_ms = wall_ms,
                            .finished = daemon_finished,
                            .arg = d};

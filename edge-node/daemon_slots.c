@@ -14,6 +14,7 @@
 
 #include "edge-node/daemon_internal.h"
 #include "shared/base/log.h"
+#include "shared/math/kernel.h"
 
 #define COPY_BYTES (1u << 16)
 
@@ -107,12 +108,37 @@ static sh_status open_model(const char *path, const sh_hash *sha256, sh_model **
 {
     sh_model *model = NULL;
     SH_TRY(sh_model_open(path, &model, err));
-    if (!sh_hash_equal(&model->sha256, sha256)) {
+    sh_hash hash = sh_model_hash(model);
+    if (!sh_hash_equal(&hash, sha256)) {
         sh_model_close(&model);
         return sh_fail(err, SH_ERR_CORRUPT, "%s: not the file that its manifest names", path);
     }
     *out = model;
     return SH_OK;
+}
+
+/* The weights in the kernels' order, before anybody uses the model. While requests run on another
+ * one they have the other processors. */
+static sh_status pack_model(const sh_daemon *d, const char *path, sh_model *model, sh_error *err)
+{
+    const sh_node_settings_values *v = &d->settings->v;
+    const sh_node_pack how = sh_settings_pack(v);
+    char cache[96];
+    sh_pack_options options = {0};
+    bool cached = false;
+    if (how == SH_NODE_PACK_NONE)
+        return SH_OK;
+    snprintf(cache, sizeof cache, "%s.pack", path);
+    if (how == SH_NODE_PACK_FILE)
+        options.cache = cache;
+    const unsigned threads = d->serving ? 1 : sh_settings_threads(v);
+    if (threads > 1)
+        SH_TRY(sh_team_create(threads, &options.team, err));
+    sh_status status = sh_model_pack(model, &options, &cached, err);
+    sh_team_destroy(&options.team);
+    if (status == SH_OK && how == SH_NODE_PACK_FILE && !cached)
+        sh_log(SH_LOG_WARN, "pack_not_kept", "file=%s", cache);
+    return status;
 }
 
 sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_error *err)
@@ -134,10 +160,16 @@ sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_erro
         return SH_ERR_CORRUPT; /* whatever it is: the slot cannot be served */
     }
     SH_TRY(status);
-    if (sh_engine_activate(d->engine, &model, version, err) != SH_OK) {
+    status = pack_model(d, path, model, err);
+    sh_chat_family family = sh_chat_detect(model->gguf);
+    if (status == SH_OK)
+        status = sh_engine_activate(d->engine, &model, version, err);
+    if (status != SH_OK) {
         sh_model_close(&model);
-        return err->code;
+        return status;
     }
+    sh_log(SH_LOG_INFO, "model_active", "release=%llu kernel=%s chat=%s",
+           (unsigned long long)version, sh_kernel_level(), sh_chat_family_name(family));
     d->active_version = version;
     d->active_slot = slot;
     d->serving = true;

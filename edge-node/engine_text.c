@@ -12,7 +12,7 @@ sh_status sh_text_filter_init(sh_text_filter *filter, const char *const *stops, 
     sh_text_filter *f = filter;
     *f = (sh_text_filter){.n_stops = n_stops, .tokens_max = tokens_max};
     sh_buf_init(&f->held, HELD_BYTES_MAX);
-    SH_ASSERT(n_stops <= SH_STOPS_MAX);
+    SH_ASSERT(n_stops <= FILTER_STOPS_MAX);
     for (size_t i = 0; i < n_stops; i++) {
         f->stop_bytes[i] = strlen(stops[i]);
         SH_ASSERT(f->stop_bytes[i] > 0 && f->stop_bytes[i] <= SH_STOP_BYTES_MAX);
@@ -130,6 +130,14 @@ uint32_t sh_text_filter_tokens_shown(const sh_text_filter *filter)
     const sh_text_filter *f = filter;
     uint32_t n = f->n_tokens;
     while (f->stopped && n > 0 && f->token_end[n - 1] > f->n_out)
+        n--;
+    return n;
+}
+
+uint32_t sh_text_filter_tokens_out(const sh_text_filter *filter)
+{
+    uint32_t n = filter->n_tokens;
+    while (n > 0 && filter->token_end[n - 1] > filter->n_out)
         n--;
     return n;
 }

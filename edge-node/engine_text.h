@@ -10,9 +10,11 @@
 
 #include "edge-node/engine.h"
 
+#define FILTER_STOPS_MAX (SH_STOPS_MAX + 1) /* the client's, and what ends a chat's turn */
+
 typedef struct {
-    char stops[SH_STOPS_MAX][SH_STOP_BYTES_MAX];
-    size_t stop_bytes[SH_STOPS_MAX], n_stops;
+    char stops[FILTER_STOPS_MAX][SH_STOP_BYTES_MAX];
+    size_t stop_bytes[FILTER_STOPS_MAX], n_stops;
     sh_buf held;       /* bytes that were not appended yet */
     size_t n_out;      /* bytes before them */
     size_t *token_end; /* [tokens_max] in bytes from the start */
@@ -32,5 +34,7 @@ SH_MUST_USE sh_status sh_text_filter_add(sh_text_filter *filter, const sh_tokeni
 SH_MUST_USE sh_status sh_text_filter_end(sh_text_filter *filter, sh_buf *text, sh_error *err);
 /* Tokens that have nothing of the stop string; all without one. */
 uint32_t sh_text_filter_tokens_shown(const sh_text_filter *filter);
+/* Tokens whose text was appended, all of it; at the end the same as shown. */
+uint32_t sh_text_filter_tokens_out(const sh_text_filter *filter);
 
 #endif

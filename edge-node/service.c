@@ -5,8 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "shared/math/quant.h"
-#include "shared/model/sampler.h"
+#include "shared/model/chat.h"
 
 #define BATCH              16u   /* tokens scored a decode: their logits are kept side by side */
 #define PROJECTION_SCALE   48.0f /* one standard deviation of the vocabulary, in int8 steps */
@@ -27,7 +26,9 @@ struct sh_frozen {
 struct sh_session {
     const sh_model *model;
     const sh_frozen *frozen;
-    sh_context *context;
+    sh_context *context; /* NULL: detached */
+    sh_kv_type kv;
+    sh_session_runner runner; /* run NULL: alone */
     uint32_t n_tokens_max, vocab, release_version;
     int32_t *history;             /* [n_tokens_max]: what the cache holds */
     uint32_t n_history, n_prefix; /* prefix: 1 when BOS comes first */
@@ -45,7 +46,8 @@ struct sh_session {
     sh_stop stop;
     bool proposing, done;
     double logprob_sum, least_logprob, entropy_sum;
-    sh_sample_item *nucleus; /* [vocab], made when first needed */
+    const float *logits; /* that the last token was chosen from: last or scratch */
+    sh_sampler *sampler; /* made when first needed */
 };
 
 /* ---- frozen ---- */
@@ -101,7 +103,6 @@ static void standardize(sh_frozen *f)
 static sh_status project(sh_frozen *f, const sh_model *genesis, sh_error *err)
 {
     const sh_matrix *e = &genesis->token_embd;
-    size_t row_bytes = sh_type_row_bytes(e->type, e->in);
     float *row = sh_calloc(e->in, sizeof(float));
     float *sign = sh_calloc((size_t)e->in * SH_PROJECTIONS, sizeof(float));
     sh_status status = SH_OK;
@@ -116,7 +117,7 @@ static sh_status project(sh_frozen *f, const sh_model *genesis, sh_error *err)
             sign[(size_t)k * e->in + i] = sh_rng_u32(&rng) & 1 ? 1.0f : -1.0f;
     }
     for (uint32_t t = 0; t < f->vocab; t++) {
-        sh_row_dequantize(e->type, (const uint8_t *)e->data + t * row_bytes, row, e->in);
+        sh_matrix_row(e, t, row);
         for (uint32_t k = 0; k < SH_PROJECTIONS; k++) {
             double sum = 0; /* in order: the frozen embedding is the same on every machine */
             for (uint32_t i = 0; i < e->in; i++)
@@ -139,7 +140,8 @@ static sh_hash name_frozen(const sh_model *genesis)
         seed[i] = (uint8_t)(SH_PROJECTION_SEED >> (8 * i));
     sh_sha256_init(&state);
     sh_sha256_update(&state, HASH_LABEL, sizeof(HASH_LABEL));
-    sh_sha256_update(&state, genesis->sha256.b, sizeof(genesis->sha256.b));
+    sh_hash hash = sh_model_hash(genesis);
+    sh_sha256_update(&state, hash.b, sizeof(hash.b));
     sh_sha256_update(&state, seed, sizeof(seed));
     return sh_sha256_final(&state);
 }
@@ -210,6 +212,22 @@ uint32_t sh_word_length(const sh_frozen *frozen, const int32_t *tokens, uint32_t
 
 /* ---- session ---- */
 
+static sh_status make_context(sh_session *s, const sh_model *model, const sh_session_runner *runner,
+                              sh_error *err)
+{
+    sh_context *context = NULL;
+    sh_context_options options = {.n_tokens_max = s->n_tokens_max, .kv = s->kv};
+    if (runner != NULL)
+        options.runner = runner->runner;
+    else
+        options.batch_max = BATCH;
+    SH_TRY(sh_context_create(model, &options, &context, err));
+    sh_context_destroy(&s->context);
+    s->context = context;
+    s->runner = runner != NULL ? *runner : (sh_session_runner){0};
+    return SH_OK;
+}
+
 sh_status sh_session_create(const sh_model *model, const sh_frozen *frozen,
                             const sh_session_options *options, sh_session **out, sh_error *err)
 {
@@ -239,8 +257,8 @@ sh_status sh_session_create(const sh_model *model, const sh_frozen *frozen,
         status = sh_fail(err, SH_ERR_NO_MEMORY, "session of %u tokens: no memory", n_max);
         goto cleanup;
     }
-    sh_context_options context = {.n_tokens_max = n_max, .batch_max = BATCH};
-    SH_GOTO(sh_context_create(model, &context, &s->context, err));
+    s->kv = options->kv;
+    SH_GOTO(make_context(s, model, options->runner, err));
     *out = s;
     return SH_OK;
 cleanup:
@@ -256,11 +274,22 @@ void sh_session_destroy(sh_session **session)
     sh_context_destroy(&s->context);
     free(s->history);
     free(s->proposed);
-    free(s->nucleus);
+    sh_sampler_destroy(&s->sampler);
     free(s->last);
     free(s->scratch);
     free(s);
     *session = NULL;
+}
+
+static sh_status run_tokens(sh_session *s, const sh_run_item *tokens, sh_error *err)
+{
+    sh_run_item item = *tokens;
+    item.context = s->context;
+    if (s->runner.run != NULL)
+        return s->runner.run(s->runner.arg, &item, err);
+    if (item.hidden != NULL)
+        return sh_fail(err, SH_ERR_UNSUPPORTED, "session: no runner to embed with");
+    return sh_context_decode(s->context, item.tokens, item.n, item.logits_wanted, item.logits, err);
 }
 
 static void clear_measurement(sh_session *s)
@@ -277,8 +306,12 @@ static sh_status catch_up(sh_session *s, sh_error *err)
     uint32_t there = sh_context_length(s->context);
     if (s->has_last || s->n_history == 0)
         return SH_OK;
-    SH_TRY(sh_context_decode(s->context, s->history + there, s->n_history - there, SH_LOGITS_LAST,
-                             s->last, err));
+    SH_TRY(run_tokens(s,
+                      &(sh_run_item){.tokens = s->history + there,
+                                     .n = s->n_history - there,
+                                     .logits_wanted = SH_LOGITS_LAST,
+                                     .logits = s->last},
+                      err));
     s->has_last = true;
     s->evaluated += s->n_history - there;
     return SH_OK;
@@ -327,20 +360,77 @@ sh_status sh_session_resume(sh_session *session, const int32_t *tokens, size_t n
     return run_history(s, err);
 }
 
-sh_status sh_session_switch(sh_session *session, const sh_model *model, uint32_t release_version,
-                            sh_error *err)
+void sh_session_detach(sh_session *session)
+{
+    sh_context_destroy(&session->context);
+    session->runner = (sh_session_runner){0};
+    session->has_last = false;
+}
+
+sh_status sh_session_attach(sh_session *session, const sh_model *model, uint32_t release_version,
+                            const sh_session_runner *runner, sh_error *err)
 {
     sh_session *s = session;
-    sh_context *context = NULL;
     if (model->config.vocab != s->vocab || model->config.context < s->n_tokens_max)
         return sh_fail(err, SH_ERR_MISMATCH, "the release's model does not fit the session");
-    sh_context_options options = {.n_tokens_max = s->n_tokens_max, .batch_max = BATCH};
-    SH_TRY(sh_context_create(model, &options, &context, err));
-    sh_context_destroy(&s->context);
-    s->context = context;
+    SH_TRY(make_context(s, model, runner, err));
     s->model = model;
     s->release_version = release_version;
     return run_history(s, err);
+}
+
+sh_status sh_session_switch(sh_session *session, const sh_model *model, uint32_t release_version,
+                            sh_error *err)
+{
+    return sh_session_attach(session, model, release_version, NULL, err);
+}
+
+sh_status sh_session_adopt(sh_session *session, const sh_session *other, uint32_t n, sh_error *err)
+{
+    sh_session *s = session;
+    SH_ASSERT(s->model == other->model && n + other->n_prefix <= other->n_history && n > 0);
+    SH_ASSERT(other->n_history <= s->n_tokens_max);
+    clear_measurement(s);
+    s->n_prefix = other->n_prefix;
+    s->n_history = s->n_prefix + n;
+    memcpy(s->history, other->history, s->n_history * sizeof(int32_t));
+    s->has_last = false;
+    /* Its logits are not copied: the last token is run again. What the other has not run yet, too.
+     */
+    uint32_t there = SH_MIN(sh_context_length(other->context), s->n_history - 1);
+    return sh_context_copy_prefix(s->context, other->context, there, err);
+}
+
+sh_status sh_session_embed(sh_session *session, const int32_t *tokens, uint32_t n, float *out,
+                           sh_error *err)
+{
+    sh_session *s = session;
+    const uint32_t width = s->model->config.width;
+    sh_status status = SH_OK;
+    sh_session_cut(s, 0);
+    sh_context_truncate(s->context, 0);
+    float *hidden = sh_calloc((size_t)SH_MIN(n, BATCH) * width, sizeof(float));
+    double *sum = sh_calloc(width, sizeof(double));
+    if (hidden == NULL || sum == NULL) {
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "an embedding: no memory");
+        goto cleanup;
+    }
+    for (uint32_t at = 0; at < n; at += BATCH) {
+        uint32_t piece = SH_MIN(n - at, BATCH);
+        SH_GOTO(run_tokens(s, &(sh_run_item){.tokens = tokens + at, .n = piece, .hidden = hidden},
+                           err));
+        for (size_t i = 0; i < (size_t)piece * width; i++)
+            sum[i % width] += hidden[i];
+    }
+    for (uint32_t i = 0; i < width; i++)
+        out[i] = (float)(sum[i] / n);
+cleanup:
+    sh_context_truncate(s->context, 0);
+    s->n_history = s->n_prefix = 0;
+    s->has_last = false;
+    free(hidden);
+    free(sum);
+    return status;
 }
 
 const int32_t *sh_session_text(const sh_session *session, uint32_t *n)
@@ -360,7 +450,8 @@ void sh_session_cut(sh_session *session, uint32_t n)
     s->n_history = s->n_prefix + n;
     memset(s->history + s->n_history, 0, (s->n_tokens_max - s->n_history) * sizeof(int32_t));
     /* The logits after the last token that stays are gone: it is run again. */
-    sh_context_truncate(s->context, s->n_history > 0 ? s->n_history - 1 : 0);
+    if (s->context != NULL)
+        sh_context_truncate(s->context, s->n_history > 0 ? s->n_history - 1 : 0);
     s->has_last = false;
 }
 
@@ -396,7 +487,12 @@ sh_status sh_session_type(sh_session *session, const int32_t *tokens, size_t n, 
         if (s->n_history < s->n_tokens_max)
             piece = SH_MIN(piece, s->n_tokens_max - s->n_history);
         SH_TRY(make_room(s, piece, err));
-        SH_TRY(sh_context_decode(s->context, tokens + at, piece, SH_LOGITS_ALL, s->scratch, err));
+        SH_TRY(run_tokens(s,
+                          &(sh_run_item){.tokens = tokens + at,
+                                         .n = piece,
+                                         .logits_wanted = SH_LOGITS_ALL,
+                                         .logits = s->scratch},
+                          err));
         for (uint32_t i = 0; i < piece; i++) {
             const float *before = i > 0         ? s->scratch + (size_t)(i - 1) * s->vocab
                                   : s->has_last ? s->last
@@ -482,11 +578,10 @@ sh_status sh_session_propose(sh_session *session, const sh_proposing *how, sh_er
     SH_TRY(catch_up(s, err));
     if (!s->has_last)
         return sh_fail(err, SH_ERR_INVALID, "session: nothing was typed, there is no next word");
-    if (how->temperature > 0 && how->top_p < 1 && s->nucleus == NULL) {
-        s->nucleus = sh_calloc(s->vocab, sizeof(*s->nucleus));
-        if (s->nucleus == NULL)
-            return sh_fail(err, SH_ERR_NO_MEMORY, "session: no memory to sample with top_p");
-    }
+    if (s->sampler == NULL)
+        SH_TRY(sh_sampler_create(&how->sampling, s->vocab, &s->sampler, err));
+    else
+        SH_TRY(sh_sampler_begin(s->sampler, &how->sampling, err));
     SH_TRY(make_room(s, how->max_tokens, err));
     s->how = *how;
     s->n_proposed = 0;
@@ -516,6 +611,26 @@ static bool is_over(sh_session *s)
     return s->n_proposed == s->how.max_tokens && ends(s, SH_STOP_LIMIT);
 }
 
+/* The next token by the proposal's sampling. */
+static sh_status choose(sh_session *s, const float *logits, int32_t *token, sh_error *err)
+{
+    int32_t recent[SH_REPEAT_MAX];
+    uint32_t all = s->n_history + s->n_proposed, n = 0;
+    const float penalty = s->how.sampling.repeat_penalty;
+    if (penalty != 0 && penalty != 1)
+        for (n = 0; n < SH_MIN(all, (uint32_t)SH_REPEAT_MAX); n++)
+            recent[n] = token_at(s, all - SH_MIN(all, (uint32_t)SH_REPEAT_MAX) + n);
+    s->logits = logits;
+    return sh_sampler_next(s->sampler, logits, n > 0 ? recent : NULL, n, token, err);
+}
+
+static bool is_end(const sh_session *s, int32_t token)
+{
+    const sh_tokenizer *tokenizer = s->model->tokenizer;
+    return token == sh_tokenizer_eos(tokenizer) ||
+           (s->how.chat && sh_chat_is_end(tokenizer, token));
+}
+
 sh_status sh_session_next(sh_session *session, int32_t *token, bool *done, sh_error *err)
 {
     sh_session *s = session;
@@ -526,14 +641,18 @@ sh_status sh_session_next(sh_session *session, int32_t *token, bool *done, sh_er
     if (*done)
         return SH_OK;
     if (s->n_proposed > 0) {
-        SH_TRY(sh_context_decode(s->context, &s->proposed[s->n_proposed - 1], 1, SH_LOGITS_LAST,
-                                 s->scratch, err));
+        SH_TRY(run_tokens(s,
+                          &(sh_run_item){.tokens = &s->proposed[s->n_proposed - 1],
+                                         .n = 1,
+                                         .logits_wanted = SH_LOGITS_LAST,
+                                         .logits = s->scratch},
+                          err));
         logits = s->scratch;
         s->evaluated++;
     }
-    int32_t next = sh_sample_top_p(logits, s->vocab, s->how.temperature, s->how.top_p, s->nucleus,
-                                   &s->how.rng);
-    if (next == sh_tokenizer_eos(s->model->tokenizer))
+    int32_t next;
+    SH_TRY(choose(s, logits, &next, err));
+    if (is_end(s, next))
         *done = ends(s, SH_STOP_END_OF_TEXT);
     else if (s->how.one_word && s->n_proposed > 0 && !goes_on(s->frozen, s->proposed[0], next))
         *done = ends(s, SH_STOP_WORD);
@@ -550,6 +669,11 @@ sh_status sh_session_next(sh_session *session, int32_t *token, bool *done, sh_er
     return SH_OK;
 }
 
+const float *sh_session_logits(const sh_session *session)
+{
+    return session->logits;
+}
+
 void sh_session_end(sh_session *session, sh_proposal *out)
 {
     sh_session *s = session;
@@ -564,7 +688,7 @@ void sh_session_end(sh_session *session, sh_proposal *out)
 sh_status sh_session_complete(sh_session *session, uint32_t max_tokens, sh_completion *out,
                               sh_error *err)
 {
-    sh_proposing how = {.max_tokens = max_tokens, .one_word = true, .top_p = 1};
+    sh_proposing how = {.max_tokens = max_tokens, .one_word = true, .sampling.top_p = 1};
     sh_proposal proposal;
     sh_status status = SH_OK;
     int32_t token;

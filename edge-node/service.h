@@ -22,8 +22,8 @@
 #ifndef SH_EDGE_SERVICE_H
 #define SH_EDGE_SERVICE_H
 
-#include "shared/base/rng.h"
 #include "shared/model/model.h"
+#include "shared/model/sampler.h"
 #include "shared/stats/record.h"
 
 #define SH_WORD_TOKENS_MAX        6u  /* proposed for one word */
@@ -68,10 +68,20 @@ typedef struct {
  * right, rejected when nothing is. edit_distance is in tokens (Levenshtein). */
 sh_feedback_kind sh_completion_judge(sh_completion *completion, const int32_t *author, uint32_t n);
 
+/* How a session's tokens are run: in passes that it shares with others (edge-node/batch.h). The
+ * numbers are the same bits as alone (model.h). */
+typedef struct {
+    sh_runner *runner; /* of the session's model; borrowed */
+    sh_status (*run)(void *arg, const sh_run_item *item, sh_error *err);
+    void *arg;
+} sh_session_runner;
+
 typedef struct sh_session sh_session;
 typedef struct {
     uint32_t n_tokens_max;    /* cache; 0: SH_SESSION_TOKENS_DEFAULT or the model's context */
     uint32_t release_version; /* of the model, for the records */
+    sh_kv_type kv;            /* of the cache */
+    const sh_session_runner *runner; /* NULL: the session alone, on its caller's thread */
 } sh_session_options;
 
 /* SH_ERR_MISMATCH: the model's vocabulary is not the frozen one's. */
@@ -87,6 +97,21 @@ SH_MUST_USE sh_status sh_session_resume(sh_session *session, const int32_t *toke
 /* Goes on with the same text on another model (a release became active). */
 SH_MUST_USE sh_status sh_session_switch(sh_session *session, const sh_model *model,
                                         uint32_t release_version, sh_error *err);
+/* The same in two steps: detach gives the cache back, so that the session has nothing of its model
+ * any more (which may then be closed), and only cut, attach and destroy may follow; attach goes on
+ * with another model, or the same one. runner: NULL for none. */
+void sh_session_detach(sh_session *session);
+SH_MUST_USE sh_status sh_session_attach(sh_session *session, const sh_model *model,
+                                        uint32_t release_version, const sh_session_runner *runner,
+                                        sh_error *err);
+/* A new text that begins with the first n tokens of another session's (which nobody changes
+ * meanwhile): their cache is copied, and they are not measured. Both have the same model. */
+SH_MUST_USE sh_status sh_session_adopt(sh_session *session, const sh_session *other, uint32_t n,
+                                       sh_error *err);
+/* The mean over the tokens of what the output matrix would see of each, [width]; the text is
+ * forgotten, and nothing is measured. n 1 .. n_tokens_max; BOS is the caller's to put. */
+SH_MUST_USE sh_status sh_session_embed(sh_session *session, const int32_t *tokens, uint32_t n,
+                                       float *out, sh_error *err);
 /* What the author typed since. SH_ERR_INVALID: a token outside the vocabulary, nothing is taken.
  * After any other error the session must begin anew. */
 SH_MUST_USE sh_status sh_session_type(sh_session *session, const int32_t *tokens, size_t n,
@@ -98,10 +123,10 @@ SH_MUST_USE sh_status sh_session_complete(sh_session *session, uint32_t max_toke
 
 /* ---- the same, token by token, of any length ---- */
 typedef struct {
-    uint32_t max_tokens;      /* 1 .. half of n_tokens_max, or all that is left of it */
-    bool one_word;            /* ends where the next word begins */
-    float temperature, top_p; /* 0: greedy; sampler.h */
-    sh_rng rng;
+    uint32_t max_tokens;  /* 1 .. half of n_tokens_max, or all that is left of it */
+    bool one_word;        /* ends where the next word begins */
+    bool chat;            /* ends where an assistant's turn does (chat.h), too */
+    sh_sampling sampling; /* zeros: greedy; sampler.h */
 } sh_proposing;
 typedef struct {
     uint32_t n;
@@ -117,6 +142,8 @@ SH_MUST_USE sh_status sh_session_propose(sh_session *session, const sh_proposing
 /* *token is untouched when *done. */
 SH_MUST_USE sh_status sh_session_next(sh_session *session, int32_t *token, bool *done,
                                       sh_error *err);
+/* The logits [vocab] that the last token was chosen from; until the session is used again. */
+const float *sh_session_logits(const sh_session *session);
 /* Closes the measurement. record.stop is SH_STOP_CANCELLED when *done was not reached. */
 void sh_session_end(sh_session *session, sh_proposal *out);
 

@@ -12,12 +12,13 @@
 #include "shared/math/kernel.h"
 #include "shared/model/model.h"
 
-#define V              sh_node_settings_values
-#define COMMAND_LINE   2 /* options at the table's start that are no settings of a file */
-#define DAY_MS         (24ull * 3600 * 1000)
-#define SAMPLE_MAX     (256u << 10)
-#define OUTBOX_RECORDS (1u << 20)      /* this version sends no records */
-#define BYTES_MAX      1099511627776.0 /* 1 TiB */
+#define V                   sh_node_settings_values
+#define COMMAND_LINE        2 /* options at the table's start that are no settings of a file */
+#define DAY_MS              (24ull * 3600 * 1000)
+#define SAMPLE_MAX          (256u << 10)
+#define THREADS_DEFAULT_MAX 4
+#define OUTBOX_RECORDS      (1u << 20)      /* this version sends no records */
+#define BYTES_MAX           1099511627776.0 /* 1 TiB */
 
 static const sh_option table[] = {
     SH_OPT_STRING(V, dir, 'd', "dir", "DIR", NULL, "the node's folder, made by shoal-node init"),
@@ -42,6 +43,17 @@ static const sh_option table[] = {
                "requests that run at once, and texts whose cache is kept"),
     SH_OPT_INT(V, engine_context, 0, "engine.context", "TOKENS", 0, 0, SH_CONTEXT_MAX,
                "tokens a slot; 0: the model's, at most 1024"),
+    SH_OPT_INT(V, engine_threads, 0, "engine.threads", "N", 0, 0, SH_TEAM_THREADS_MAX,
+               "threads of a pass over the model; 0: a processor each, at most 4"),
+    SH_OPT_STRING(V, engine_pack, 0, "engine.pack", "HOW", "memory",
+                  "weights in the kernels' own order: memory, file (kept beside the model), none"),
+    SH_OPT_STRING(V, engine_kernel, 0, "engine.kernel", "LEVEL", NULL,
+                  "instruction set of the kernels, of those that this machine has; by default the "
+                  "best"),
+    SH_OPT_STRING(V, engine_kv, 0, "engine.kv", "TYPE", "f16", "values of the cache: f16 or f32"),
+    SH_OPT_FLAG(V, engine_share_prefix, 0, "engine.share-prefix",
+                "starts of texts are shared among users, too: faster, but the time of an answer "
+                "tells what others asked"),
     /* monitoring */
     SH_OPT_INT(V, window, 0, "monitor.window", "N", 256, 16, 65536, "inferences a window"),
     SH_OPT_INT(V, window_minutes, 0, "monitor.window-minutes", "MIN", 60, 0, 100000,
@@ -182,6 +194,14 @@ static sh_status check_values(const V *v, sh_error *err)
                        (long long)v->retry_max_ms, (long long)v->retry_min_ms);
     if (sh_log_parse_level(v->log_level, &level, err) != SH_OK)
         return sh_fail_in(err, "log.level");
+    if (strcmp(v->engine_pack, "memory") && strcmp(v->engine_pack, "file") &&
+        strcmp(v->engine_pack, "none"))
+        return sh_fail(err, SH_ERR_USAGE, "engine.pack: '%.32s' is not memory, file or none",
+                       v->engine_pack);
+    if (strcmp(v->engine_kv, "f16") && strcmp(v->engine_kv, "f32"))
+        return sh_fail(err, SH_ERR_USAGE, "engine.kv: '%.32s' is not f16 or f32", v->engine_kv);
+    if (v->engine_kernel && v->engine_kernel[0] && sh_kernel_force(v->engine_kernel, err) != SH_OK)
+        return sh_fail_in(err, "engine.kernel");
     return SH_OK;
 }
 
@@ -277,6 +297,21 @@ sh_status sh_settings_sample(const char *aggregator, sh_buf *out)
 cleanup:
     sh_buf_release(&sample);
     return status;
+}
+
+sh_node_pack sh_settings_pack(const V *v)
+{
+    return !strcmp(v->engine_pack, "none")   ? SH_NODE_PACK_NONE
+           : !strcmp(v->engine_pack, "file") ? SH_NODE_PACK_FILE
+                                             : SH_NODE_PACK_MEMORY;
+}
+
+unsigned sh_settings_threads(const V *v)
+{
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    if (v->engine_threads > 0)
+        return (unsigned)v->engine_threads;
+    return cores > 0 ? (unsigned)SH_MIN(cores, (long)THREADS_DEFAULT_MAX) : 1;
 }
 
 void sh_settings_node_options(const V *v, sh_node_options *out)

@@ -32,7 +32,9 @@ typedef struct {
     bool sync;
     const char *http_address, *http_token_file, *http_model_name;
     int64_t http_port, http_connections_max;
-    int64_t engine_slots, engine_context;
+    int64_t engine_slots, engine_context, engine_threads;
+    const char *engine_pack, *engine_kernel, *engine_kv;
+    bool engine_share_prefix;
     int64_t window, window_minutes, reference;
     double average_run_length;
     int64_t store_bytes_max, commit_ms;
@@ -70,6 +72,10 @@ void sh_settings_release(sh_settings *settings);
 /* node.yaml: only what differs from the defaults is set, the rest is commented with its help. The
  * command line's --dir and --config are not in it. */
 SH_MUST_USE sh_status sh_settings_sample(const char *aggregator, sh_buf *out);
+/* How the engine runs, of the settings engine.*; the kernel is forced by sh_settings_parse. */
+typedef enum { SH_NODE_PACK_NONE, SH_NODE_PACK_MEMORY, SH_NODE_PACK_FILE } sh_node_pack;
+sh_node_pack sh_settings_pack(const sh_node_settings_values *values);
+unsigned sh_settings_threads(const sh_node_settings_values *values);
 /* The core's options; agent and kernel are literals, release_key is the caller's to set. */
 void sh_settings_node_options(const sh_node_settings_values *values, sh_node_options *out);
 /* Where the running program lies: its folder and `name`. */

@@ -155,35 +155,78 @@ static int open_temporary(const char *path, mode_t mode, char *temp, size_t temp
     return -1;
 }
 
+static sh_status writer_open(const char *path, bool private, sh_file_writer *out, sh_error *err)
+{
+    size_t n = strlen(path);
+    if (n >= SH_PATH_BYTES - TEMP_SUFFIX_BYTES)
+        return fail_errno(err, ENAMETOOLONG, "write", path);
+    memcpy(out->path, path, n + 1);
+    out->fd = open_temporary(path, private ? 0600 : 0666, out->temp, sizeof out->temp);
+    if (out->fd < 0)
+        return fail_errno(err, errno, "write", path);
+    out->open = true;
+    /* A file that was private stays private. */
+    struct stat info;
+    if (!private && stat(path, &info) == 0 && fchmod(out->fd, info.st_mode & 0777) != 0) {
+        int reason = errno;
+        sh_file_writer_abandon(out);
+        return fail_errno(err, reason, "write", path);
+    }
+    return SH_OK;
+}
+
+sh_status sh_file_writer_open(const char *path, sh_file_writer *out, sh_error *err)
+{
+    return writer_open(path, false, out, err);
+}
+
+sh_status sh_file_writer_append(sh_file_writer *w, const void *bytes, size_t n, sh_error *err)
+{
+    SH_ASSERT(w->open);
+    int reason = write_all(w->fd, bytes, n);
+    return reason ? fail_errno(err, reason, "write", w->path) : SH_OK;
+}
+
+sh_status sh_file_writer_commit(sh_file_writer *w, sh_error *err)
+{
+    int reason = 0;
+    SH_ASSERT(w->open);
+    if (fsync(w->fd) != 0)
+        reason = errno;
+    if (close(w->fd) != 0 && !reason)
+        reason = errno;
+    w->open = false;
+    if (!reason && rename(w->temp, w->path) != 0)
+        reason = errno;
+    if (reason) {
+        unlink(w->temp);
+        return fail_errno(err, reason, "write", w->path);
+    }
+    reason = sync_folder(w->path);
+    return reason ? fail_errno(err, reason, "sync the folder of", w->path) : SH_OK;
+}
+
+void sh_file_writer_abandon(sh_file_writer *w)
+{
+    if (!w->open)
+        return;
+    close(w->fd);
+    unlink(w->temp);
+    w->open = false;
+}
+
 static sh_status write_atomic(const char *path, const void *bytes, size_t n, bool private,
                               sh_error *err)
 {
-    if (strlen(path) >= SH_PATH_BYTES - TEMP_SUFFIX_BYTES)
-        return fail_errno(err, ENAMETOOLONG, "write", path);
-    char temp[SH_PATH_BYTES];
-    int fd = open_temporary(path, private ? 0600 : 0666, temp, sizeof temp);
-    if (fd < 0)
-        return fail_errno(err, errno, "write", path);
+    sh_status status = SH_OK;
+    sh_file_writer w = {0};
+    SH_TRY(writer_open(path, private, &w, err));
+    SH_GOTO(sh_file_writer_append(&w, bytes, n, err));
+    SH_GOTO(sh_file_writer_commit(&w, err));
 
-    /* A file that was private stays private. */
-    struct stat info;
-    int reason = 0;
-    if (!private && stat(path, &info) == 0 && fchmod(fd, info.st_mode & 0777) != 0)
-        reason = errno;
-    if (!reason)
-        reason = write_all(fd, bytes, n);
-    if (!reason && fsync(fd) != 0)
-        reason = errno;
-    if (close(fd) != 0 && !reason)
-        reason = errno;
-    if (!reason && rename(temp, path) != 0)
-        reason = errno;
-    if (reason) {
-        unlink(temp);
-        return fail_errno(err, reason, "write", path);
-    }
-    reason = sync_folder(path);
-    return reason ? fail_errno(err, reason, "sync the folder of", path) : SH_OK;
+cleanup:
+    sh_file_writer_abandon(&w);
+    return status;
 }
 
 sh_status sh_file_write_atomic(const char *path, const void *bytes, size_t n, sh_error *err)

@@ -6,21 +6,69 @@
 #include <math.h>
 #include <stdlib.h>
 
+static sh_status decode(const char *text, size_t n, const char *name, json_t **out, sh_error *err)
+{
+    json_error_t problem;
+    json_t *value = json_loadb(text, n, JSON_REJECT_DUPLICATES, &problem);
+    if (!value) {
+        sh_status code = json_error_code(&problem) == json_error_out_of_memory ? SH_ERR_NO_MEMORY
+                                                                               : SH_ERR_INVALID;
+        return sh_fail(err, code, "%s:%d:%d: %s", name, problem.line, problem.column, problem.text);
+    }
+    *out = value;
+    return SH_OK;
+}
+
 sh_status sh_json_load(const char *path, json_t **out, sh_error *err)
 {
     uint8_t *text = NULL;
     size_t n = 0;
     SH_TRY(sh_file_read(path, SH_JSON_BYTES_MAX, &text, &n, err));
-    json_error_t problem;
-    json_t *value = json_loadb((const char *)text, n, JSON_REJECT_DUPLICATES, &problem);
+    sh_status status = decode((const char *)text, n, path, out, err);
     free(text);
-    if (!value) {
-        sh_status code = json_error_code(&problem) == json_error_out_of_memory ? SH_ERR_NO_MEMORY
-                                                                               : SH_ERR_INVALID;
-        return sh_fail(err, code, "%s:%d:%d: %s", path, problem.line, problem.column, problem.text);
+    return status;
+}
+
+/* Brackets and commas outside strings; no other rule of the grammar is looked at. */
+static void measure(const char *text, size_t n, size_t *values, size_t *depth_max)
+{
+    size_t depth = 0;
+    bool in_string = false;
+    *values = *depth_max = 0;
+    for (size_t i = 0; i < n; i++) {
+        const char c = text[i];
+        if (in_string) {
+            i += c == '\\';
+            in_string = c != '"';
+        } else if (c == '"') {
+            in_string = true;
+        } else if (c == '[' || c == '{') {
+            depth++;
+            (*values)++;
+            *depth_max = SH_MAX(*depth_max, depth);
+        } else if (c == ',') {
+            (*values)++;
+        } else if ((c == ']' || c == '}') && depth > 0) {
+            depth--;
+        }
     }
-    *out = value;
-    return SH_OK;
+}
+
+sh_status sh_json_decode(const void *text, size_t n, const char *name, const sh_json_limits *limits,
+                         json_t **out, sh_error *err)
+{
+    size_t values = 0, depth = 0;
+    if (n > limits->bytes_max)
+        return sh_fail(err, SH_ERR_LIMIT, "%s: JSON of %zu bytes, at most %zu are read", name, n,
+                       limits->bytes_max);
+    measure(text, n, &values, &depth);
+    if (values > limits->values_max)
+        return sh_fail(err, SH_ERR_LIMIT, "%s: JSON of %zu values, at most %zu are read", name,
+                       values, limits->values_max);
+    if (depth > limits->depth_max)
+        return sh_fail(err, SH_ERR_LIMIT, "%s: JSON of %zu levels, at most %u are read", name,
+                       depth, limits->depth_max);
+    return decode(text, n, name, out, err);
 }
 
 static int append_text(const char *text, size_t n, void *data)

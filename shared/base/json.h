@@ -12,6 +12,15 @@
 
 /* *out is a new reference (json_decref). SH_ERR_INVALID names the line. */
 SH_MUST_USE sh_status sh_json_load(const char *path, json_t **out, sh_error *err);
+/* What a text from others may hold; checked in one pass before anything is built, because a tree
+ * takes some 50 times the bytes of "[[],[],...". */
+typedef struct {
+    size_t bytes_max, values_max; /* values: commas and brackets count */
+    uint32_t depth_max;
+} sh_json_limits;
+/* JSON from bytes; name is for errors. SH_ERR_LIMIT names the limit. */
+SH_MUST_USE sh_status sh_json_decode(const void *text, size_t n, const char *name,
+                                     const sh_json_limits *limits, json_t **out, sh_error *err);
 /* Atomic; keys in insertion order, two spaces of indent, a final newline. */
 SH_MUST_USE sh_status sh_json_save(const char *path, const json_t *value, sh_error *err);
 /* Takes over value: json_object_set_new that asserts on the out-of-memory that we do not survive.

@@ -35,17 +35,26 @@ sh_status sh_option_values_init(sh_option_values *values, const sh_command *comm
     return SH_OK;
 }
 
+static void free_strings(sh_option_value *value)
+{
+    for (sh_owned *owned = value->string, *next; owned; owned = next) {
+        next = owned->next;
+        free(owned);
+    }
+    value->string = NULL;
+}
+
 void sh_option_values_release(sh_option_values *values)
 {
     for (size_t i = 0; values->values && i < values->command->n_options; i++)
-        free(values->values[i].string);
+        free_strings(&values->values[i]);
     free(values->values);
     *values = (sh_option_values){0};
 }
 
 bool sh_option_has_default(const sh_option *option)
 {
-    if (option->type == SH_OPTION_STRING)
+    if (option->type == SH_OPTION_STRING || option->type == SH_OPTION_LIST)
         return option->default_string != NULL;
     return option->default_number >= option->min && option->default_number <= option->max;
 }
@@ -184,10 +193,38 @@ sh_status sh_option_values_set(sh_option_values *values, size_t i, const char *t
         if (!value.string)
             return sh_fail(err, SH_ERR_NO_MEMORY, "%s: no memory", where);
         break;
+    case SH_OPTION_LIST:
+        if (old->from_file) {
+            free_strings(old);
+            old->n_items = 0;
+        }
+        if (old->n_items == SH_OPTION_LIST_MAX)
+            return sh_fail(err, SH_ERR_USAGE, "%s is given more than %d times", where,
+                           SH_OPTION_LIST_MAX);
+        value.string = own_string(text, n);
+        if (!value.string)
+            return sh_fail(err, SH_ERR_NO_MEMORY, "%s: no memory", where);
+        value.string->next = old->string;
+        value.n_items = old->n_items + 1;
+        old->string = NULL;
+        break;
     }
-    free(old->string);
+    free_strings(old);
     *old = value;
     return SH_OK;
+}
+
+/* The items in the order in which they were given; they become args'. */
+static void apply_list(sh_option_value *value, sh_option_list *list, sh_args *args)
+{
+    *list = (sh_option_list){.n = value->n_items};
+    for (size_t i = value->n_items; i > 0; i--) {
+        sh_owned *owned = value->string;
+        value->string = owned->next;
+        list->items[i - 1] = owned->text;
+        owned->next = args->owned;
+        args->owned = owned;
+    }
 }
 
 void sh_option_values_apply(sh_option_values *values, void *options, sh_args *args)
@@ -214,6 +251,9 @@ void sh_option_values_apply(sh_option_values *values, void *options, sh_args *ar
                 args->owned = value->string;
                 value->string = NULL;
             }
+            break;
+        case SH_OPTION_LIST:
+            apply_list(value, (sh_option_list *)field, args);
             break;
         }
     }
@@ -355,6 +395,8 @@ sh_status sh_options_parse_file(const sh_command *command, const char *yaml_path
         sh_option_values_release(&values);
         SH_GOTO(sh_option_values_init(&values, command, err));
         SH_GOTO(read_yaml_file(&values, yaml_path, err));
+        for (size_t i = 0; i < command->n_options; i++)
+            values.values[i].from_file = true;
         SH_GOTO(take_arguments(&values, &a, err));
     }
     sh_option_values_apply(&values, options, args);

@@ -15,12 +15,13 @@
  *     SH_TRY(sh_options_parse(&command, argc, argv, &o, &args, &err));
  *
  * The command line takes --key VALUE, --key=VALUE, --flag, --flag=false, -k VALUE, -kVALUE, -ab for
- * two flags, and "--" before words that are no options; of two values the last one counts. A table
- * has no key "help" and no letter 'h': those are always known.
+ * two flags, and "--" before words that are no options; of two values the last one counts, but a
+ * list takes each (of a list in both places, the command line's is the whole of it). A table has no
+ * key "help" and no letter 'h': those are always known.
  *
  * In YAML a key may be nested: "round.buffer" is `round: {buffer: 8}`; a list of scalars is joined
- * with commas; `key:` alone leaves the default. Tags, anchors, a key given twice and a second
- * document are errors, which name file and line.
+ * with commas (of a list option: each is an item); `key:` alone leaves the default. Tags, anchors,
+ * a key given twice and a second document are errors, which name file and line.
  *
  * A default outside the option's range means "not set": it is kept, but not shown.
  *
@@ -33,13 +34,25 @@
 #include "shared/base/buf.h"
 #include "shared/base/status.h"
 
-typedef enum { SH_OPTION_FLAG, SH_OPTION_INT, SH_OPTION_REAL, SH_OPTION_STRING } sh_option_type;
+typedef enum {
+    SH_OPTION_FLAG,
+    SH_OPTION_INT,
+    SH_OPTION_REAL,
+    SH_OPTION_STRING,
+    SH_OPTION_LIST
+} sh_option_type;
+
+#define SH_OPTION_LIST_MAX 16 /* items; one more is an error */
+typedef struct {
+    const char *items[SH_OPTION_LIST_MAX];
+    size_t n;
+} sh_option_list;
 
 typedef struct {
     const char *key; /* long name and YAML key, dots nest: "train.rank"; flag is --train.rank */
     char letter;     /* short flag or 0 */
     sh_option_type type;
-    size_t offset;     /* in the options struct: bool, int64_t, double, const char * */
+    size_t offset;     /* in the options struct: bool, int64_t, double, const char *, list */
     const char *value; /* placeholder in --help: "FILE"; NULL for flags */
     double default_number, min, max;
     const char *default_string; /* may be NULL */
@@ -61,6 +74,10 @@ typedef struct {
 #define SH_OPT_STRING(T, field, letter, key, value, dflt, help)                                    \
     {                                                                                              \
         key, letter, SH_OPTION_STRING, offsetof(T, field), value, 0, 0, 0, dflt, help              \
+    }
+#define SH_OPT_LIST(T, field, letter, key, value, help)                                            \
+    {                                                                                              \
+        key, letter, SH_OPTION_LIST, offsetof(T, field), value, 0, 0, 0, NULL, help                \
     }
 
 typedef struct {

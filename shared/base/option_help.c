@@ -57,6 +57,8 @@ static void describe(const sh_option *option, char *out, size_t bytes)
             snprintf(dflt, sizeof dflt, "default true");
         }
     }
+    if (option->type == SH_OPTION_LIST)
+        snprintf(range, sizeof range, "may be repeated");
     if (range[0] || dflt[0])
         snprintf(out, bytes, " (%s%s%s)", range, range[0] && dflt[0] ? "; " : "", dflt);
     else

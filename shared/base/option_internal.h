@@ -23,7 +23,9 @@ typedef struct {
     bool flag;
     int64_t integer;
     double real;
-    sh_owned *string;
+    sh_owned *string; /* of a list: the latest item, then those before it */
+    size_t n_items;
+    bool from_file; /* a list's items go when the command line gives one */
 } sh_option_value;
 
 typedef struct {

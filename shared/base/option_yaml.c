@@ -108,11 +108,34 @@ static sh_status take_scalar(reader *r)
     return set_value(r, i, text, line_of(r));
 }
 
+/* Items of a list option, up to the sequence's end. */
+static sh_status take_items(reader *r, size_t i)
+{
+    char where[SH_ERROR_TEXT_BYTES];
+    const size_t line = line_of(r);
+    snprintf(where, sizeof where, "%.200s:%zu: %s", r->name, line, r->key);
+    if (r->values->values[i].given)
+        return sh_fail(r->err, SH_ERR_USAGE, "%s is given twice", where);
+    for (;;) {
+        SH_TRY(next_event(r));
+        if (r->event.type == YAML_SEQUENCE_END_EVENT)
+            return SH_OK;
+        const char *text = NULL;
+        if (r->event.type != YAML_SCALAR_EVENT)
+            return sh_fail(r->err, SH_ERR_USAGE, "%s:%zu: '%s' takes a list of plain values",
+                           r->name, line_of(r), r->key);
+        SH_TRY(scalar_text(r, &text));
+        SH_TRY(sh_option_values_set(r->values, i, text, where, r->err));
+    }
+}
+
 /* [a, b] becomes "a,b": only for strings, and no item may hold a comma of its own. */
 static sh_status take_list(reader *r)
 {
     const sh_command *command = r->values->command;
     size_t i = sh_option_find(command, r->key), line = line_of(r);
+    if (i < command->n_options && command->options[i].type == SH_OPTION_LIST)
+        return take_items(r, i);
     if (i == command->n_options || command->options[i].type != SH_OPTION_STRING)
         return sh_fail(r->err, SH_ERR_USAGE, "%s:%zu: '%s' does not take a list", r->name, line,
                        r->key);

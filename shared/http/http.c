@@ -21,6 +21,7 @@
 #include <errno.h>
 #include <microhttpd.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -429,7 +430,8 @@ static enum MHD_Result on_whole(exchange *e, struct MHD_Connection *mhd, const c
                                    .path = path,
                                    .body = e->body.data,
                                    .n = e->body.len - 1,
-                                   .server = mhd};
+                                   .server = mhd,
+                                   .client = e->connection};
         e->route->handle(server->options.arg, &request, &e->reply);
     }
     sh_log(SH_LOG_DEBUG, "http", "route=%s status=%d", e->route ? e->route->path : "none",
@@ -479,6 +481,15 @@ static void on_completed(void *arg, struct MHD_Connection *mhd, void **context,
 const char *sh_http_request_query(const sh_http_request *request, const char *name)
 {
     return MHD_lookup_connection_value(request->server, MHD_GET_ARGUMENT_KIND, name);
+}
+
+bool sh_http_client_gone(const void *client)
+{
+    const connection *c = client;
+    if (!c)
+        return false;
+    struct pollfd fd = {.fd = c->socket, .events = POLLRDHUP};
+    return poll(&fd, 1, 0) > 0 && (fd.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
 }
 
 /* The format alone: its arguments may be a client's. */

@@ -36,10 +36,15 @@ typedef struct {
     const char *method, *path; /* "POST", "/v1/completions"; decoded, without the query */
     const uint8_t *body;       /* [n], 0-terminated beyond it */
     size_t n;
-    void *server; /* for sh_http_request_query */
+    void *server;       /* for sh_http_request_query */
+    const void *client; /* for sh_http_client_gone */
 } sh_http_request;
 /* Value of ?name=... or NULL. */
 const char *sh_http_request_query(const sh_http_request *request, const char *name);
+
+/* Whether the client has closed its side of the connection: nobody may read the answer. Of the
+ * request's client, in its handler and in the stream's next, on their thread. NULL never goes. */
+bool sh_http_client_gone(const void *client);
 
 typedef struct {
     int status;               /* 200 when the handler leaves it */

@@ -19,6 +19,7 @@ typedef struct {
     int64_t context, buffer, unset;
     double rate;
     bool json, verbose;
+    sh_option_list stops;
 } options;
 
 static const sh_option table[] = {
@@ -31,6 +32,7 @@ static const sh_option table[] = {
     SH_OPT_REAL(options, rate, 'r', "train.deep.rate", "X", 0.1, -1, 1, "learning rate"),
     SH_OPT_FLAG(options, json, 'j', "json", "print one JSON object"),
     SH_OPT_FLAG(options, verbose, 'v', "verbose", "say more"),
+    SH_OPT_LIST(options, stops, 's', "round.stop", "TEXT", "where to end"),
 };
 static const sh_command command = {
     "shoal test",          "-m FILE", table, SH_COUNT(table), "A command to test the table with.",
@@ -367,6 +369,7 @@ static void test_help(void **state)
         "  -r, --train.deep.rate X  learning rate (-1 to 1; default 0.1)\n"
         "  -j, --json               print one JSON object\n"
         "  -v, --verbose            say more\n"
+        "  -s, --round.stop TEXT    where to end (may be repeated)\n"
         "  -h, --help               print this text and exit\n"
         "\n"
         "Example:\n"
@@ -434,10 +437,59 @@ static void test_each_failed_allocation(void **state)
     assert_true(failures >= 6);
 }
 
+static void test_lists(void **state)
+{
+    (void)state;
+    options o;
+    sh_args args = {0};
+    sh_error err = {0};
+    assert_int_equal(parse("", &o, &args, NULL), SH_OK);
+    assert_int_equal(o.stops.n, 0);
+    assert_int_equal(parse("--round.stop=a,b -s c --round.stop a,b", &o, &args, NULL), SH_OK);
+    assert_int_equal(o.stops.n, 3);
+    assert_string_equal(o.stops.items[0], "a,b"); /* commas are text */
+    assert_string_equal(o.stops.items[1], "c");
+    assert_string_equal(o.stops.items[2], "a,b");
+    assert_int_equal(parse_yaml("round:\n  stop: [x, 'y,z']\n", &o, &args, NULL), SH_OK);
+    assert_int_equal(o.stops.n, 2);
+    assert_string_equal(o.stops.items[1], "y,z");
+    assert_int_equal(parse_yaml("round:\n  stop: one\n", &o, &args, NULL), SH_OK);
+    assert_int_equal(o.stops.n, 1);
+    assert_int_equal(parse_yaml("round:\n  stop: [a]\n  stop: [b]\n", &o, &args, &err),
+                     SH_ERR_USAGE);
+    assert_holds(err.text, "given twice");
+    char *argv[2 + SH_OPTION_LIST_MAX] = {(char *)(uintptr_t) "shoal"};
+    for (int i = 0; i <= SH_OPTION_LIST_MAX; i++)
+        argv[1 + i] = (char *)(uintptr_t) "-sx";
+    assert_int_equal(sh_options_parse(&command, 1 + SH_OPTION_LIST_MAX, argv, &o, &args, &err),
+                     SH_OK);
+    assert_int_equal(o.stops.n, SH_OPTION_LIST_MAX);
+    assert_int_equal(sh_options_parse(&command, 2 + SH_OPTION_LIST_MAX, argv, &o, &args, &err),
+                     SH_ERR_USAGE);
+    assert_holds(err.text, "more than 16 times");
+
+    /* Of a list in both places the command line's is the whole of it. */
+    char path[] = "/tmp/shoal-option-XXXXXX";
+    const int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    close(fd);
+    static const char yaml[] = "round:\n  stop: [file, other]\n";
+    assert_int_equal(sh_file_write_atomic(path, yaml, sizeof yaml - 1, &err), SH_OK);
+    assert_int_equal(sh_options_parse_file(&command, path, 1, argv, &o, &args, &err), SH_OK);
+    assert_int_equal(o.stops.n, 2);
+    assert_string_equal(o.stops.items[0], "file");
+    assert_int_equal(sh_options_parse_file(&command, path, 3, argv, &o, &args, &err), SH_OK);
+    assert_int_equal(o.stops.n, 2);
+    assert_string_equal(o.stops.items[0], "x");
+    unlink(path);
+    sh_args_release(&args);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_defaults),
+        cmocka_unit_test(test_lists),
         cmocka_unit_test(test_every_form_of_a_flag),
         cmocka_unit_test(test_positional_words),
         cmocka_unit_test(test_wrong_command_lines),

@@ -75,13 +75,44 @@ await Promise.all([1, 2, 3, 4].map(async (seed) => {
     }
 }));
 
+// Several choices, whole and streamed; log-probabilities in both shapes.
+const choices = await client.completions.create({ ...ask, n: 3, logprobs: 2, temperature: 1, seed: 7 });
+assert.deepEqual(choices.choices.map((c) => c.index), [0, 1, 2]);
+for (const { text, logprobs } of choices.choices) {
+    assert.equal(logprobs.tokens.length, logprobs.token_logprobs.length);
+    assert.equal(logprobs.tokens.length, logprobs.text_offset.length);
+    assert(logprobs.token_logprobs.every((x) => x <= 0));
+    assert(text.length === 0 || logprobs.tokens.length > 0);
+}
+const said = ["", ""];
+for await (const chunk of await client.completions.create({ ...ask, n: 2, stream: true }))
+    for (const choice of chunk.choices) said[choice.index] += choice.text;
+assert.equal(said[0], said[1]); // greedy
+const judged = await client.chat.completions.create({
+    model, messages, max_tokens: 4, logprobs: true, top_logprobs: 3,
+});
+for (const token of judged.choices[0].logprobs.content) {
+    assert.equal(token.top_logprobs.length, 3);
+    assert(Array.isArray(token.bytes) && token.logprob <= 0);
+}
+
+// Embeddings: the client asks for base64 by itself, and decodes it.
+const embedded = await client.embeddings.create({ model, input: ["a node", "a shoal"] });
+assert.equal(embedded.data.length, 2);
+const plain = await client.embeddings.create({ model, input: "a node", encoding_format: "float" });
+assert.equal(plain.data[0].embedding.length, embedded.data[0].embedding.length);
+plain.data[0].embedding.forEach((x, i) => assert(Math.abs(x - embedded.data[0].embedding[i]) < 1e-4));
+assert(Math.abs(plain.data[0].embedding.reduce((sum, x) => sum + x * x, 0) - 1) < 1e-3);
+assert(embedded.usage.prompt_tokens > 0);
+
 // Errors come as the client's own classes.
 await refused(client.completions.create({ ...ask, model: "gpt-4o" }), 404, "model_not_found");
-await refused(client.completions.create({ ...ask, n: 2 }), 400);
+await refused(client.completions.create({ ...ask, n: 9 }), 400);
+await refused(client.completions.create({ ...ask, echo: true }), 400);
+await refused(client.embeddings.create({ model, input: "" }), 400);
 await refused(client.completions.create({ ...ask, max_tokens: 0 }), 400);
 await refused(client.completions.create({ ...ask, prompt: "word ".repeat(20000) }), 400,
     "context_length_exceeded");
-await refused(client.embeddings.create({ model, input: "x" }), 404, "unknown_url");
 
 // Feedback is no part of OpenAI's API; the client posts it all the same.
 const rate = (body) => client.post("/feedback", { body });

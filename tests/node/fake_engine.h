@@ -19,11 +19,12 @@ struct sh_engine {
     bool too_long;
     bool hold;        /* generations wait before their second piece */
     uint32_t waiting; /* of them */
-    uint32_t begun, ended;
+    uint32_t begun, ended, again, embedded;
     uint64_t version; /* of generations that begin */
     /* the last request */
     sh_request request;
-    char prompt[1024], user[SH_USER_BYTES_MAX + 1], stops[SH_STOPS_MAX][SH_STOP_BYTES_MAX + 1];
+    char prompt[1024]; /* of a chat: lines "role: content" */
+    char user[SH_USER_BYTES_MAX + 1], stops[SH_STOPS_MAX][SH_STOP_BYTES_MAX + 1];
 };
 
 void fake_engine_init(sh_engine *engine);

@@ -225,11 +225,17 @@ static void test_bad_fields(void **state)
         {"\"temperature\":2.1", "temperature"},
         {"\"top_p\":1.1", "top_p"},
         {"\"top_p\":\"x\"", "top_p"},
-        {"\"n\":2", "n"},
+        {"\"n\":0", "n"},
+        {"\"n\":9", "n"},
         {"\"best_of\":3", "best_of"},
         {"\"echo\":true", "echo"},
         {"\"suffix\":\"z\"", "suffix"},
-        {"\"logprobs\":0", "logprobs"},
+        {"\"logprobs\":6", "logprobs"},
+        {"\"logprobs\":true", "logprobs"},
+        {"\"top_logprobs\":2", "top_logprobs"},
+        {"\"top_k\":-1", "top_k"},
+        {"\"min_p\":1.5", "min_p"},
+        {"\"repeat_penalty\":11", "repeat_penalty"},
         {"\"logit_bias\":{\"5\":1}", "logit_bias"},
         {"\"presence_penalty\":0.1", "presence_penalty"},
         {"\"response_format\":{\"type\":\"json_object\"}", "response_format"},
@@ -402,7 +408,7 @@ static void test_chat(void **state)
     expect_text(root, "choices.0.message.content", WORDS);
     expect_number(root, "usage.completion_tokens", 4);
     json_decref(root);
-    assert_string_equal(w->engine.prompt, "system: Be brief.\nuser: Say hello\nassistant:");
+    assert_string_equal(w->engine.prompt, "system: Be brief.\nuser: Say hello\n");
     assert_int_equal(w->engine.request.max_tokens, 9);
     json_decref(ask(w, "/v1/chat/completions",
                     "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}", 200));
@@ -431,6 +437,156 @@ static void test_chat(void **state)
                  "context_length_exceeded");
 }
 
+static void test_choices(void **state)
+{
+    world *w = *state;
+    json_t *root = ask(w, "/v1/completions", "{\"prompt\":\"a\",\"n\":3}", 200);
+    assert_int_equal(json_array_size(at(root, "choices")), 3);
+    expect_text(root, "id", "cmpl-000000000000abc1"); /* the first one's, which feedback rates */
+    expect_number(root, "choices.2.index", 2);
+    expect_text(root, "choices.2.text", WORDS);
+    expect_number(root, "usage.prompt_tokens", 12);
+    expect_number(root, "usage.completion_tokens", 12); /* of all three */
+    expect_number(root, "usage.total_tokens", 24);
+    json_decref(root);
+    assert_int_equal(w->engine.again, 2);
+    assert_int_equal(w->engine.begun, 1); /* one place */
+
+    client_reply r = client_ask(w->port, "POST", "/v1/chat/completions", NULL,
+                                "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"n\":2,"
+                                "\"stream\":true,\"stream_options\":{\"include_usage\":true}}");
+    const char *text = r.body;
+    char said[2][64] = {"", ""};
+    int ends[2] = {0, 0}, roles[2] = {0, 0};
+    for (json_t *event; (event = next_event(&text)) != NULL; json_decref(event)) {
+        expect_text(event, "id", "chatcmpl-000000000000abc2");
+        if (json_array_size(at(event, "choices")) == 0) {
+            expect_number(event, "usage.completion_tokens", 8);
+            continue;
+        }
+        size_t i = (size_t)json_integer_value(at(event, "choices.0.index"));
+        assert_in_range(i, 0, 1);
+        const char *piece = json_string_value(at(event, "choices.0.delta.content"));
+        strncat(said[i], piece ? piece : "", sizeof said[i] - strlen(said[i]) - 1);
+        roles[i] += json_is_string(at(event, "choices.0.delta.role"));
+        ends[i] += json_is_string(at(event, "choices.0.finish_reason"));
+    }
+    for (int i = 0; i < 2; i++) {
+        assert_string_equal(said[i], WORDS);
+        assert_int_equal(ends[i], 1);
+        assert_int_equal(roles[i], 1);
+    }
+    client_release(&r);
+}
+
+static void test_logprobs(void **state)
+{
+    world *w = *state;
+    json_t *root = ask(w, "/v1/completions", "{\"prompt\":\"a\",\"logprobs\":3}", 200);
+    const char *const l = "choices.0.logprobs";
+    assert_int_equal(json_array_size(at(at(root, l), "tokens")), 4);
+    expect_text(at(root, l), "tokens.1", " w\xc3\xb6rld");
+    expect_text(at(root, l), "tokens.2", "bytes:\\xc3"); /* a part of a character */
+    assert_true(json_real_value(at(at(root, l), "token_logprobs.1")) == -1.0);
+    expect_number(at(root, l), "text_offset.2", 11); /* characters, not bytes */
+    assert_int_equal(json_object_size(at(at(root, l), "top_logprobs.0")), 3);
+    assert_true(json_real_value(at(at(root, l), "top_logprobs.0.Hello")) == -0.25);
+    json_decref(root);
+
+    root = ask(w, "/v1/chat/completions",
+               "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"logprobs\":true,"
+               "\"top_logprobs\":3}",
+               200);
+    const json_t *content = at(root, "choices.0.logprobs.content");
+    assert_int_equal(json_array_size(content), 4);
+    expect_text(content, "0.token", "Hello");
+    assert_int_equal(json_array_size(at(content, "1.bytes")), 7);
+    expect_text(content, "2.token", "\xef\xbf\xbd");
+    expect_number(content, "2.bytes.0", 0xc3);
+    expect_text(content, "0.top_logprobs.1.token", " w\xc3\xb6rld");
+    assert_true(json_real_value(at(content, "0.top_logprobs.2.logprob")) == -9999.0);
+    json_decref(root);
+
+    /* A stream's events have them of the tokens that they show: each once. */
+    client_reply r = client_ask(w->port, "POST", "/v1/completions", NULL,
+                                "{\"prompt\":\"a\",\"logprobs\":0,\"stream\":true}");
+    const char *text = r.body;
+    size_t n = 0;
+    for (json_t *event; (event = next_event(&text)) != NULL; json_decref(event)) {
+        const json_t *tokens = at(event, "choices.0.logprobs.tokens");
+        n += json_array_size(tokens);
+    }
+    assert_int_equal(n, 4);
+    client_release(&r);
+    expect_error(w, "/v1/chat/completions",
+                 "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}],\"top_logprobs\":3}", 400,
+                 "top_logprobs", NULL);
+}
+
+static void test_embeddings(void **state)
+{
+    world *w = *state;
+    json_t *root = ask(w, "/v1/embeddings", "{\"input\":[\"ab\",\"c\"]}", 200);
+    expect_text(root, "object", "list");
+    expect_text(root, "data.1.object", "embedding");
+    expect_number(root, "data.1.index", 1);
+    assert_int_equal(json_array_size(at(root, "data.1.embedding")), 3);
+    assert_true(json_real_value(at(root, "data.1.embedding.0")) == 1.0);
+    assert_true(json_real_value(at(root, "data.0.embedding.1")) == -0.5);
+    expect_number(root, "usage.prompt_tokens", 3);
+    expect_number(root, "usage.total_tokens", 3);
+    json_decref(root);
+    /* 0, -0.5, 0 as little-endian floats */
+    root = ask(w, "/v1/embeddings", "{\"input\":\"ab\",\"encoding_format\":\"base64\"}", 200);
+    expect_text(root, "data.0.embedding", "AAAAAAAAAL8AAAAA");
+    json_decref(root);
+    root = ask(w, "/v1/embeddings", "{\"input\":[5,6]}", 200); /* one input of two tokens */
+    assert_int_equal(json_array_size(at(root, "data")), 1);
+    assert_true(json_real_value(at(root, "data.0.embedding.2")) == 2.0);
+    json_decref(root);
+    root = ask(w, "/v1/embeddings", "{\"input\":[[5],[6,7]]}", 200);
+    assert_int_equal(json_array_size(at(root, "data")), 2);
+    json_decref(root);
+    static const char *const bad[] = {
+        "{}",
+        "{\"input\":\"\"}",
+        "{\"input\":[]}",
+        "{\"input\":[[]]}",
+        "{\"input\":[\"a\",7]}",
+        "{\"input\":[7,\"a\"]}",
+        "{\"input\":[-1]}",
+        "{\"input\":[99999999999]}",
+        "{\"input\":{}}",
+    };
+    for (size_t i = 0; i < SH_COUNT(bad); i++)
+        expect_error(w, "/v1/embeddings", bad[i], 400, "input", NULL);
+    expect_error(w, "/v1/embeddings", "{\"input\":\"a\",\"dimensions\":2}", 400, "dimensions",
+                 NULL);
+    expect_error(w, "/v1/embeddings", "{\"input\":\"a\",\"encoding_format\":\"x\"}", 400,
+                 "encoding_format", NULL);
+    expect_error(w, "/v1/embeddings", "{\"input\":\"a\",\"model\":\"x\"}", 404, "model",
+                 "model_not_found");
+}
+
+/* Each endpoint that runs the model says when to come back. */
+static void test_busy_everywhere(void **state)
+{
+    world *w = *state;
+    static const char *const asks[][2] = {
+        {"/v1/completions", "{\"prompt\":\"a\"}"},
+        {"/v1/completions", "{\"prompt\":\"a\",\"stream\":true}"},
+        {"/v1/chat/completions", "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}"},
+        {"/v1/embeddings", "{\"input\":\"a\"}"},
+    };
+    w->engine.begin_status = SH_ERR_LIMIT;
+    for (size_t i = 0; i < SH_COUNT(asks); i++) {
+        client_reply r = client_ask(w->port, "POST", asks[i][0], NULL, asks[i][1]);
+        assert_int_equal(r.status, 429);
+        assert_string_equal(client_header(&r, "Retry-After"), "1");
+        client_release(&r);
+    }
+}
+
 static void test_models_and_health(void **state)
 {
     world *w = *state;
@@ -439,6 +595,7 @@ static void test_models_and_health(void **state)
     expect_text(root, "data.0.id", "edge-model");
     expect_text(root, "data.0.object", "model");
     expect_number(root, "data.0.release", 7);
+    expect_text(root, "data.0.chat_template", "chatml");
     json_decref(root);
     root = ask(w, "/v1/models/edge-model", NULL, 200);
     expect_text(root, "owned_by", "shoal");
@@ -608,6 +765,26 @@ static void test_stream_client_leaves(void **state)
     client_release(&r);
 }
 
+/* One that does not stream ends, too, when nobody waits for it. */
+static void test_whole_client_leaves(void **state)
+{
+    world *w = *state;
+    static const char body[] = "{\"prompt\":\"a\"}";
+    char text[256];
+    w->engine.n_pieces = UINT32_MAX; /* it would never end */
+    fake_engine_hold(&w->engine, true);
+    int n = snprintf(text, sizeof text,
+                     "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:%u\r\nContent-Type: "
+                     "application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                     w->port, sizeof body - 1, body);
+    int fd = client_connect(w->port);
+    assert_true(fd >= 0 && client_send(fd, text, (size_t)n));
+    fake_engine_await(&w->engine, &w->engine.waiting, 1);
+    close(fd);
+    fake_engine_hold(&w->engine, false);
+    fake_engine_await(&w->engine, &w->engine.ended, 1);
+}
+
 static void test_concurrent_streams_keep_their_release(void **state)
 {
     enum { STREAMS = 8 };
@@ -658,13 +835,25 @@ static void test_bad_options(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        API_TEST(test_completion),           API_TEST(test_fields_arrive),
-        API_TEST(test_bad_fields),           API_TEST(test_engine_errors),
-        API_TEST(test_text_that_is_no_utf8), API_TEST(test_stream),
-        API_TEST(test_chat_stream),          API_TEST(test_chat),
-        API_TEST(test_models_and_health),    API_TEST(test_feedback),
-        API_TEST(test_feedback_errors),      API_TEST(test_metrics),
-        API_TEST(test_stream_client_leaves), API_TEST(test_concurrent_streams_keep_their_release),
+        API_TEST(test_completion),
+        API_TEST(test_fields_arrive),
+        API_TEST(test_bad_fields),
+        API_TEST(test_engine_errors),
+        API_TEST(test_text_that_is_no_utf8),
+        API_TEST(test_stream),
+        API_TEST(test_chat_stream),
+        API_TEST(test_chat),
+        API_TEST(test_models_and_health),
+        API_TEST(test_feedback),
+        API_TEST(test_feedback_errors),
+        API_TEST(test_metrics),
+        API_TEST(test_stream_client_leaves),
+        API_TEST(test_concurrent_streams_keep_their_release),
+        API_TEST(test_choices),
+        API_TEST(test_logprobs),
+        API_TEST(test_embeddings),
+        API_TEST(test_busy_everywhere),
+        API_TEST(test_whole_client_leaves),
         cmocka_unit_test(test_bad_options),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -355,7 +355,7 @@ static void resumes_and_switches(void **state)
 static uint32_t propose(sh_session *s, uint32_t max_tokens, uint32_t take, int32_t *tokens,
                         sh_record *record)
 {
-    sh_proposing how = {.max_tokens = max_tokens, .top_p = 1};
+    sh_proposing how = {.max_tokens = max_tokens, .sampling.top_p = 1};
     sh_proposal proposal;
     uint32_t n = 0;
     bool done = false;
