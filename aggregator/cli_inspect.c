@@ -5,27 +5,34 @@
 #include "aggregator/cli_model.h"
 #include "shared/base/hash.h"
 #include "shared/base/log.h"
+#include "shared/math/pack.h"
 #include "shared/model/model.h"
+#include "shared/model/quantize.h"
 
 #define TEXT_BYTES_MAX (1u << 20)
+#define KV_TOKENS      1000u
+#define TYPES_END      64u /* GGUF numbers of types are below it */
 
 typedef struct {
     const char *model;
-    bool json, tensors;
+    bool json, tensors, check;
 } inspect_options;
 
 static const sh_option inspect_table[] = {
     SH_OPT_STRING(inspect_options, model, 'm', "model", "FILE", NULL, "GGUF file to look into"),
     SH_OPT_FLAG(inspect_options, tensors, 0, "tensors", "list every tensor, too"),
+    SH_OPT_FLAG(inspect_options, check, 0, "check",
+                "read every weight, too: a NaN or an infinity is an error"),
     SH_OPT_FLAG(inspect_options, json, 0, "json", "print one JSON object (with every tensor)"),
 };
 static const sh_command inspect_command = {
     "shoal model inspect",
-    "-m FILE [--tensors] [--json]",
+    "-m FILE [--tensors] [--check] [--json]",
     inspect_table,
     SH_COUNT(inspect_table),
-    "Prints the metadata of a GGUF model or adapter. For a model that this program cannot run it "
-    "says why on standard error and exits with 2.",
+    "Prints the metadata of a GGUF model or adapter, and the memory that a model takes: its file, "
+    "its packed form (what is packed leaves the file's pages), and the cache of 1,000 tokens. For "
+    "a model that this program cannot run it says why on standard error and exits with 2.",
     "shoal model inspect -m models/shoal-base-2.6m-f16.gguf",
 };
 
@@ -38,6 +45,7 @@ typedef struct {
     bool is_adapter;
     sh_model *model; /* NULL: cannot be run, `why` says why */
     sh_error why;
+    uint64_t packed_bytes, kv_bytes; /* of a model that runs: packed weights; F16, 1,000 tokens */
 } subject;
 
 static bool string_is(const sh_gguf *gguf, const char *key, const char *expected)
@@ -46,6 +54,33 @@ static bool string_is(const sh_gguf *gguf, const char *key, const char *expected
     size_t n;
     return sh_gguf_get_string(gguf, key, &text, &n, NULL) == SH_OK && n == strlen(expected) &&
            memcmp(text, expected, n) == 0;
+}
+
+static uint64_t packed_bytes(const sh_matrix *m)
+{
+    return sh_pack_bytes(m->type, m->out, m->in);
+}
+
+static void measure_memory(subject *s)
+{
+    const sh_model *model = s->model;
+    const sh_model_config *c = &model->config;
+    s->packed_bytes = packed_bytes(&model->token_embd);
+    if (!c->tied_output)
+        s->packed_bytes += packed_bytes(&model->output);
+    for (uint32_t i = 0; i < c->n_layers; i++)
+        for (int m = 0; m < SH_LAYER_MATRICES; m++)
+            s->packed_bytes += packed_bytes(&model->layers[i].m[m]);
+    s->kv_bytes =
+        (uint64_t)KV_TOKENS * c->n_layers * c->n_kv_heads * c->head_size * 2 * sizeof(uint16_t);
+}
+
+static sh_status check_values(const subject *s, sh_error *err)
+{
+    for (size_t i = 0; i < sh_gguf_n_tensors(s->gguf); i++)
+        if (sh_gguf_check_tensor(sh_gguf_tensor_at(s->gguf, i), err) != SH_OK)
+            return sh_fail_in(err, "%s", s->path);
+    return SH_OK;
 }
 
 static sh_status open_subject(const char *path, subject *s, sh_error *err)
@@ -63,6 +98,8 @@ static sh_status open_subject(const char *path, subject *s, sh_error *err)
     s->is_adapter = string_is(s->gguf, "general.type", "adapter");
     if (!s->is_adapter)
         (void)!sh_model_open(path, &s->model, &s->why); /* a failure is what we report */
+    if (s->model != NULL)
+        measure_memory(s);
     return SH_OK;
 }
 
@@ -113,9 +150,21 @@ cleanup:
     return status;
 }
 
-static json_t *config_json(const sh_model_config *c)
+static const char *rope_name(const sh_model *model)
 {
-    json_t *o = json_object();
+    static const char *const names[] = {"plain", "linear", "yarn"};
+    return model->rope_factors ? "freqs" : names[model->config.rope_scaling];
+}
+
+static json_t *config_json(const sh_model *model)
+{
+    const sh_model_config *c = &model->config;
+    json_t *o = json_object(), *rope = json_object();
+    sh_json_set(rope, "scaling", json_string(rope_name(model)));
+    sh_json_set(rope, "base", json_real((double)c->rope_base));
+    sh_json_set(rope, "pairs", json_string(c->rope_halves ? "halves" : "adjacent"));
+    sh_json_set(o, "architecture", json_string(sh_arch_name(c->arch)));
+    sh_json_set(o, "rope", rope);
     sh_json_set(o, "layers", json_integer(c->n_layers));
     sh_json_set(o, "width", json_integer(c->width));
     sh_json_set(o, "heads", json_integer(c->n_heads));
@@ -125,6 +174,48 @@ static json_t *config_json(const sh_model_config *c)
     sh_json_set(o, "vocab", json_integer(c->vocab));
     sh_json_set(o, "context", json_integer(c->context));
     sh_json_set(o, "tied_output", json_boolean(c->tied_output));
+    return o;
+}
+
+static json_t *memory_json(const subject *s)
+{
+    json_t *o = json_object();
+    sh_json_set(o, "file_bytes", json_integer((json_int_t)s->bytes));
+    sh_json_set(o, "packed_bytes", json_integer((json_int_t)s->packed_bytes));
+    sh_json_set(o, "kv_f16_bytes_1000_tokens", json_integer((json_int_t)s->kv_bytes));
+    return o;
+}
+
+/* Tensors of one type, and their bytes. */
+typedef struct {
+    size_t count;
+    uint64_t bytes;
+} type_sum;
+
+static type_sum sum_type(const subject *s, sh_type type)
+{
+    type_sum sum = {0};
+    for (size_t i = 0; i < sh_gguf_n_tensors(s->gguf); i++) {
+        const sh_gguf_tensor *t = sh_gguf_tensor_at(s->gguf, i);
+        sum.count += t->type == type;
+        sum.bytes += t->type == type ? t->bytes : 0;
+    }
+    return sum;
+}
+
+static json_t *types_json(const subject *s)
+{
+    json_t *o = json_object();
+    for (uint32_t type = 0; type < TYPES_END; type++) {
+        const sh_type_info *info = sh_type_get(type);
+        const type_sum sum = info != NULL ? sum_type(s, (sh_type)type) : (type_sum){0};
+        if (sum.count == 0)
+            continue;
+        json_t *item = json_object();
+        sh_json_set(item, "tensors", json_integer((json_int_t)sum.count));
+        sh_json_set(item, "bytes", json_integer((json_int_t)sum.bytes));
+        sh_json_set(o, info->name, item);
+    }
     return o;
 }
 
@@ -142,7 +233,10 @@ static sh_status print_subject_json(const subject *s, sh_error *err)
     if (!s->is_adapter)
         sh_json_set(o, "runs", json_boolean(s->model != NULL));
     if (s->model != NULL)
-        sh_json_set(o, "config", config_json(&s->model->config));
+        sh_json_set(o, "config", config_json(s->model));
+    if (s->model != NULL)
+        sh_json_set(o, "memory", memory_json(s));
+    sh_json_set(o, "types", types_json(s));
     if (!s->is_adapter && s->model == NULL)
         sh_json_set(o, "why_not", json_string(s->why.text));
     sh_status status = keys_json(s, keys, err);
@@ -205,21 +299,34 @@ cleanup:
     return status;
 }
 
-/* "Q8_0 15, F32 9": how many tensors each type has. */
+/* "Q8_0 15 (1,234 bytes), F32 9 (...)". */
 static void print_types(const subject *s)
 {
-    static const sh_type types[] = {SH_TYPE_F32,  SH_TYPE_F16,  SH_TYPE_BF16, SH_TYPE_Q8_0,
-                                    SH_TYPE_Q4_0, SH_TYPE_Q4_K, SH_TYPE_Q6_K};
     const char *separator = "";
-    for (size_t k = 0; k < SH_COUNT(types); k++) {
-        size_t count = 0;
-        for (size_t i = 0; i < sh_gguf_n_tensors(s->gguf); i++)
-            count += sh_gguf_tensor_at(s->gguf, i)->type == types[k];
-        if (count > 0)
-            printf("%s%s %zu", separator, sh_type_get(types[k])->name, count);
-        separator = count > 0 ? ", " : separator;
+    for (uint32_t type = 0; type < TYPES_END; type++) {
+        const sh_type_info *info = sh_type_get(type);
+        const type_sum sum = info != NULL ? sum_type(s, (sh_type)type) : (type_sum){0};
+        if (sum.count == 0)
+            continue;
+        printf("%s%s %zu (%" PRIu64 " bytes)", separator, info->name, sum.count, sum.bytes);
+        separator = ", ";
     }
     putchar('\n');
+}
+
+static void print_model(const subject *s)
+{
+    const sh_model_config *c = &s->model->config;
+    printf("shape       %s: %u layers, width %u, %u heads on %u of size %u, ffn %u, vocabulary "
+           "%u, context %u%s\n",
+           sh_arch_name(c->arch), c->n_layers, c->width, c->n_heads, c->n_kv_heads, c->head_size,
+           c->ffn, c->vocab, c->context, c->tied_output ? ", tied output" : "");
+    printf("rope        %s, base %g, pairs %s\n", rope_name(s->model), (double)c->rope_base,
+           c->rope_halves ? "a half head apart" : "adjacent");
+    printf("tokenizer   %u tokens\n", sh_tokenizer_size(s->model->tokenizer));
+    printf("memory      file %" PRIu64 ", packed %" PRIu64 ", cache of %u tokens %" PRIu64
+           " bytes (F16)\n",
+           s->bytes, s->packed_bytes, KV_TOKENS, s->kv_bytes);
 }
 
 static sh_status print_subject(const subject *s, bool with_tensors, sh_error *err)
@@ -232,13 +339,8 @@ static sh_status print_subject(const subject *s, bool with_tensors, sh_error *er
     printf("sha256      %s\n", hex);
     printf("tensors     %zu, %" PRIu64 " parameters: ", sh_gguf_n_tensors(s->gguf), s->parameters);
     print_types(s);
-    if (s->model != NULL) {
-        const sh_model_config *c = &s->model->config;
-        printf("shape       %u layers, width %u, %u heads on %u of size %u, ffn %u, vocabulary %u, "
-               "context %u%s\n",
-               c->n_layers, c->width, c->n_heads, c->n_kv_heads, c->head_size, c->ffn, c->vocab,
-               c->context, c->tied_output ? ", tied output" : "");
-    }
+    if (s->model != NULL)
+        print_model(s);
     printf("keys        %zu\n", sh_gguf_n_keys(s->gguf));
     SH_TRY(print_keys(s, err));
     for (size_t i = 0; with_tensors && i < sh_gguf_n_tensors(s->gguf); i++) {
@@ -264,6 +366,8 @@ int sh_cli_model_inspect(int argc, char **argv)
         return exit_code;
     SH_GOTO(sh_cli_need(&inspect_command, o.model, "-m FILE", &err));
     SH_GOTO(open_subject(o.model, &s, &err));
+    if (o.check)
+        SH_GOTO(check_values(&s, &err));
     SH_GOTO(o.json ? print_subject_json(&s, &err) : print_subject(&s, o.tensors, &err));
     if (!s.is_adapter && s.model == NULL) {
         status = s.why.code;

@@ -13,21 +13,18 @@
 #define CHUNKS_A_LINE 1024
 
 typedef struct {
-    const char *model, *file, *lora;
-    int64_t context, threads;
+    sh_cli_model_options model;
+    const char *file;
+    int64_t context;
     bool json;
 } perplexity_options;
 
 static const sh_option perplexity_table[] = {
-    SH_OPT_STRING(perplexity_options, model, 'm', "model", "FILE", NULL, "GGUF model"),
+    SH_CLI_MODEL_ROWS(perplexity_options, model),
     SH_OPT_STRING(perplexity_options, file, 'f', "file", "TEXT", NULL,
                   "text to measure on; - is standard input"),
     SH_OPT_INT(perplexity_options, context, 'c', "context", "N", 256, 4, SH_CONTEXT_MAX,
                "tokens a chunk"),
-    SH_OPT_STRING(perplexity_options, lora, 0, "lora", "ADAPTER", NULL,
-                  "GGUF adapter to apply beside the model"),
-    SH_OPT_INT(perplexity_options, threads, 't', "threads", "N", 1, 1, SH_CLI_THREADS_MAX,
-               "threads; the result is the same for any number"),
     SH_OPT_FLAG(perplexity_options, json, 0, "json", "print one JSON object"),
 };
 static const sh_command perplexity_command = {
@@ -63,24 +60,37 @@ static void show_progress(size_t done, size_t n, bool terminal)
         fprintf(stderr, "perplexity: %zu of %zu chunks\n", done, n);
 }
 
+/* The loss is of one adapter, with its scale. */
+static sh_status take_adapter(const sh_cli_loaded *l, sh_adapter **out, sh_error *err)
+{
+    *out = l->adapters[0]; /* NULL: none */
+    if (l->n_adapters > 1)
+        return sh_fail(err, SH_ERR_USAGE, "perplexity takes one --lora, not %zu", l->n_adapters);
+    if (*out != NULL)
+        (*out)->alpha *= l->scales[0];
+    return SH_OK;
+}
+
 static sh_status measure(const sh_cli_loaded *l, const perplexity_options *o, const int32_t *tokens,
                          size_t n_tokens, sh_loss *out, sh_error *err)
 {
     sh_status status = SH_OK;
     sh_pool *pool = NULL;
+    sh_adapter *adapter;
     sh_loss total = {0};
+    SH_TRY(take_adapter(l, &adapter, err));
     const bool terminal = isatty(STDERR_FILENO) == 1;
     const size_t chunk = (size_t)o->context, n_chunks = n_tokens / chunk;
     if (n_chunks == 0)
         return sh_fail(err, SH_ERR_INVALID, "%s: %zu tokens are too few for one chunk of %zu",
                        o->file, n_tokens, chunk);
-    if (o->threads > 1)
-        SH_GOTO(sh_pool_create((unsigned)o->threads, &pool, err));
+    if (o->model.threads > 1)
+        SH_GOTO(sh_pool_create((unsigned)o->model.threads, &pool, err));
     for (size_t done = 0; done < n_chunks;) {
         const size_t now = SH_MIN(CHUNKS_A_STEP, n_chunks - done);
         const sh_loss_text text = {tokens + done * chunk, now * chunk, (uint32_t)chunk, true};
         sh_loss part;
-        SH_GOTO(sh_model_loss_pool(l->model, l->adapter, &text, pool, &part, err));
+        SH_GOTO(sh_model_loss_pool(l->model, adapter, &text, pool, &part, err));
         total.nll_sum += part.nll_sum;
         total.n_scored += part.n_scored;
         total.n_tokens += part.n_tokens;
@@ -103,7 +113,7 @@ static sh_status print_perplexity(const perplexity_options *o, const sh_loss *lo
     const size_t n_chunks = n_tokens / (size_t)o->context;
     if (!isfinite(mean))
         return sh_fail(err, SH_ERR_INVALID, "%s: its loss on this text is not a finite number",
-                       o->model);
+                       o->model.model);
     if (o->json) {
         json_t *object = json_object();
         sh_json_set(object, "perplexity", sh_json_number(exp(mean)));
@@ -133,9 +143,9 @@ int sh_cli_model_perplexity(int argc, char **argv)
     int exit_code = 0;
     if (!sh_cli_parse(&perplexity_command, argc, argv, &o, &args, &exit_code))
         return exit_code;
-    SH_GOTO(sh_cli_need(&perplexity_command, o.model, "-m FILE", &err));
+    SH_GOTO(sh_cli_need(&perplexity_command, o.model.model, "-m FILE", &err));
     SH_GOTO(sh_cli_need(&perplexity_command, o.file, "-f TEXT", &err));
-    SH_GOTO(sh_cli_load(o.model, o.lora, &l, &err));
+    SH_GOTO(sh_cli_load(&o.model, &l, &err));
     SH_GOTO(read_tokens(l.model, o.file, &tokens, &n_tokens, &err));
     SH_GOTO(measure(&l, &o, tokens, n_tokens, &loss, &err));
     SH_GOTO(print_perplexity(&o, &loss, n_tokens, &err));

@@ -159,6 +159,8 @@ sh_status sh_aggregator_settings_write(const sh_aggregator_settings *settings, s
         case SH_OPTION_STRING:
             copy[i].default_string = *(const char *const *)(const void *)field;
             break;
+        case SH_OPTION_LIST:
+            SH_ASSERT(false); /* no default can say it; the table has none */
         }
     }
     sh_command command = sh_aggregator_command;

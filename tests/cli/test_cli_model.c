@@ -197,7 +197,7 @@ static void test_bad_models(void **state)
                "shoal: cannot open '/nowhere/x.gguf': No such file or directory\n");
         expect(RUN(NULL, "model", commands[i], "-m", foreign_path, extra, value), 2,
                i == 0 ? NULL : "",
-               "shoal: @F: architecture 'mamba' is not supported (only 'llama' is)\n");
+               "shoal: @F: architecture 'mamba' is not supported (llama, qwen2 and qwen3 are)\n");
         run_result r = RUN(NULL, "model", commands[i], "-m", cut_path, extra, value);
         assert_int_equal(r.exit_code, 2);
         assert_non_null(strstr(r.err, "truncated"));
@@ -359,11 +359,41 @@ static void test_generate(void **state)
            "shoal: -p PROMPT is empty and the model adds no BOS\n");
 }
 
+static void test_synth(void **state)
+{
+    (void)state;
+    run_result r = RUN(NULL, "model", "synth", "--help");
+    expect_ok(&r);
+    assert_non_null(strstr(r.out, "--shape SHAPE"));
+    run_release(&r);
+    json_t *o = expect_json(RUN(NULL, "model", "synth", "--shape", "tiny-qwen3", "--type", "q8_0",
+                                "-o", out_path, "--json"));
+    assert_string_equal(json_string_value(json_object_get(o, "kind")), "model");
+    json_decref(o);
+    o = expect_json(RUN(NULL, "model", "inspect", "-m", out_path, "--check", "--json"));
+    json_t *config = json_object_get(o, "config"), *memory = json_object_get(o, "memory");
+    assert_string_equal(json_string_value(json_object_get(config, "architecture")), "qwen3");
+    assert_true(json_integer_value(json_object_get(memory, "packed_bytes")) > 0);
+    assert_int_equal(json_integer_value(json_object_get(memory, "kv_f16_bytes_1000_tokens")),
+                     1000 * 2 * 2 * 32 * 2 * 2);
+    json_decref(o);
+    remove(out_path);
+    r = RUN(NULL, "model", "synth", "--shape", "2m", "-o", out_path);
+    assert_int_equal(r.exit_code, 2);
+    assert_non_null(strstr(r.err, "tiny-qwen3"));
+    run_release(&r);
+    assert_false(sh_file_exists(out_path));
+}
+
 static void test_quantize(void **state)
 {
     (void)state;
     json_t *o = expect_json(RUN(NULL, "model", "quantize", "-m", model_path, "--type", "Q8_0", "-o",
                                 q8_path, "--json"));
+    json_t *losses = json_object_get(o, "tensors");
+    assert_int_equal(json_array_size(losses), 3 + 2 * 9);
+    const double rms = json_real_value(json_object_get(json_array_get(losses, 0), "rms_error"));
+    assert_true(rms > 1e-4 && rms < 0.02); /* of 8 bits: about 0.6 % */
     json_decref(o);
     o = expect_json(RUN(NULL, "model", "inspect", "-m", q8_path, "--json"));
     json_t *first = json_array_get(json_object_get(o, "tensors"), 0);
@@ -394,6 +424,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_inspect),    cmocka_unit_test(test_tokenize),
         cmocka_unit_test(test_perplexity), cmocka_unit_test(test_perplexity_of_threads_and_adapter),
         cmocka_unit_test(test_generate),   cmocka_unit_test(test_quantize),
+        cmocka_unit_test(test_synth),
     };
     if (argc != 2) {
         fprintf(stderr, "usage: %s PROGRAM\n", argv[0]);

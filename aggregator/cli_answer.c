@@ -1,0 +1,266 @@
+#include "aggregator/cli_answer.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define PROMPT_PIECE 512 /* tokens between two looks at whether to stop */
+#define REPLACEMENT  "\xef\xbf\xbd"
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static sh_status add_stop(sh_cli_answer *a, const char *text, sh_error *err)
+{
+    if (text[0] == '\0')
+        return sh_fail(err, SH_ERR_USAGE, "--stop needs a text that is not empty");
+    if (strlen(text) > SH_CLI_STOP_BYTES_MAX)
+        return sh_fail(err, SH_ERR_USAGE, "--stop %.20s...: over %d bytes", text,
+                       SH_CLI_STOP_BYTES_MAX);
+    a->stops[a->n_stops++] = text;
+    return SH_OK;
+}
+
+sh_status sh_cli_answer_init(sh_cli_answer *answer, const sh_cli_answer_setup *setup, sh_error *err)
+{
+    sh_cli_answer *a = answer;
+    const sh_cli_sampling_options *o = setup->sampling;
+    const uint32_t vocab = setup->loaded->model->config.vocab;
+    const sh_sampling sampling = {.temperature = (float)o->temperature,
+                                  .top_k = (uint32_t)o->top_k,
+                                  .top_p = (float)o->top_p,
+                                  .min_p = (float)o->min_p,
+                                  .repeat_penalty = (float)o->repeat_penalty,
+                                  .seed = (uint64_t)o->seed};
+    a->setup = *setup;
+    sh_buf_init(&a->text, SH_CLI_TEXT_BYTES_MAX);
+    for (size_t i = 0; i < o->stop.n; i++)
+        SH_TRY(add_stop(a, o->stop.items[i], err));
+    if (setup->stop_text != NULL)
+        SH_TRY(add_stop(a, setup->stop_text, err));
+    SH_TRY(sh_sampler_create(&sampling, vocab, &a->sampler, err));
+    a->logits = sh_alloc_aligned(vocab * sizeof *a->logits);
+    a->tokens = sh_calloc(setup->tokens_max, sizeof *a->tokens);
+    a->text_end = sh_calloc(setup->tokens_max, sizeof *a->text_end);
+    if (a->logits == NULL || a->tokens == NULL || a->text_end == NULL)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "an answer of %zu tokens: out of memory",
+                       setup->tokens_max);
+    return SH_OK;
+}
+
+void sh_cli_answer_release(sh_cli_answer *answer)
+{
+    sh_sampler_destroy(&answer->sampler);
+    free(answer->logits);
+    free(answer->tokens);
+    free(answer->text_end);
+    sh_buf_release(&answer->text);
+    *answer = (sh_cli_answer){0};
+}
+
+static void remember(sh_cli_answer *a, const int32_t *tokens, size_t n)
+{
+    const size_t taken = SH_MIN(n, SH_CLI_REPEAT_TOKENS);
+    const size_t kept = SH_MIN(a->n_recent, SH_CLI_REPEAT_TOKENS - taken);
+    memmove(a->recent, a->recent + a->n_recent - kept, kept * sizeof *a->recent);
+    memcpy(a->recent + kept, tokens + n - taken, taken * sizeof *a->recent);
+    a->n_recent = kept + taken;
+}
+
+static bool is_interrupted(const sh_cli_answer *a)
+{
+    return a->setup.interrupted != NULL && *a->setup.interrupted != 0;
+}
+
+/* ---- Text ---- */
+
+/* Length of the UTF-8 character at p[0] (RFC 3629); 0: none; -1: its end is missing. */
+static int character(const uint8_t *p, size_t n)
+{
+    if (p[0] < 0x80)
+        return 1;
+    if (p[0] < 0xc2 || p[0] > 0xf4)
+        return 0;
+    const int length = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
+    const uint8_t low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
+    const uint8_t high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
+    for (int i = 1; i < length; i++) {
+        if ((size_t)i == n)
+            return -1;
+        if (p[i] < (i == 1 ? low : 0x80) || p[i] > (i == 1 ? high : 0xbf))
+            return 0;
+    }
+    return length;
+}
+
+/* Where the first stop string begins that was not whole before `from`; text.len: none. */
+static size_t find_stop(const sh_cli_answer *a, size_t from)
+{
+    size_t first = a->text.len;
+    for (size_t i = 0; i < a->n_stops; i++) {
+        const size_t n = strlen(a->stops[i]);
+        const size_t start = from - SH_MIN(from, n - 1);
+        if (a->text.len - start < n)
+            continue;
+        const uint8_t *at = memmem(a->text.data + start, a->text.len - start, a->stops[i], n);
+        if (at != NULL)
+            first = SH_MIN(first, (size_t)(at - a->text.data));
+    }
+    return first;
+}
+
+/* How much of the text is certain: no beginning of a stop string or of a character at its end. */
+static size_t certain(const sh_cli_answer *a)
+{
+    const uint8_t *text = a->text.data;
+    const size_t len = a->text.len, left = len - a->n_printed;
+    size_t held = 0;
+    for (size_t i = 0; i < a->n_stops; i++)
+        for (size_t n = SH_MIN(strlen(a->stops[i]) - 1, left); n > held; n--)
+            if (memcmp(text + len - n, a->stops[i], n) == 0)
+                held = n;
+    const size_t end = len - held;
+    for (size_t back = 1; back <= 3 && back <= end - a->n_printed; back++)
+        if ((text[end - back] & 0xc0) == 0xc0) /* a first byte */
+            return character(text + end - back, back) < 0 ? end - back : end;
+    return end;
+}
+
+static sh_status print_until(sh_cli_answer *a, size_t end, sh_error *err)
+{
+    if (!a->setup.print || end == a->n_printed)
+        return SH_OK;
+    fwrite(a->text.data + a->n_printed, 1, end - a->n_printed, stdout);
+    a->n_printed = end;
+    return sh_cli_flush(err);
+}
+
+/* Takes a token; *stopped: a stop string is there. */
+static sh_status take(sh_cli_answer *a, int32_t token, bool *stopped, sh_error *err)
+{
+    const size_t before = a->text.len;
+    const sh_status status = sh_detokenize(a->setup.loaded->model->tokenizer, token, &a->text);
+    if (status != SH_OK)
+        return sh_fail(err, status, "the answer is over %u bytes", SH_CLI_TEXT_BYTES_MAX);
+    const size_t stop = find_stop(a, before);
+    *stopped = stop < a->text.len;
+    a->tokens[a->n] = token;
+    a->text_end[a->n++] = a->text.len;
+    remember(a, &token, 1);
+    if (*stopped)
+        a->text.len = stop;
+    return print_until(a, *stopped || a->text.len == 0 ? a->text.len : certain(a), err);
+}
+
+/* ---- The run ---- */
+
+static sh_status run_prompt(sh_cli_answer *a, const int32_t *prompt, size_t n, sh_error *err)
+{
+    sh_context *context = a->setup.context->context;
+    const uint32_t places = a->setup.context->places, used = sh_context_length(context);
+    if (n > places - used)
+        return sh_fail(err, SH_ERR_LIMIT, "the prompt has %zu tokens, the context holds %u%s", n,
+                       places, used > 0 ? ", not all of them free" : "");
+    for (size_t at = 0; at < n && !is_interrupted(a);) {
+        const size_t piece = SH_MIN(PROMPT_PIECE, n - at);
+        const bool last = at + piece == n;
+        SH_TRY(sh_context_decode(context, prompt + at, (uint32_t)piece,
+                                 last ? SH_LOGITS_LAST : SH_LOGITS_NONE, last ? a->logits : NULL,
+                                 err));
+        at += piece;
+    }
+    return SH_OK;
+}
+
+static sh_status make_tokens(sh_cli_answer *a, sh_error *err)
+{
+    sh_context *context = a->setup.context->context;
+    for (;;) {
+        int32_t token;
+        bool stopped = false;
+        a->stop = "interrupted";
+        if (is_interrupted(a))
+            return SH_OK;
+        SH_TRY(sh_sampler_next(a->sampler, a->logits, a->recent, a->n_recent, &token, err));
+        a->stop = "end";
+        if (sh_tokenizer_is_end(a->setup.loaded->model->tokenizer, token))
+            return SH_OK;
+        SH_TRY(take(a, token, &stopped, err));
+        a->stop = "stop";
+        if (stopped)
+            return SH_OK;
+        a->stop = "length";
+        if (a->n == a->setup.tokens_max)
+            return SH_OK;
+        a->stop = "context";
+        if (sh_context_length(context) == a->setup.context->places)
+            return SH_OK;
+        const uint64_t start = now_ns();
+        SH_TRY(sh_context_decode(context, &token, 1, SH_LOGITS_LAST, a->logits, err));
+        a->decode_ns += now_ns() - start;
+        a->n_decoded++;
+        a->n_cached = a->n;
+    }
+}
+
+sh_status sh_cli_answer_run(sh_cli_answer *answer, const int32_t *prompt, size_t n, sh_error *err)
+{
+    sh_cli_answer *a = answer;
+    a->n = a->n_cached = a->n_printed = a->n_decoded = 0;
+    a->prefill_ns = a->decode_ns = 0;
+    a->n_prompt = n;
+    sh_buf_clear(&a->text);
+    const uint64_t start = now_ns();
+    SH_TRY(run_prompt(a, prompt, n, err));
+    a->prefill_ns = now_ns() - start;
+    remember(a, prompt, n);
+    SH_TRY(make_tokens(a, err));
+    return print_until(a, a->text.len, err);
+}
+
+static double rate(size_t n, uint64_t ns)
+{
+    return n > 0 && ns > 0 ? (double)n / ((double)ns * 1e-9) : 0;
+}
+
+/* The text with U+FFFD for what is no UTF-8. */
+static json_t *text_json(const sh_cli_answer *a)
+{
+    sh_buf out;
+    sh_buf_init(&out, SH_CLI_TEXT_BYTES_MAX * sizeof REPLACEMENT);
+    sh_status status = SH_OK;
+    for (size_t at = 0; at < a->text.len && status == SH_OK;) {
+        const uint8_t *p = a->text.data + at;
+        const int n = character(p, a->text.len - at);
+        status = n > 0 ? sh_buf_append(&out, p, (size_t)n)
+                       : sh_buf_append(&out, REPLACEMENT, sizeof REPLACEMENT - 1);
+        at += n > 0 ? (size_t)n : 1;
+    }
+    json_t *text = status != SH_OK
+                       ? json_null()
+                       : json_stringn(out.len > 0 ? (const char *)out.data : "", out.len);
+    sh_buf_release(&out);
+    return text;
+}
+
+json_t *sh_cli_ids_json(const int32_t *tokens, size_t n)
+{
+    json_t *array = json_array();
+    for (size_t i = 0; i < n; i++)
+        json_array_append_new(array, json_integer(tokens[i]));
+    return array;
+}
+
+void sh_cli_answer_json(const sh_cli_answer *answer, json_t *object)
+{
+    const sh_cli_answer *a = answer;
+    sh_json_set(object, "text", text_json(a));
+    sh_json_set(object, "tokens", sh_cli_ids_json(a->tokens, a->n));
+    sh_json_set(object, "stop", json_string(a->stop));
+    sh_json_set(object, "prefill_tokens_per_s", sh_json_number(rate(a->n_prompt, a->prefill_ns)));
+    sh_json_set(object, "decode_tokens_per_s", sh_json_number(rate(a->n_decoded, a->decode_ns)));
+}
