@@ -8,6 +8,9 @@
 
 #if SH_X86
 #include <cpuid.h>
+#elif defined(SH_TARGET_NEON)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 static const char *const level_names[SH_LEVELS] = {
@@ -46,6 +49,9 @@ bool sh_level_available(sh_level level)
     if (level == SH_LEVEL_AVX512_VNNI)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#elif defined(SH_TARGET_NEON)
+    if (level == SH_LEVEL_NEON_DOTPROD)
+        return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
     return level == SH_LEVEL_PORTABLE;
 }

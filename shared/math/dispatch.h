@@ -35,6 +35,11 @@ SH_MUST_USE bool sh_level_force(sh_level level);
 #else
 #define SH_X86 0
 #endif
+/* Clang can have one function with another target's intrinsics since version 16. */
+#if defined(__aarch64__) && defined(__linux__) &&                                                  \
+    (defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__) || __clang_major__ >= 16)
+#define SH_TARGET_NEON __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
 /* Compiled once for each level that inlines it. */
 #define SH_INLINE static inline __attribute__((always_inline))
 

@@ -58,6 +58,10 @@ const sh_kernels *sh_kernels_of(sh_level level)
     if (level == SH_LEVEL_AVX2)
         return &sh_kernels_avx2;
 #endif
+#ifdef SH_TARGET_NEON
+    if (level == SH_LEVEL_NEON_DOTPROD)
+        return &sh_kernels_neon;
+#endif
     SH_ASSERT(level == SH_LEVEL_PORTABLE);
     return &sh_kernels_portable;
 }

@@ -13,9 +13,12 @@
 #include "shared/math/product_internal.h"
 #include "shared/math/quant_internal.h"
 
-#ifdef __FP_FAST_FMAF
+/* Whether "portable" is one of the levels with FMA: where the baseline has it. */
+#if defined(__FP_FAST_FMAF) || defined(__aarch64__)
+#define SH_PORTABLE_FMA          1
 #define SH_MULTIPLY_ADD(a, b, c) __builtin_fmaf(a, b, c)
 #else
+#define SH_PORTABLE_FMA          0
 #define SH_MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
 #endif
 
@@ -70,6 +73,9 @@ extern const sh_kernels sh_kernels_portable;
 extern const sh_kernels sh_kernels_avx2;
 extern const sh_kernels sh_kernels_avx_vnni;
 extern const sh_kernels sh_kernels_avx512;
+#endif
+#ifdef SH_TARGET_NEON
+extern const sh_kernels sh_kernels_neon;
 #endif
 
 /* The table of a level that is available. */

@@ -125,7 +125,7 @@ SH_INLINE void group_portable(const sh_panel *p, const uint8_t *group, size_t co
         unpack_block(type, quants, w);
         scales_read(type, group, b, &scales);
         for (size_t r = 0; r < rows; r++)
-            block_add(type, w, &scales, p->x + (row + r) * p->n_blocks + b, sums[r]);
+            block_add(type, w, &scales, p->x + (row + r) * p->x_stride + b, sums[r]);
     }
     size_t outs = SH_MIN(p->outs - column, (size_t)SH_GROUP_ROWS);
     for (size_t r = 0; r < rows; r++) {
@@ -157,7 +157,7 @@ void sh_x_quantize_with(const sh_kernels *kernels, const float *x, size_t ldx, s
 {
     SH_ASSERT(in % SH_X_VALUES == 0);
     for (size_t r = 0; r < n; r++)
-        kernels->x_quantize(x + r * ldx, in / SH_X_VALUES, blocks + r * (in / SH_X_VALUES));
+        kernels->x_quantize(x + r * ldx, in / SH_X_VALUES, blocks + r * sh_x_stride(in));
 }
 
 void sh_x_quantize(const float *x, size_t ldx, size_t n, size_t in, sh_x_block *blocks)
@@ -181,6 +181,7 @@ static void run_packed(const sh_kernels *kernels, const sh_product *p, size_t be
         kernels->panel(&(sh_panel){
             .type = w->type,
             .n_blocks = w->in / 32,
+            .x_stride = sh_x_stride(w->in),
             .groups = (const uint8_t *)w->packed + o / SH_GROUP_ROWS * group_bytes,
             .x = p->blocks,
             .n = p->n,
@@ -204,6 +205,7 @@ static void run_in_place(const sh_kernels *kernels, const sh_product *p, size_t 
         kernels->panel(&(sh_panel){
             .type = w->type,
             .n_blocks = w->in / 32,
+            .x_stride = sh_x_stride(w->in),
             .groups = scratch,
             .x = p->blocks,
             .n = p->n,

@@ -35,7 +35,14 @@ typedef struct {
     int32_t zero;
 } sh_x_block;
 
-/* blocks [n, in / 32] of x [n, in] (row stride ldx). in is a multiple of 32. */
+/* Row stride of blocks: in / 32, or one more, so that it is odd. Rows whose blocks lay a power of
+ * two apart would share the sets of a cache. */
+static inline size_t sh_x_stride(size_t in)
+{
+    return in / SH_X_VALUES | 1;
+}
+/* blocks [n, in / 32], row stride sh_x_stride(in), of x [n, in], row stride ldx. in is a multiple
+ * of 32. */
 void sh_x_quantize(const float *x, size_t ldx, size_t n, size_t in, sh_x_block *blocks);
 
 typedef struct {
@@ -52,7 +59,7 @@ typedef struct {
     const sh_weights *w;
     const float *x; /* [n, in], row stride ldx; for float types */
     size_t ldx;
-    const sh_x_block *blocks; /* [n, in / 32]; for the others */
+    const sh_x_block *blocks; /* [n, in / 32], row stride sh_x_stride(in); for the others */
     size_t n;
     float *y; /* [n, out], row stride ldy */
     size_t ldy;

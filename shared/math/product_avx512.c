@@ -12,8 +12,12 @@
 #include <immintrin.h>
 #include <math.h>
 
-/* Ahead of the quants in use, for few rows of x, when the weights come from memory. */
-#define PREFETCH_BYTES 4096
+/* Few rows of x: the weights come from memory, and a core reads several streams half as fast again
+ * as one, because its prefetchers follow each. So groups pass FEW_GROUPS at a time, and what is
+ * this far ahead in each of them is fetched. */
+#define FEW_ROWS       4
+#define FEW_GROUPS     8
+#define PREFETCH_BYTES 1536
 
 typedef struct {
     __m512i v[8]; /* unsigned */
@@ -138,10 +142,18 @@ SH_TARGET_AVX512 SH_INLINE __m512 block_add512(sh_type type, const weights512 *w
 /* What a tile is of. */
 typedef struct {
     const uint8_t *group;
-    const sh_x_block *x; /* row stride n_blocks */
+    const sh_x_block *x; /* row stride x_stride */
     float *y;
-    size_t outs; /* 1 to 16 */
+    size_t outs; /* 1 to 16 a group */
 } tile512;
+
+SH_TARGET_AVX512 SH_INLINE void store_row512(float *y, size_t outs, bool add, __m512 sum)
+{
+    __mmask16 mask = outs >= 16 ? 0xffff : (__mmask16)((1u << outs) - 1);
+    if (add)
+        sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y), sum);
+    _mm512_mask_storeu_ps(y, mask, sum);
+}
 
 SH_TARGET_AVX512 SH_INLINE void tile_run512(const sh_panel *p, const tile512 *t, sh_type type,
                                             int rows)
@@ -157,27 +169,147 @@ SH_TARGET_AVX512 SH_INLINE void tile_run512(const sh_panel *p, const tile512 *t,
         weights512 w;
         scales512 s = load_scales512(type, t->group, b);
         unpack512(type, quants, &w);
-        for (size_t i = 0; i < block_bytes && rows <= 4; i += 64)
-            _mm_prefetch((const void *)(quants + PREFETCH_BYTES + i), _MM_HINT_T0);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++)
-            sums[r] = block_add512(type, &w, &s, x + (size_t)r * n_blocks, sums[r]);
+            sums[r] = block_add512(type, &w, &s, x + (size_t)r * p->x_stride, sums[r]);
     }
-    __mmask16 mask = (__mmask16)((1u << t->outs) - 1);
 #pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) {
-        float *y = t->y + (size_t)r * p->ldy;
-        if (p->add)
-            sums[r] = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y), sums[r]);
-        _mm512_mask_storeu_ps(y, mask, sums[r]);
+    for (int r = 0; r < rows; r++)
+        store_row512(t->y + (size_t)r * p->ldy, t->outs, p->add, sums[r]);
+}
+
+/* ---- few rows of x ---- */
+
+/* A block of x, ready for one row. */
+typedef struct {
+    __m512i q[8], start[2];
+    __m512 d, d_sum;
+} x512;
+
+SH_TARGET_AVX512 SH_INLINE x512 load_x512(sh_type type, const sh_x_block *x)
+{
+    x512 v;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+        v.q[i] = four512(x->q + 4 * i);
+    v.start[0] = _mm512_set1_epi32(type == SH_TYPE_Q6_K ? x->start32[0] : *sh_x_start(x, type));
+    v.start[1] = _mm512_set1_epi32(type == SH_TYPE_Q6_K ? x->start32[1] : 0);
+    v.d = _mm512_set1_ps(x->d);
+    v.d_sum = _mm512_set1_ps(x->d_sum);
+    return v;
+}
+
+/* As block_add512 for one row, from the bytes of the block. High nibbles are multiplied where they
+ * are, 16 times too large: the exact sum is shifted. */
+SH_TARGET_AVX512 SH_INLINE __m512 block_add_one512(sh_type type, const uint8_t *at,
+                                                   const scales512 *s, const x512 *x, __m512 sum)
+{
+    __m512i first = x->start[0], second = x->start[1];
+    if (sh_code_bits(type) == 4) {
+        const __m512i low = _mm512_set1_epi8(15);
+        __m512i high = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+            __m512i both = load(at + 64 * v);
+            first = _mm512_dpbusd_epi32(first, _mm512_and_si512(both, low), x->q[v]);
+            high = _mm512_dpbusd_epi32(high, _mm512_andnot_si512(low, both), x->q[v + 4]);
+        }
+        second = _mm512_srai_epi32(high, 4);
+    } else {
+        weights512 w;
+        unpack512(type, at, &w);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; v++) {
+            first = _mm512_dpbusd_epi32(first, w.v[v], x->q[v]);
+            second = _mm512_dpbusd_epi32(second, w.v[v + 4], x->q[v + 4]);
+        }
+    }
+    if (type == SH_TYPE_Q6_K) {
+        sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(first), _mm512_mul_ps(s->d[0], x->d), sum);
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), _mm512_mul_ps(s->d[1], x->d), sum);
+    }
+    __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(first, second));
+    sum = _mm512_fmadd_ps(dot, _mm512_mul_ps(s->d[0], x->d), sum);
+    return sh_has_minima(type) ? _mm512_fmadd_ps(s->m, x->d_sum, sum) : sum;
+}
+
+/* `groups` groups times `rows` (1 to 4) rows of x; all but the last group are whole. */
+SH_TARGET_AVX512 SH_INLINE void few_run512(const sh_panel *p, const tile512 *t, sh_type type,
+                                           int groups, int rows)
+{
+    const size_t n_blocks = p->n_blocks, block_bytes = sh_group_block_bytes(type);
+    const size_t group_bytes = sh_group_bytes(type, n_blocks * 32);
+    const size_t ahead = (PREFETCH_BYTES + block_bytes - 1) / block_bytes;
+    const uint8_t *quants = t->group + sh_group_scales_bytes(type, n_blocks * 32);
+    __m512 sums[FEW_GROUPS][FEW_ROWS];
+#pragma GCC unroll 8
+    for (int g = 0; g < groups; g++)
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+            sums[g][r] = _mm512_setzero_ps();
+    for (size_t b = 0; b < n_blocks; b++, quants += block_bytes) {
+        /* past a group's end its stream goes on in the next pass's group */
+        const size_t skip =
+            ahead * block_bytes + (b + ahead < n_blocks ? 0 : (size_t)(groups - 1) * group_bytes);
+        x512 x;
+        if (rows == 1)
+            x = load_x512(type, t->x + b);
+#pragma GCC unroll 8
+        for (int g = 0; g < groups; g++) {
+            const uint8_t *at = quants + (size_t)g * group_bytes;
+            const scales512 s = load_scales512(type, t->group + (size_t)g * group_bytes, b);
+            for (size_t i = 0; i < block_bytes; i += 64)
+                _mm_prefetch((const void *)(at + skip + i), _MM_HINT_T0);
+            if (rows == 1) {
+                sums[g][0] = block_add_one512(type, at, &s, &x, sums[g][0]);
+                continue;
+            }
+            weights512 w;
+            unpack512(type, at, &w);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++)
+                sums[g][r] =
+                    block_add512(type, &w, &s, t->x + (size_t)r * p->x_stride + b, sums[g][r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < groups; g++)
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+            store_row512(t->y + (size_t)r * p->ldy + g * SH_GROUP_ROWS,
+                         g == groups - 1 ? t->outs : SH_GROUP_ROWS, p->add, sums[g][r]);
+}
+
+/* rows rows of x from row r on, all groups: `groups` at a time, then the rest. */
+SH_TARGET_AVX512 SH_INLINE void few512(const sh_panel *p, size_t r, sh_type type, int rows)
+{
+    const int groups = rows == 1 ? FEW_GROUPS : FEW_GROUPS / 2;
+    const size_t group_bytes = sh_group_bytes(type, p->n_blocks * 32);
+    size_t left = (p->outs + SH_GROUP_ROWS - 1) / SH_GROUP_ROWS;
+    const size_t last = p->outs - (left - 1) * SH_GROUP_ROWS; /* columns of the last group */
+    tile512 t = {p->groups, p->x + r * p->x_stride, p->y + r * p->ldy, SH_GROUP_ROWS};
+    while (left > 0) {
+        size_t n = left >= (size_t)groups ? (size_t)groups : (left >= 2 ? 2 : 1);
+        t.outs = n == left ? last : SH_GROUP_ROWS;
+        if (n == (size_t)groups)
+            few_run512(p, &t, type, groups, rows);
+        else if (n == 2)
+            few_run512(p, &t, type, 2, rows);
+        else
+            few_run512(p, &t, type, 1, rows);
+        t.group += n * group_bytes;
+        t.y += n * SH_GROUP_ROWS;
+        left -= n;
     }
 }
+
+/* ---- any number ---- */
 
 /* rows rows of x from row r on, all groups. */
 SH_TARGET_AVX512 SH_INLINE void pass512(const sh_panel *p, size_t r, sh_type type, int rows)
 {
     const size_t group_bytes = sh_group_bytes(type, p->n_blocks * 32);
-    tile512 t = {p->groups, p->x + r * p->n_blocks, p->y + r * p->ldy, SH_GROUP_ROWS};
+    tile512 t = {p->groups, p->x + r * p->x_stride, p->y + r * p->ldy, SH_GROUP_ROWS};
     for (size_t o = 0; o < p->outs; o += SH_GROUP_ROWS) {
         t.outs = SH_MIN(p->outs - o, (size_t)SH_GROUP_ROWS);
         tile_run512(p, &t, type, rows);
@@ -196,16 +328,16 @@ SH_TARGET_AVX512 SH_INLINE void panel512(const sh_panel *p, sh_type type)
         r += 8;
     }
     for (; p->n - r >= 4; r += 4)
-        pass512(p, r, type, 4);
+        few512(p, r, type, 4);
     switch (p->n - r) {
     case 3:
-        pass512(p, r, type, 3);
+        few512(p, r, type, 3);
         break;
     case 2:
-        pass512(p, r, type, 2);
+        few512(p, r, type, 2);
         break;
     case 1:
-        pass512(p, r, type, 1);
+        few512(p, r, type, 1);
         break;
     default:
         break;

@@ -99,7 +99,8 @@ typedef struct {
     sh_type type;
     size_t n_blocks; /* of 32 columns */
     const uint8_t *groups;
-    const sh_x_block *x; /* [n, n_blocks] */
+    const sh_x_block *x; /* [n, n_blocks], row stride x_stride */
+    size_t x_stride;
     size_t n;
     float *y; /* at the first group's column */
     size_t ldy;
@@ -120,6 +121,9 @@ sh_x_quantize_fn sh_x_quantize_portable;
 sh_pack_group_fn sh_pack_group_avx512;
 sh_panel_fn sh_panel_avx512, sh_panel_avx2, sh_panel_avx_vnni;
 sh_x_quantize_fn sh_x_quantize_avx512, sh_x_quantize_avx2;
+#endif
+#ifdef SH_TARGET_NEON
+sh_panel_fn sh_panel_neon;
 #endif
 
 /* The scales part of a group. Every level starts here, and writes the quants its own way. */

@@ -120,19 +120,6 @@ SH_TARGET_NEON SH_INLINE float32x4_t block_add_neon(sh_type type, const int8x16_
     return sh_has_minima(type) ? vfmaq_f32(sum, s->m, vdupq_n_f32(x->d_sum)) : sum;
 }
 
-/* The first `outs` of 4 values. */
-SH_TARGET_NEON SH_INLINE void store_neon(float *y, size_t outs, bool add, float32x4_t sum)
-{
-    float values[4];
-    if (outs >= 4) {
-        vst1q_f32(y, add ? vaddq_f32(vld1q_f32(y), sum) : sum);
-        return;
-    }
-    vst1q_f32(values, sum);
-    for (size_t i = 0; i < outs; i++)
-        y[i] = add ? y[i] + values[i] : values[i];
-}
-
 /* One group times `rows` (1, 2 or 4) rows of x. */
 SH_TARGET_NEON SH_INLINE void tile_neon(const sh_panel *p, size_t o, size_t r, sh_type type,
                                         int rows)
@@ -141,8 +128,10 @@ SH_TARGET_NEON SH_INLINE void tile_neon(const sh_panel *p, size_t o, size_t r, s
     const size_t outs = SH_MIN(p->outs - o, (size_t)SH_GROUP_ROWS);
     const uint8_t *group = p->groups + o / SH_GROUP_ROWS * sh_group_bytes(type, n_blocks * 32);
     const uint8_t *quants = group + sh_group_scales_bytes(type, n_blocks * 32);
-    const sh_x_block *x = p->x + r * n_blocks;
+    const sh_x_block *x = p->x + r * p->x_stride;
     float32x4_t sums[QUARTERS][4];
+    float values[4][SH_GROUP_ROWS];
+#pragma GCC unroll 4 /* every loop over sums, or they live in memory */
     for (size_t q = 0; q < QUARTERS; q++)
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++)
@@ -153,16 +142,22 @@ SH_TARGET_NEON SH_INLINE void tile_neon(const sh_panel *p, size_t o, size_t r, s
             int8x16_t w[8];
             const scales_neon s = scales_load_neon(type, group, b, q);
             unpack_neon(type, quants + 16 * q, w);
+            __asm__ volatile("" ::: "memory"); /* no loads ahead: registers are few */
 #pragma GCC unroll 4
             for (int i = 0; i < rows; i++)
-                sums[q][i] = block_add_neon(type, w, &s, x + (size_t)i * n_blocks, sums[q][i]);
+                sums[q][i] = block_add_neon(type, w, &s, x + (size_t)i * p->x_stride, sums[q][i]);
         }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++)
-        for (size_t q = 0; q < QUARTERS && 4 * q < outs; q++)
-            store_neon(p->y + (r + (size_t)i) * p->ldy + o + 4 * q, outs - 4 * q, p->add,
-                       sums[q][i]);
+#pragma GCC unroll 4
+        for (size_t q = 0; q < QUARTERS; q++)
+            vst1q_f32(values[i] + 4 * q, sums[q][i]);
+    for (int i = 0; i < rows; i++) {
+        float *y = p->y + (r + (size_t)i) * p->ldy + o;
+        for (size_t l = 0; l < outs; l++)
+            y[l] = p->add ? y[l] + values[i][l] : values[i][l];
+    }
 }
 
 SH_TARGET_NEON SH_INLINE void panel_neon(const sh_panel *p, sh_type type)

@@ -121,7 +121,7 @@ YMM_TARGET SH_INLINE __m256 block_add_ymm(sh_type type, const __m256i w[8], cons
 /* What a tile is of. */
 typedef struct {
     const uint8_t *group;
-    const sh_x_block *x; /* row stride n_blocks */
+    const sh_x_block *x; /* row stride x_stride */
     float *y;
     size_t outs; /* 1 to 16 */
 } tile_ymm;
@@ -160,7 +160,7 @@ YMM_TARGET SH_INLINE void tile_run_ymm(const sh_panel *p, const tile_ymm *t, sh_
             unpack_ymm(type, quants + 32 * (first + h), w);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++)
-                sums[h][r] = block_add_ymm(type, w, &s, x + (size_t)r * n_blocks, sums[h][r]);
+                sums[h][r] = block_add_ymm(type, w, &s, x + (size_t)r * p->x_stride, sums[h][r]);
         }
     }
 #pragma GCC unroll 2
@@ -177,7 +177,7 @@ YMM_TARGET SH_INLINE void tile_run_ymm(const sh_panel *p, const tile_ymm *t, sh_
 YMM_TARGET SH_INLINE void pass_ymm(const sh_panel *p, size_t r, sh_type type, int rows)
 {
     const size_t group_bytes = sh_group_bytes(type, p->n_blocks * 32);
-    tile_ymm t = {p->groups, p->x + r * p->n_blocks, p->y + r * p->ldy, SH_GROUP_ROWS};
+    tile_ymm t = {p->groups, p->x + r * p->x_stride, p->y + r * p->ldy, SH_GROUP_ROWS};
     for (size_t o = 0; o < p->outs; o += SH_GROUP_ROWS) {
         t.outs = SH_MIN(p->outs - o, (size_t)SH_GROUP_ROWS);
         tile_run_ymm(p, &t, type, rows, 0);

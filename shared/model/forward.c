@@ -19,7 +19,8 @@
 #include "shared/model/context_internal.h"
 
 /* Pieces of a loop for each member: so that one that lost its processor holds up little. */
-#define PIECES 4
+#define GROUPS_TOGETHER 8
+#define PIECES          4
 
 typedef struct {
     const sh_pass *pass;
@@ -149,7 +150,7 @@ static input make_input(const worker *w, const source *s, uint32_t n)
     float *norm = w->few ? w->own->norm : r->norm;
     const input to = {.x = s->norm != NULL ? norm : s->x,
                       .ldx = s->in,
-                      .ldblocks = s->in / SH_X_VALUES,
+                      .ldblocks = sh_x_stride(s->in),
                       .blocks = w->few ? w->own->blocks : r->blocks,
                       .t = w->few ? w->own->t : r->t,
                       .ldt = r->t_rank};
@@ -232,10 +233,15 @@ static size_t groups_of(const sh_matrix *m)
     return (m->out + SH_GROUP_ROWS - 1) / SH_GROUP_ROWS;
 }
 
+/* Groups that a member takes at once: whole GROUPS_TOGETHER, which kernels read best, where there
+ * are enough of them. */
 static size_t chunk_of(const worker *w, size_t n, size_t most)
 {
     const size_t pieces = w->me->n > 1 ? (size_t)w->me->n * PIECES : 1;
-    return SH_MIN(SH_MAX(n / pieces, 1), most);
+    const size_t even = SH_MIN(SH_MAX(n / pieces, 1), most);
+    if (n < GROUPS_TOGETHER * w->me->n || even % GROUPS_TOGETHER == 0)
+        return even;
+    return SH_MIN(even + GROUPS_TOGETHER - even % GROUPS_TOGETHER, most);
 }
 
 /* A matrix of a list that one loop goes through, and where its rows go. */

@@ -20,13 +20,13 @@ static void carve_member(const sh_runner *r, sh_carver *c, sh_member_scratch *me
 {
     const sh_model_config *m = &r->model->config;
     const size_t norm = (size_t)SH_FEW_ROWS * r->in_max;
-    const sh_member_scratch s = {.norm = sh_carve(c, norm * sizeof(float)),
-                                 .blocks = sh_carve(c, norm / SH_X_VALUES * sizeof(sh_x_block)),
-                                 .columns =
-                                     sh_carve(c, (size_t)r->rows_max * SH_COLUMNS * sizeof(float)),
-                                 .attend = sh_carve(c, sh_attend_scratch_bytes(m->head_size)),
-                                 .head = sh_carve(c, m->head_size * sizeof(float)),
-                                 .product = sh_carve(c, sh_product_scratch_bytes(r->in_max))};
+    const sh_member_scratch s = {
+        .norm = sh_carve(c, norm * sizeof(float)),
+        .blocks = sh_carve(c, SH_FEW_ROWS * sh_x_stride(r->in_max) * sizeof(sh_x_block)),
+        .columns = sh_carve(c, (size_t)r->rows_max * SH_COLUMNS * sizeof(float)),
+        .attend = sh_carve(c, sh_attend_scratch_bytes(m->head_size)),
+        .head = sh_carve(c, m->head_size * sizeof(float)),
+        .product = sh_carve(c, sh_product_scratch_bytes(r->in_max))};
     if (c->block != NULL)
         *member = s;
 }
@@ -44,7 +44,7 @@ static void carve_runner(sh_runner *r, sh_carver *c)
     r->v = sh_carve(c, rows * kv * sizeof(float));
     r->att = sh_carve(c, rows * q * sizeof(float));
     r->gate = sh_carve(c, rows * m->ffn * sizeof(float));
-    r->blocks = sh_carve(c, rows * (r->in_max / SH_X_VALUES) * sizeof(sh_x_block));
+    r->blocks = sh_carve(c, rows * sh_x_stride(r->in_max) * sizeof(sh_x_block));
     r->segments = sh_carve(c, rows * sizeof *r->segments);
     r->units = sh_carve(c, rows * sizeof *r->units);
     r->row_segment = sh_carve(c, rows * sizeof *r->row_segment);
@@ -131,8 +131,25 @@ sh_status sh_runner_reserve_t(sh_runner *r, uint32_t rank, sh_error *err)
 
 static bool item_logits_at(const sh_run_item *item, uint32_t token)
 {
-    return item->logits_wanted == SH_LOGITS_ALL ||
-           (item->logits_wanted == SH_LOGITS_LAST && token + 1 == item->n);
+    switch (item->logits_wanted) {
+    case SH_LOGITS_ALL:
+        return true;
+    case SH_LOGITS_LAST:
+        return token + 1 == item->n;
+    case SH_LOGITS_SOME:
+        return item->wants[token];
+    default:
+        return false;
+    }
+}
+
+/* How many of the first n tokens have logits. */
+static size_t logits_before(const sh_run_item *item, uint32_t n)
+{
+    size_t count = 0;
+    for (uint32_t i = 0; i < n; i++)
+        count += item_logits_at(item, i);
+    return count;
 }
 
 /* What is wanted of a row, in the order of the rows of a pass. */
@@ -164,8 +181,7 @@ static void add_segment(sh_pass *pass, const sh_run_item *item, uint32_t from, u
                       .n = n,
                       .position = position};
     if (item_logits_at(item, from))
-        s->logits =
-            item->logits + (item->logits_wanted == SH_LOGITS_ALL ? (size_t)from * c->vocab : 0);
+        s->logits = item->logits + logits_before(item, from) * c->vocab;
     if (item->hidden != NULL)
         s->hidden = item->hidden + (size_t)from * c->width;
     for (uint32_t i = 0; i < n; i++)
@@ -177,23 +193,31 @@ static void add_segment(sh_pass *pass, const sh_run_item *item, uint32_t from, u
     pass->n_segments++;
 }
 
+/* The rows of an item, from `begin` to before `end`, of which `kind` is wanted: a segment a run. */
+static void add_runs(sh_pass *pass, const sh_run_item *item, uint32_t begin, uint32_t end,
+                     want kind)
+{
+    for (uint32_t first = begin; first < end; first++) {
+        uint32_t last = first;
+        while (last < end && wanted(item, last) == kind)
+            last++;
+        /* The context's length grows when the pass is over: an item's later rows stand after it. */
+        if (last > first) {
+            add_segment(pass, item, first, last - first, item->context->length + (first - begin));
+            first = last; /* which is of another kind */
+        }
+    }
+}
+
 /* The rows of the pass that begins at `at` of which `kind` is wanted; at most rows_max rows of all
- * kinds. An item's rows of one kind are consecutive. Returns where the next pass begins. */
+ * kinds. Returns where the next pass begins. */
 static cursor add_rows(sh_pass *pass, cursor at, want kind)
 {
     uint32_t room = pass->runner->rows_max;
     while (room > 0 && at.item < at.n) {
         const sh_run_item *item = &at.items[at.item];
         const uint32_t end = at.done + SH_MIN(room, item->n - at.done);
-        uint32_t first = at.done;
-        while (first < end && wanted(item, first) != kind)
-            first++;
-        uint32_t last = first;
-        while (last < end && wanted(item, last) == kind)
-            last++;
-        /* The context's length grows when the pass is over: an item's later rows stand after it. */
-        if (last > first)
-            add_segment(pass, item, first, last - first, item->context->length + (first - at.done));
+        add_runs(pass, item, at.done, end, kind);
         room -= end - at.done;
         at.done = end;
         if (at.done == item->n) {
@@ -238,6 +262,7 @@ static sh_status check_item(const sh_runner *runner, const sh_run_item *item, sh
     const uint32_t vocab = runner->model->config.vocab;
     SH_ASSERT(context->model == runner->model);
     SH_ASSERT(item->logits_wanted == SH_LOGITS_NONE || item->logits != NULL);
+    SH_ASSERT(item->logits_wanted != SH_LOGITS_SOME || item->wants != NULL);
     if (item->n == 0)
         return sh_fail(err, SH_ERR_INVALID, "no tokens to decode");
     if (item->n > context->n_max - context->length)

@@ -227,7 +227,7 @@ static int run_shape(sh_type type, uint32_t out, uint32_t in, const char *level)
     uint8_t *rows = sh_alloc_aligned(bytes);
     float *x = sh_alloc_aligned((size_t)ROWS_MAX * in * sizeof *x);
     b.packed = sh_alloc_aligned(sh_pack_bytes(type, out, in));
-    b.blocks = sh_alloc_aligned((size_t)ROWS_MAX * in / 32 * sizeof *b.blocks);
+    b.blocks = sh_alloc_aligned((size_t)ROWS_MAX * sh_x_stride(in) * sizeof *b.blocks);
     b.y = sh_alloc_aligned((size_t)ROWS_MAX * out * sizeof *b.y);
     b.scratch = sh_alloc_aligned(sh_product_scratch_bytes(in));
     bool ok = rows != NULL && x != NULL && b.packed != NULL && b.blocks != NULL && b.y != NULL &&
