@@ -38,12 +38,14 @@ static void carve_runner(sh_runner *r, sh_carver *c)
     const size_t kv = (size_t)m->n_kv_heads * m->head_size;
     const unsigned members = sh_team_threads(r->team);
     r->x = sh_carve(c, rows * m->width * sizeof(float));
-    r->norm = sh_carve(c, rows * m->width * sizeof(float));
-    r->q = sh_carve(c, rows * q * sizeof(float));
-    r->k = sh_carve(c, rows * kv * sizeof(float));
-    r->v = sh_carve(c, rows * kv * sizeof(float));
-    r->att = sh_carve(c, rows * q * sizeof(float));
-    r->gate = sh_carve(c, rows * m->ffn * sizeof(float));
+    /* What attention reads is dead when its result goes to the output matrix, and what it leaves
+     * when the feed-forward part begins. */
+    const size_t heads = SH_LANES_UP(rows * q) + SH_LANES_UP(rows * kv);
+    r->norm = r->att = sh_carve(c, rows * SH_MAX((size_t)m->width, q) * sizeof(float));
+    r->q = r->gate =
+        sh_carve(c, SH_MAX(heads + SH_LANES_UP(rows * kv), rows * (size_t)m->ffn) * sizeof(float));
+    r->k = r->q != NULL ? r->q + SH_LANES_UP(rows * q) : NULL;
+    r->v = r->q != NULL ? r->q + heads : NULL;
     r->blocks = sh_carve(c, rows * sh_x_stride(r->in_max) * sizeof(sh_x_block));
     r->segments = sh_carve(c, rows * sizeof *r->segments);
     r->units = sh_carve(c, rows * sizeof *r->units);
