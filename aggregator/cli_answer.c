@@ -1,11 +1,11 @@
 #include "aggregator/cli_answer.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 #define PROMPT_PIECE 512 /* tokens between two looks at whether to stop */
-#define REPLACEMENT  "\xef\xbf\xbd"
 
 static uint64_t now_ns(void)
 {
@@ -45,8 +45,7 @@ sh_status sh_cli_answer_init(sh_cli_answer *answer, const sh_cli_answer_setup *s
     SH_TRY(sh_sampler_create(&sampling, vocab, &a->sampler, err));
     a->logits = sh_alloc_aligned(vocab * sizeof *a->logits);
     a->tokens = sh_calloc(setup->tokens_max, sizeof *a->tokens);
-    a->text_end = sh_calloc(setup->tokens_max, sizeof *a->text_end);
-    if (a->logits == NULL || a->tokens == NULL || a->text_end == NULL)
+    if (a->logits == NULL || a->tokens == NULL)
         return sh_fail(err, SH_ERR_NO_MEMORY, "an answer of %zu tokens: out of memory",
                        setup->tokens_max);
     return SH_OK;
@@ -57,7 +56,7 @@ void sh_cli_answer_release(sh_cli_answer *answer)
     sh_sampler_destroy(&answer->sampler);
     free(answer->logits);
     free(answer->tokens);
-    free(answer->text_end);
+    sh_text_filter_release(&answer->filter);
     sh_buf_release(&answer->text);
     *answer = (sh_cli_answer){0};
 }
@@ -78,82 +77,22 @@ static bool is_interrupted(const sh_cli_answer *a)
 
 /* ---- Text ---- */
 
-/* Length of the UTF-8 character at p[0] (RFC 3629); 0: none; -1: its end is missing. */
-static int character(const uint8_t *p, size_t n)
+static sh_status print_new(sh_cli_answer *a, sh_error *err)
 {
-    if (p[0] < 0x80)
-        return 1;
-    if (p[0] < 0xc2 || p[0] > 0xf4)
-        return 0;
-    const int length = p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
-    const uint8_t low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
-    const uint8_t high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
-    for (int i = 1; i < length; i++) {
-        if ((size_t)i == n)
-            return -1;
-        if (p[i] < (i == 1 ? low : 0x80) || p[i] > (i == 1 ? high : 0xbf))
-            return 0;
-    }
-    return length;
-}
-
-/* Where the first stop string begins that was not whole before `from`; text.len: none. */
-static size_t find_stop(const sh_cli_answer *a, size_t from)
-{
-    size_t first = a->text.len;
-    for (size_t i = 0; i < a->n_stops; i++) {
-        const size_t n = strlen(a->stops[i]);
-        const size_t start = from - SH_MIN(from, n - 1);
-        if (a->text.len - start < n)
-            continue;
-        const uint8_t *at = memmem(a->text.data + start, a->text.len - start, a->stops[i], n);
-        if (at != NULL)
-            first = SH_MIN(first, (size_t)(at - a->text.data));
-    }
-    return first;
-}
-
-/* How much of the text is certain: no beginning of a stop string or of a character at its end. */
-static size_t certain(const sh_cli_answer *a)
-{
-    const uint8_t *text = a->text.data;
-    const size_t len = a->text.len, left = len - a->n_printed;
-    size_t held = 0;
-    for (size_t i = 0; i < a->n_stops; i++)
-        for (size_t n = SH_MIN(strlen(a->stops[i]) - 1, left); n > held; n--)
-            if (memcmp(text + len - n, a->stops[i], n) == 0)
-                held = n;
-    const size_t end = len - held;
-    for (size_t back = 1; back <= 3 && back <= end - a->n_printed; back++)
-        if ((text[end - back] & 0xc0) == 0xc0) /* a first byte */
-            return character(text + end - back, back) < 0 ? end - back : end;
-    return end;
-}
-
-static sh_status print_until(sh_cli_answer *a, size_t end, sh_error *err)
-{
-    if (!a->setup.print || end == a->n_printed)
+    if (!a->setup.print || a->text.len == a->n_printed)
         return SH_OK;
-    fwrite(a->text.data + a->n_printed, 1, end - a->n_printed, stdout);
-    a->n_printed = end;
+    fwrite(a->text.data + a->n_printed, 1, a->text.len - a->n_printed, stdout);
+    a->n_printed = a->text.len;
     return sh_cli_flush(err);
 }
 
-/* Takes a token; *stopped: a stop string is there. */
-static sh_status take(sh_cli_answer *a, int32_t token, bool *stopped, sh_error *err)
+static sh_status take(sh_cli_answer *a, int32_t token, sh_error *err)
 {
-    const size_t before = a->text.len;
-    const sh_status status = sh_detokenize(a->setup.loaded->model->tokenizer, token, &a->text);
-    if (status != SH_OK)
-        return sh_fail(err, status, "the answer is over %u bytes", SH_CLI_TEXT_BYTES_MAX);
-    const size_t stop = find_stop(a, before);
-    *stopped = stop < a->text.len;
-    a->tokens[a->n] = token;
-    a->text_end[a->n++] = a->text.len;
+    const sh_tokenizer *tokenizer = a->setup.loaded->model->tokenizer;
+    SH_TRY(sh_text_filter_add(&a->filter, tokenizer, token, &a->text, err));
+    a->tokens[a->n++] = token;
     remember(a, &token, 1);
-    if (*stopped)
-        a->text.len = stop;
-    return print_until(a, *stopped || a->text.len == 0 ? a->text.len : certain(a), err);
+    return print_new(a, err);
 }
 
 /* ---- The run ---- */
@@ -181,17 +120,20 @@ static sh_status make_tokens(sh_cli_answer *a, sh_error *err)
     sh_context *context = a->setup.context->context;
     for (;;) {
         int32_t token;
-        bool stopped = false;
         a->stop = "interrupted";
         if (is_interrupted(a))
             return SH_OK;
         SH_TRY(sh_sampler_next(a->sampler, a->logits, a->recent, a->n_recent, &token, err));
+        if (!isfinite(a->logits[token])) /* only where there is no better one */
+            return sh_fail(err, SH_ERR_INVALID,
+                           "%s: its logits are no numbers: its weights or an adapter's are broken",
+                           sh_gguf_path(a->setup.loaded->model->gguf));
         a->stop = "end";
         if (sh_tokenizer_is_end(a->setup.loaded->model->tokenizer, token))
             return SH_OK;
-        SH_TRY(take(a, token, &stopped, err));
+        SH_TRY(take(a, token, err));
         a->stop = "stop";
-        if (stopped)
+        if (a->filter.stopped)
             return SH_OK;
         a->stop = "length";
         if (a->n == a->setup.tokens_max)
@@ -214,37 +156,22 @@ sh_status sh_cli_answer_run(sh_cli_answer *answer, const int32_t *prompt, size_t
     a->prefill_ns = a->decode_ns = 0;
     a->n_prompt = n;
     sh_buf_clear(&a->text);
+    sh_text_filter_release(&a->filter);
+    SH_TRY(
+        sh_text_filter_init(&a->filter, a->stops, a->n_stops, (uint32_t)a->setup.tokens_max, err));
     const uint64_t start = now_ns();
     SH_TRY(run_prompt(a, prompt, n, err));
     a->prefill_ns = now_ns() - start;
     remember(a, prompt, n);
     SH_TRY(make_tokens(a, err));
-    return print_until(a, a->text.len, err);
+    if (!a->filter.stopped)
+        SH_TRY(sh_text_filter_end(&a->filter, &a->text, err));
+    return print_new(a, err);
 }
 
 static double rate(size_t n, uint64_t ns)
 {
     return n > 0 && ns > 0 ? (double)n / ((double)ns * 1e-9) : 0;
-}
-
-/* The text with U+FFFD for what is no UTF-8. */
-static json_t *text_json(const sh_cli_answer *a)
-{
-    sh_buf out;
-    sh_buf_init(&out, SH_CLI_TEXT_BYTES_MAX * sizeof REPLACEMENT);
-    sh_status status = SH_OK;
-    for (size_t at = 0; at < a->text.len && status == SH_OK;) {
-        const uint8_t *p = a->text.data + at;
-        const int n = character(p, a->text.len - at);
-        status = n > 0 ? sh_buf_append(&out, p, (size_t)n)
-                       : sh_buf_append(&out, REPLACEMENT, sizeof REPLACEMENT - 1);
-        at += n > 0 ? (size_t)n : 1;
-    }
-    json_t *text = status != SH_OK
-                       ? json_null()
-                       : json_stringn(out.len > 0 ? (const char *)out.data : "", out.len);
-    sh_buf_release(&out);
-    return text;
 }
 
 json_t *sh_cli_ids_json(const int32_t *tokens, size_t n)
@@ -258,7 +185,8 @@ json_t *sh_cli_ids_json(const int32_t *tokens, size_t n)
 void sh_cli_answer_json(const sh_cli_answer *answer, json_t *object)
 {
     const sh_cli_answer *a = answer;
-    sh_json_set(object, "text", text_json(a));
+    sh_json_set(object, "text",
+                json_stringn(a->text.len > 0 ? (const char *)a->text.data : "", a->text.len));
     sh_json_set(object, "tokens", sh_cli_ids_json(a->tokens, a->n));
     sh_json_set(object, "stop", json_string(a->stop));
     sh_json_set(object, "prefill_tokens_per_s", sh_json_number(rate(a->n_prompt, a->prefill_ns)));

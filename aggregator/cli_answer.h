@@ -1,6 +1,6 @@
 /*
  * An answer of a model as a person sees it: how its tokens are chosen, when it ends, and its text,
- * which goes to standard output as it comes: whole characters, nothing of a stop string.
+ * which goes to standard output as it comes (shared/model/text_filter.h).
  *
  *     sh_cli_answer a = {0};
  *     SH_GOTO(sh_cli_answer_init(&a, &setup, &err));
@@ -15,6 +15,7 @@
 
 #include "aggregator/cli_model.h"
 #include "shared/model/sampler.h"
+#include "shared/model/text_filter.h"
 
 #define SH_CLI_SEED_MAX       9007199254740991.0 /* 2^53 - 1: what a double holds exactly */
 #define SH_CLI_STOP_BYTES_MAX 256
@@ -60,11 +61,11 @@ typedef struct {
     const char *stops[SH_CLI_STOPS_MAX];
     size_t n_stops;
     /* Of the latest run: */
-    int32_t *tokens;  /* [tokens_max] */
-    size_t *text_end; /* of each token, in text */
+    sh_text_filter filter;
+    int32_t *tokens; /* [tokens_max] */
     size_t n;
     size_t n_cached; /* of these in the context: all, or all but the last */
-    sh_buf text;     /* without the stop string, and what comes behind it */
+    sh_buf text;     /* UTF-8, without the stop string and what comes behind it */
     size_t n_printed;
     const char *stop; /* "end", "stop", "length", "context", "interrupted" */
     size_t n_prompt;
@@ -80,7 +81,7 @@ void sh_cli_answer_release(sh_cli_answer *answer);
  * context. */
 SH_MUST_USE sh_status sh_cli_answer_run(sh_cli_answer *answer, const int32_t *prompt, size_t n,
                                         sh_error *err);
-/* text, stop, and the rates. Bytes that are no UTF-8 are U+FFFD. */
+/* text, tokens, stop, and the rates. */
 void sh_cli_answer_json(const sh_cli_answer *answer, json_t *object);
 json_t *sh_cli_ids_json(const int32_t *tokens, size_t n);
 

@@ -55,8 +55,8 @@ typedef struct {
     bool follows;  /* the context holds all messages, the last of them the answer */
     int32_t *rest; /* of that answer's tokens, those that are not in the context yet */
     size_t n_rest;
-    char *tail; /* and of its text what they do not have */
-    size_t tail_bytes;
+    sh_buf tail; /* the next token's text, whose first n_tail bytes belong to the answer */
+    size_t n_tail;
 } chat;
 
 static volatile sig_atomic_t interrupted;
@@ -89,17 +89,18 @@ static void drop_messages(chat *c, size_t first, size_t n)
 {
     for (size_t i = first; i < first + n; i++)
         free((char *)(uintptr_t)c->messages[i].content);
-    memmove(c->messages + first, c->messages + first + n, (c->n - first - n) * sizeof *c->messages);
+    if (n > 0) /* there may be no array yet */
+        memmove(c->messages + first, c->messages + first + n,
+                (c->n - first - n) * sizeof *c->messages);
     c->n -= n;
 }
 
 static void forget_rest(chat *c)
 {
     free(c->rest);
-    free(c->tail);
+    sh_buf_release(&c->tail);
     c->rest = NULL;
-    c->tail = NULL;
-    c->n_rest = c->tail_bytes = 0;
+    c->n_rest = c->n_tail = 0;
     c->follows = false;
 }
 
@@ -123,8 +124,8 @@ static sh_status tokens_after(const chat *c, int32_t **out, size_t *n, sh_error 
 {
     const sh_chat_message messages[] = {
         {.role = "assistant",
-         .content = c->tail_bytes > 0 ? c->tail : "",
-         .content_bytes = c->tail_bytes},
+         .content = c->n_tail > 0 ? (const char *)c->tail.data : "",
+         .content_bytes = c->n_tail},
         c->messages[c->n - 1],
     };
     int32_t *after = NULL;
@@ -191,22 +192,17 @@ static sh_status make_prompt(chat *c, int32_t **out, size_t *n, size_t *forgotte
 static sh_status keep_answer(chat *c, uint32_t start, sh_error *err)
 {
     const sh_cli_answer *a = &c->answer;
-    size_t shown = a->n, from = 0;
-    while (shown > 0 && a->text_end[shown - 1] > a->text.len)
-        shown--;
-    if (shown > 0)
-        from = a->text_end[shown - 1];
+    const size_t shown = sh_text_filter_tokens_shown(&a->filter);
     const size_t cached = SH_MIN(shown, a->n_cached);
     sh_context_truncate(c->context.context, start + (uint32_t)cached);
     c->rest = sh_calloc(shown - cached + 1, sizeof *c->rest);
-    c->tail = sh_calloc(a->text.len - from + 1, 1);
-    if (c->rest == NULL || c->tail == NULL)
+    if (c->rest == NULL)
         return sh_fail(err, SH_ERR_NO_MEMORY, "chat: out of memory");
     memcpy(c->rest, a->tokens + cached, (shown - cached) * sizeof *c->rest);
     c->n_rest = shown - cached;
-    c->tail_bytes = a->text.len - from;
-    if (c->tail_bytes > 0)
-        memcpy(c->tail, a->text.data + from, c->tail_bytes);
+    c->n_tail = sh_text_filter_bytes_behind(&a->filter);
+    if (c->n_tail > 0 && sh_detokenize(c->tokenizer, a->tokens[shown], &c->tail) != SH_OK)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "chat: out of memory");
     c->follows = true;
     return add_message(c, "assistant", a->text.data, a->text.len, err);
 }
@@ -268,6 +264,7 @@ static sh_status set_up(chat *c, const sh_cli_loaded *l, sh_error *err)
 {
     const chat_options *o = c->o;
     c->tokenizer = l->model->tokenizer;
+    sh_buf_init(&c->tail, SH_CLI_TEXT_BYTES_MAX);
     c->family = sh_chat_detect(l->model->gguf);
     if (o->template != NULL)
         SH_TRY(sh_chat_parse_family(o->template, &c->family, err));

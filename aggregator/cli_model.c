@@ -58,7 +58,7 @@ static sh_status pack(const sh_cli_model_options *o, sh_cli_loaded *l, sh_error 
     bool cached;
     if (strcmp(o->pack, "none") == 0)
         return SH_OK;
-    if (strcmp(o->pack, "file") == 0 && asprintf(&cache, "%s" SH_CLI_PACK_SUFFIX, o->model) < 0)
+    if (strcmp(o->pack, "file") == 0 && asprintf(&cache, "%s" SH_PACK_SUFFIX, o->model) < 0)
         return sh_fail(err, SH_ERR_NO_MEMORY, "out of memory");
     const sh_pack_options options = {.cache = cache, .team = l->team};
     const sh_status status = sh_model_pack(l->model, &options, &cached, err);

@@ -8,7 +8,6 @@
 #include "shared/model/model.h"
 
 #define SH_CLI_THREADS_MAX SH_TEAM_THREADS_MAX
-#define SH_CLI_PACK_SUFFIX ".packed" /* the packed form's file, beside the model's */
 
 /* What every command that runs a model takes: a member of its options and, in its table,
  * SH_CLI_MODEL_ROWS(options, member). */

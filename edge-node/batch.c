@@ -76,11 +76,6 @@ void sh_batcher_destroy(sh_batcher **batcher)
     *batcher = NULL;
 }
 
-sh_team *sh_batcher_team(const sh_batcher *batcher)
-{
-    return batcher->team;
-}
-
 sh_batcher_status sh_batcher_get_status(sh_batcher *batcher)
 {
     pthread_mutex_lock(&batcher->lock);
@@ -203,6 +198,8 @@ static void advance(sh_batcher *b, const pass *p)
         left->n -= ran->n;
         if (left->logits_wanted == SH_LOGITS_ALL)
             left->logits += (size_t)ran->n * config->vocab;
+        for (uint32_t k = 0; k < ran->n && left->logits_wanted == SH_LOGITS_SOME; k++)
+            left->logits += *left->wants++ ? config->vocab : 0;
         if (left->hidden != NULL)
             left->hidden += (size_t)ran->n * config->width;
     }

@@ -39,7 +39,6 @@ typedef struct {
 /* team: borrowed, NULL for none; nobody else runs it. */
 SH_MUST_USE sh_status sh_batcher_create(sh_team *team, sh_batcher **out, sh_error *err);
 void sh_batcher_destroy(sh_batcher **batcher); /* nobody runs */
-sh_team *sh_batcher_team(const sh_batcher *batcher);
 /* As sh_runner_run with one item of any length; waits for its turn. */
 SH_MUST_USE sh_status sh_batcher_run(sh_batcher *batcher, sh_batch_member *member,
                                      const sh_run_item *item, sh_error *err);

@@ -204,6 +204,8 @@ void daemon_refresh_stats(sh_daemon *d, bool now);
 
 /* ---- daemon_slots.c ---- */
 void daemon_slot_path(uint32_t slot, char *out, size_t n);
+/* Takes away the packed form beside a slot's file, which is being replaced or no longer used. */
+void daemon_slot_unpack(const char *path);
 /* Serves a slot's model. SH_ERR_CORRUPT: the file is not what its manifest says, nor can it be made
  * so. */
 sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_error *err);

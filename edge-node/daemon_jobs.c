@@ -137,6 +137,7 @@ static void run(sh_daemon *d, daemon_work *work)
     switch (work->job.kind) {
     case SH_JOB_INSTALL:
         daemon_slot_path(work->job.slot, path, sizeof path);
+        daemon_slot_unpack(path);
         work->status = put_together(d->store, &work->job.blob, path, &work->err);
         break;
     case SH_JOB_SMOKE:

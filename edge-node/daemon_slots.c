@@ -117,6 +117,13 @@ static sh_status open_model(const char *path, const sh_hash *sha256, sh_model **
     return SH_OK;
 }
 
+void daemon_slot_unpack(const char *path)
+{
+    char cache[96];
+    snprintf(cache, sizeof cache, "%s" SH_PACK_SUFFIX, path);
+    (void)unlink(cache);
+}
+
 /* The weights in the kernels' order, before anybody uses the model. While requests run on another
  * one they have the other processors. */
 static sh_status pack_model(const sh_daemon *d, const char *path, sh_model *model, sh_error *err)
@@ -126,9 +133,11 @@ static sh_status pack_model(const sh_daemon *d, const char *path, sh_model *mode
     char cache[96];
     sh_pack_options options = {0};
     bool cached = false;
+    if (how != SH_NODE_PACK_FILE)
+        daemon_slot_unpack(path);
     if (how == SH_NODE_PACK_NONE)
         return SH_OK;
-    snprintf(cache, sizeof cache, "%s.pack", path);
+    snprintf(cache, sizeof cache, "%s" SH_PACK_SUFFIX, path);
     if (how == SH_NODE_PACK_FILE)
         options.cache = cache;
     const unsigned threads = d->serving ? 1 : sh_settings_threads(v);

@@ -20,7 +20,7 @@
 
 #include "edge-node/batch.h"
 #include "edge-node/engine.h"
-#include "edge-node/engine_text.h"
+#include "shared/model/text_filter.h"
 
 #define ENGINE_SLOTS_MAX 256u
 

@@ -22,7 +22,7 @@ struct sh_generation {
     token_note *notes;                 /* [max_tokens]; NULL: not asked for */
     uint32_t max_tokens, top_logprobs;
     sh_proposing how;
-    const char *stops[FILTER_STOPS_MAX]; /* copies */
+    const char *stops[SH_STOPS_MAX + 1]; /* copies: the client's, and what ends a chat's turn */
     size_t n_stops;
     bool proposing, done;
 };
@@ -201,7 +201,6 @@ static sh_status keep_request(sh_generation *g, const sh_request *r, sh_error *e
     g->max_tokens = r->max_tokens;
     g->top_logprobs = r->top_logprobs;
     g->how = (sh_proposing){.max_tokens = r->max_tokens,
-                            .chat = r->n_messages > 0,
                             .sampling = {.temperature = r->temperature,
                                          .top_k = r->top_k,
                                          .top_p = r->top_p,
@@ -221,9 +220,9 @@ static sh_status keep_request(sh_generation *g, const sh_request *r, sh_error *e
 }
 
 /* What ends a chat's turn where the family has no token for it. */
-static sh_status add_chat_stop(sh_generation *g, sh_error *err)
+static sh_status add_chat_stop(sh_generation *g, const sh_request *r, sh_error *err)
 {
-    const char *stop = g->how.chat ? sh_chat_stop_text(g->seat.model->family) : NULL;
+    const char *stop = r->n_messages > 0 ? sh_chat_stop_text(g->seat.model->family) : NULL;
     char *copy = stop != NULL ? strdup(stop) : NULL;
     if (stop != NULL && copy == NULL)
         return sh_fail(err, SH_ERR_NO_MEMORY, "a request: no memory");
@@ -240,7 +239,7 @@ static sh_status start(sh_generation *g, const sh_request *r, bool *too_long, sh
     g->info.version = g->seat.model->version;
     if (g->how.sampling.seed == 0)
         g->how.sampling.seed = g->info.id;
-    SH_TRY(add_chat_stop(g, err));
+    SH_TRY(add_chat_stop(g, r, err));
     SH_TRY(start_filter(g, err));
     SH_TRY(read_prompt(g, r, too_long, err));
     sh_status status = type_prompt(g, r->client, err);

@@ -5,9 +5,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "shared/model/chat.h"
+#include "shared/model/transform.h"
 
-#define BATCH              16u   /* tokens scored a decode: their logits are kept side by side */
+#define BATCH              16u   /* rows whose logits are kept side by side */
+#define PIECE              128u  /* tokens of a decode */
+#define ALL_SCORED         32u   /* of what is typed between two completions; of the rest, */
+#define SCORED_EVERY       32u   /* one in so many */
 #define PROJECTION_SCALE   48.0f /* one standard deviation of the vocabulary, in int8 steps */
 #define PROJECTION_PURPOSE 0x70726f6au
 #define HASH_LABEL         "shoal frozen embedding 1"
@@ -28,7 +31,8 @@ struct sh_session {
     const sh_frozen *frozen;
     sh_context *context; /* NULL: detached */
     sh_kv_type kv;
-    sh_session_runner runner; /* run NULL: alone */
+    sh_session_runner runner; /* run NULL: alone, */
+    sh_runner *own;           /* with this one */
     uint32_t n_tokens_max, vocab, release_version;
     int32_t *history;             /* [n_tokens_max]: what the cache holds */
     uint32_t n_history, n_prefix; /* prefix: 1 when BOS comes first */
@@ -216,15 +220,22 @@ static sh_status make_context(sh_session *s, const sh_model *model, const sh_ses
                               sh_error *err)
 {
     sh_context *context = NULL;
-    sh_context_options options = {.n_tokens_max = s->n_tokens_max, .kv = s->kv};
-    if (runner != NULL)
-        options.runner = runner->runner;
-    else
-        options.batch_max = BATCH;
-    SH_TRY(sh_context_create(model, &options, &context, err));
-    sh_context_destroy(&s->context);
+    sh_runner *own = NULL;
+    if (runner == NULL)
+        SH_TRY(sh_runner_create(model, &(sh_runner_options){.rows_max = BATCH}, &own, err));
+    sh_context_options options = {.n_tokens_max = s->n_tokens_max,
+                                  .kv = s->kv,
+                                  .runner = runner != NULL ? runner->runner : own};
+    sh_status status = sh_context_create(model, &options, &context, err);
+    if (status != SH_OK) {
+        sh_runner_destroy(&own);
+        return status;
+    }
+    sh_session_detach(s);
     s->context = context;
-    s->runner = runner != NULL ? *runner : (sh_session_runner){0};
+    s->own = own;
+    if (runner != NULL)
+        s->runner = *runner;
     return SH_OK;
 }
 
@@ -271,7 +282,7 @@ void sh_session_destroy(sh_session **session)
     sh_session *s = *session;
     if (s == NULL)
         return;
-    sh_context_destroy(&s->context);
+    sh_session_detach(s);
     free(s->history);
     free(s->proposed);
     sh_sampler_destroy(&s->sampler);
@@ -287,9 +298,7 @@ static sh_status run_tokens(sh_session *s, const sh_run_item *tokens, sh_error *
     item.context = s->context;
     if (s->runner.run != NULL)
         return s->runner.run(s->runner.arg, &item, err);
-    if (item.hidden != NULL)
-        return sh_fail(err, SH_ERR_UNSUPPORTED, "session: no runner to embed with");
-    return sh_context_decode(s->context, item.tokens, item.n, item.logits_wanted, item.logits, err);
+    return sh_runner_run(s->own, &item, 1, err);
 }
 
 static void clear_measurement(sh_session *s)
@@ -363,6 +372,7 @@ sh_status sh_session_resume(sh_session *session, const int32_t *tokens, size_t n
 void sh_session_detach(sh_session *session)
 {
     sh_context_destroy(&session->context);
+    sh_runner_destroy(&session->own);
     session->runner = (sh_session_runner){0};
     session->has_last = false;
 }
@@ -457,6 +467,15 @@ void sh_session_cut(sh_session *session, uint32_t n)
 
 /* ---- typing ---- */
 
+/* Whether the i-th token typed since the last completion is scored. Its logits cost a product with
+ * the whole output matrix: a quarter of a small model's prefill, were it all of a long prompt. By
+ * its number, so that it does not depend on how the text was split into calls. */
+static bool is_scored(uint32_t i)
+{
+    return i < ALL_SCORED || i % SCORED_EVERY == 0;
+}
+
+/* logits: NULL: nothing foretold it (the first token of a text without BOS), or it is not scored */
 static void measure_token(sh_session *s, int32_t token, const float *logits)
 {
     const float *p = s->frozen->projection + (size_t)token * SH_PROJECTIONS;
@@ -466,9 +485,52 @@ static void measure_token(sh_session *s, int32_t token, const float *logits)
     s->n_bytes += sh_tokenizer_is_byte(s->model->tokenizer, token);
     s->n_typed++;
     if (logits == NULL)
-        return; /* the first token of a text without BOS: nothing foretold it */
+        return;
     s->nll_sum += sh_nll(logits, s->vocab, token);
     s->n_scored++;
+}
+
+/* How many of the next n tokens are run at once, and of which the logits are wanted: of those
+ * before a scored one, and of the last. */
+static uint32_t plan_piece(const sh_session *s, size_t n, bool wants[PIECE])
+{
+    uint32_t most = (uint32_t)SH_MIN(n, (size_t)SH_MIN(PIECE, s->n_tokens_max / 2)), rows = 0;
+    /* Up to the brim and no further, so that where the text slides does not depend on how it was
+     * split into calls. */
+    if (s->n_history < s->n_tokens_max)
+        most = SH_MIN(most, s->n_tokens_max - s->n_history);
+    uint32_t piece = 0;
+    while (piece < most && rows < BATCH) {
+        wants[piece] = is_scored(s->n_typed + piece + 1);
+        rows += wants[piece++];
+    }
+    wants[piece - 1] = true; /* there is room for its row: at BATCH it is one already */
+    return piece;
+}
+
+static sh_status type_piece(sh_session *s, const int32_t *tokens, uint32_t n, const bool *wants,
+                            sh_error *err)
+{
+    SH_TRY(make_room(s, n, err));
+    SH_TRY(run_tokens(s,
+                      &(sh_run_item){.tokens = tokens,
+                                     .n = n,
+                                     .logits_wanted = SH_LOGITS_SOME,
+                                     .logits = s->scratch,
+                                     .wants = wants},
+                      err));
+    const float *before = s->has_last ? s->last : NULL, *row = s->scratch;
+    for (uint32_t i = 0; i < n; i++) {
+        measure_token(s, tokens[i], is_scored(s->n_typed) ? before : NULL);
+        before = row; /* of this token, where there is one; else it is not looked at */
+        row += wants[i] ? s->vocab : 0;
+    }
+    memcpy(s->last, before, s->vocab * sizeof(float));
+    s->has_last = true;
+    memcpy(s->history + s->n_history, tokens, n * sizeof(int32_t));
+    s->n_history += n;
+    s->evaluated += n;
+    return SH_OK;
 }
 
 sh_status sh_session_type(sh_session *session, const int32_t *tokens, size_t n, sh_error *err)
@@ -481,29 +543,9 @@ sh_status sh_session_type(sh_session *session, const int32_t *tokens, size_t n, 
     SH_ASSERT(!s->proposing);
     SH_TRY(catch_up(s, err));
     for (size_t at = 0; at < n;) {
-        uint32_t piece = (uint32_t)SH_MIN(n - at, (size_t)BATCH);
-        /* Up to the brim and no further, so that where the text slides does not depend on how it
-         * was split into calls. */
-        if (s->n_history < s->n_tokens_max)
-            piece = SH_MIN(piece, s->n_tokens_max - s->n_history);
-        SH_TRY(make_room(s, piece, err));
-        SH_TRY(run_tokens(s,
-                          &(sh_run_item){.tokens = tokens + at,
-                                         .n = piece,
-                                         .logits_wanted = SH_LOGITS_ALL,
-                                         .logits = s->scratch},
-                          err));
-        for (uint32_t i = 0; i < piece; i++) {
-            const float *before = i > 0         ? s->scratch + (size_t)(i - 1) * s->vocab
-                                  : s->has_last ? s->last
-                                                : NULL;
-            measure_token(s, tokens[at + i], before);
-        }
-        memcpy(s->last, s->scratch + (size_t)(piece - 1) * s->vocab, s->vocab * sizeof(float));
-        s->has_last = true;
-        memcpy(s->history + s->n_history, tokens + at, piece * sizeof(int32_t));
-        s->n_history += piece;
-        s->evaluated += piece;
+        bool wants[PIECE];
+        uint32_t piece = plan_piece(s, n - at, wants);
+        SH_TRY(type_piece(s, tokens + at, piece, wants, err));
         at += piece;
     }
     return SH_OK;
@@ -515,16 +557,9 @@ sh_status sh_session_type(sh_session *session, const int32_t *tokens, size_t n, 
 static void judge_logits(const float *logits, uint32_t vocab, int32_t token, double *logprob,
                          double *entropy)
 {
-    double max = logits[0], sum = 0, weighted = 0;
-    for (uint32_t i = 1; i < vocab; i++)
-        max = SH_MAX(max, (double)logits[i]);
-    for (uint32_t i = 0; i < vocab; i++) {
-        double e = exp((double)logits[i] - max);
-        sum += e;
-        weighted += e * ((double)logits[i] - max);
-    }
-    *logprob = (double)logits[token] - max - log(sum);
-    *entropy = log(sum) - weighted / sum;
+    double mean, log_sum = sh_transform_get()->log_sum_exp_mean(logits, vocab, &mean);
+    *logprob = (double)logits[token] - log_sum;
+    *entropy = log_sum - mean;
 }
 
 static int32_t token_at(const sh_session *s, uint32_t i)
@@ -621,14 +656,10 @@ static sh_status choose(sh_session *s, const float *logits, int32_t *token, sh_e
         for (n = 0; n < SH_MIN(all, (uint32_t)SH_REPEAT_MAX); n++)
             recent[n] = token_at(s, all - SH_MIN(all, (uint32_t)SH_REPEAT_MAX) + n);
     s->logits = logits;
-    return sh_sampler_next(s->sampler, logits, n > 0 ? recent : NULL, n, token, err);
-}
-
-static bool is_end(const sh_session *s, int32_t token)
-{
-    const sh_tokenizer *tokenizer = s->model->tokenizer;
-    return token == sh_tokenizer_eos(tokenizer) ||
-           (s->how.chat && sh_chat_is_end(tokenizer, token));
+    SH_TRY(sh_sampler_next(s->sampler, logits, n > 0 ? recent : NULL, n, token, err));
+    if (!isfinite(logits[*token])) /* only where there is no better one */
+        return sh_fail(err, SH_ERR_CORRUPT, "the model's logits are no numbers: it is broken");
+    return SH_OK;
 }
 
 sh_status sh_session_next(sh_session *session, int32_t *token, bool *done, sh_error *err)
@@ -652,7 +683,7 @@ sh_status sh_session_next(sh_session *session, int32_t *token, bool *done, sh_er
     }
     int32_t next;
     SH_TRY(choose(s, logits, &next, err));
-    if (is_end(s, next))
+    if (sh_tokenizer_is_end(s->model->tokenizer, next))
         *done = ends(s, SH_STOP_END_OF_TEXT);
     else if (s->how.one_word && s->n_proposed > 0 && !goes_on(s->frozen, s->proposed[0], next))
         *done = ends(s, SH_STOP_WORD);

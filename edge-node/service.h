@@ -8,6 +8,8 @@
  *   - What it remembers is at most n_tokens_max tokens; when they are used up, the later half stays
  *     and is run again. The same tokens typed give the same completions and the same numbers,
  *     however they are split into calls.
+ *   - Of what was typed since the last completion the first 32 tokens are scored (prompt_nll), then
+ *     one in 32: a long prompt is run nearly as fast as if nobody measured it.
  *   - Nothing is measured but numbers: a record holds no text (shared/stats/record.h).
  * Threads: an sh_frozen is immutable and shared; a session belongs to one thread at a time.
  * Ownership: model and frozen are borrowed and outlive the session.
@@ -125,7 +127,6 @@ SH_MUST_USE sh_status sh_session_complete(sh_session *session, uint32_t max_toke
 typedef struct {
     uint32_t max_tokens;  /* 1 .. half of n_tokens_max, or all that is left of it */
     bool one_word;        /* ends where the next word begins */
-    bool chat;            /* ends where an assistant's turn does (chat.h), too */
     sh_sampling sampling; /* zeros: greedy; sampler.h */
 } sh_proposing;
 typedef struct {

@@ -160,14 +160,21 @@ static sh_status writer_open(const char *path, bool private, sh_file_writer *out
     size_t n = strlen(path);
     if (n >= SH_PATH_BYTES - TEMP_SUFFIX_BYTES)
         return fail_errno(err, ENAMETOOLONG, "write", path);
+    /* The rename would put a file in the place of a device or a pipe: of /dev/null, for root. */
+    struct stat info;
+    const bool exists = stat(path, &info) == 0;
+    if (exists && S_ISDIR(info.st_mode))
+        return fail_errno(err, EISDIR, "write", path);
+    if (exists && !S_ISREG(info.st_mode))
+        return sh_fail(err, SH_ERR_INVALID,
+                       "cannot write '%s': it is not a regular file; name another one", path);
     memcpy(out->path, path, n + 1);
     out->fd = open_temporary(path, private ? 0600 : 0666, out->temp, sizeof out->temp);
     if (out->fd < 0)
         return fail_errno(err, errno, "write", path);
     out->open = true;
     /* A file that was private stays private. */
-    struct stat info;
-    if (!private && stat(path, &info) == 0 && fchmod(out->fd, info.st_mode & 0777) != 0) {
+    if (!private && exists && fchmod(out->fd, info.st_mode & 0777) != 0) {
         int reason = errno;
         sh_file_writer_abandon(out);
         return fail_errno(err, reason, "write", path);

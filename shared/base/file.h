@@ -13,7 +13,8 @@
 SH_MUST_USE sh_status sh_file_read(const char *path, size_t max_bytes, uint8_t **out, size_t *n,
                                    sh_error *err);
 /* Writes to a temporary file beside path, fsyncs, renames, fsyncs the folder: a reader sees the
- * old bytes or the new ones. */
+ * old bytes or the new ones. What is no regular file (a device, a pipe) is refused, not replaced.
+ */
 SH_MUST_USE sh_status sh_file_write_atomic(const char *path, const void *bytes, size_t n,
                                            sh_error *err);
 /* The same with mode 0600, from the first byte on: for keys and what users wrote. */

@@ -223,6 +223,11 @@ static sh_status from_gguf(const sh_gguf *g, const sh_model_config *config, sh_a
     sh_status status = SH_OK;
     sh_adapter *a = NULL;
     double alpha = 0;
+    const char *text;
+    size_t n;
+    if (sh_gguf_get_string(g, "general.type", &text, &n, NULL) == SH_ERR_NOT_FOUND)
+        return sh_fail(err, SH_ERR_INVALID, "%s: not an adapter: the key 'general.type' is missing",
+                       sh_gguf_path(g));
     SH_TRY(need_string(g, "general.type", "adapter", err));
     SH_TRY(need_architecture(g, config->arch, err));
     SH_TRY(need_string(g, "adapter.type", "lora", err));

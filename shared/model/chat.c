@@ -73,11 +73,6 @@ sh_chat_family sh_chat_detect(const sh_gguf *gguf)
     return SH_CHAT_PLAIN;
 }
 
-bool sh_chat_is_end(const sh_tokenizer *tokenizer, int32_t token)
-{
-    return sh_tokenizer_is_end(tokenizer, token);
-}
-
 const char *sh_chat_stop_text(sh_chat_family family)
 {
     return family == SH_CHAT_PLAIN ? "\nuser:" : NULL;

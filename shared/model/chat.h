@@ -47,9 +47,8 @@ SH_MUST_USE sh_status sh_chat_tokenize(const sh_tokenizer *tokenizer, sh_chat_fa
 SH_MUST_USE sh_status sh_chat_tokenize_after(const sh_tokenizer *tokenizer, sh_chat_family family,
                                              const sh_chat_message *messages, size_t n,
                                              int32_t **out, size_t *n_out, sh_error *err);
-/* Whether a token ends the assistant's turn (EOS, EOT, <|im_end|> ...). */
-bool sh_chat_is_end(const sh_tokenizer *tokenizer, int32_t token);
-/* Text that ends a turn where the family has no token for it ("\nuser:" of plain); NULL: none. */
+/* Text that ends a turn where the family has no token for it, that sh_tokenizer_is_end would tell
+ * ("\nuser:" of plain); NULL: none. */
 const char *sh_chat_stop_text(sh_chat_family family);
 
 #endif

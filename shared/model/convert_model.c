@@ -11,10 +11,9 @@
 #include "shared/base/file.h"
 #include "shared/model/convert_internal.h"
 
-#define WHOLE_FILE           "model.safetensors"
-#define INDEX_FILE           "model.safetensors.index.json"
-#define TEMPLATE_BYTES_MAX   (1u << 20)
-#define QUANTIZATION_VERSION 2 /* of the block formats, GGML_QNT_VERSION */
+#define WHOLE_FILE         "model.safetensors"
+#define INDEX_FILE         "model.safetensors.index.json"
+#define TEMPLATE_BYTES_MAX (1u << 20)
 
 typedef struct {
     char name[SH_GGUF_NAME_MAX];
@@ -310,23 +309,6 @@ static sh_status make_plan(conversion *c, sh_error *err)
 
 /* ---- writing ---- */
 
-/* general.file_type, llama_ftype of llama.cpp. */
-static uint32_t file_type(sh_type type)
-{
-    switch (type) {
-    case SH_TYPE_F16:
-        return 1;
-    case SH_TYPE_Q4_0:
-        return 2;
-    case SH_TYPE_Q8_0:
-        return 7;
-    case SH_TYPE_BF16:
-        return 32;
-    default:
-        return 0;
-    }
-}
-
 /* The last part of the folder's name. */
 static void model_name(const char *folder, char *out, size_t bytes)
 {
@@ -346,8 +328,7 @@ static sh_status put_general(const conversion *c, sh_gguf_writer *w)
     SH_TRY(sh_gguf_writer_set_string(w, "general.architecture", sh_arch_name(c->config.arch)));
     SH_TRY(sh_gguf_writer_set_string(w, "general.type", "model"));
     SH_TRY(sh_gguf_writer_set_string(w, "general.name", name));
-    SH_TRY(sh_gguf_writer_set_u32(w, "general.file_type", file_type(c->options->type)));
-    return sh_gguf_writer_set_u32(w, "general.quantization_version", QUANTIZATION_VERSION);
+    return sh_gguf_writer_set_type(w, c->options->type);
 }
 
 static sh_status put_keys(conversion *c, sh_error *err)

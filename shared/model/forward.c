@@ -113,10 +113,10 @@ static void make_t_together(const worker *w, const source *s, uint32_t n, const 
     sh_team_barrier(w->me);
     for (uint32_t row = 0; row < n; row++) {
         const sh_lora_input *l = row_a(w, s, row);
-        const float *parts = r->t_parts + (size_t)row * SH_T_PARTS * r->t_rank;
-        float *t = to->t + row * to->ldt;
         if (l == NULL)
             continue;
+        const float *parts = r->t_parts + (size_t)row * SH_T_PARTS * r->t_rank;
+        float *t = to->t + row * to->ldt;
         memcpy(t, parts, l->a.rank * sizeof *t);
         for (uint32_t part = 1; part < SH_T_PARTS; part++)
             w->ops->add(t, parts + (size_t)part * r->t_rank, l->a.rank);
@@ -137,7 +137,7 @@ static void make_rows(const worker *w, const source *s, uint32_t begin, uint32_t
             x = norm + row * in;
         }
         if (!together)
-            make_t(w, s, row, x, to->t + row * to->ldt);
+            make_t(w, s, row, x, to->t != NULL ? to->t + row * to->ldt : NULL);
     }
     if (s->blocks && begin < end)
         sh_x_quantize(to->x + begin * in, in, end - begin, in, to->blocks + begin * to->ldblocks);

@@ -86,6 +86,9 @@ void sh_gguf_writer_destroy(sh_gguf_writer **writer);
 /* Copies every metadata key of src except those named in skip (NULL-terminated, may be NULL). */
 SH_MUST_USE sh_status sh_gguf_writer_copy_keys(sh_gguf_writer *w, const sh_gguf *src,
                                                const char *const *skip, sh_error *err);
+/* general.file_type and general.quantization_version of a file whose matrices are of a type that
+ * can be written. */
+SH_MUST_USE sh_status sh_gguf_writer_set_type(sh_gguf_writer *w, sh_type type);
 SH_MUST_USE sh_status sh_gguf_writer_set_u32(sh_gguf_writer *w, const char *key, uint32_t v);
 SH_MUST_USE sh_status sh_gguf_writer_set_f32(sh_gguf_writer *w, const char *key, float v);
 SH_MUST_USE sh_status sh_gguf_writer_set_bool(sh_gguf_writer *w, const char *key, bool v);

@@ -8,6 +8,8 @@
 #include "shared/base/file.h"
 #include "shared/model/gguf_internal.h"
 
+#define QUANTIZATION_VERSION 2 /* of the block formats, GGML_QNT_VERSION */
+
 typedef struct {
     char *name;
     uint32_t name_bytes;
@@ -118,6 +120,24 @@ cleanup:
 sh_status sh_gguf_writer_set_u32(sh_gguf_writer *w, const char *key, uint32_t v)
 {
     return set_fixed(w, key, GGUF_U32, &v);
+}
+
+sh_status sh_gguf_writer_set_type(sh_gguf_writer *w, sh_type type)
+{
+    static const struct {
+        sh_type type;
+        uint32_t file_type; /* llama_ftype of llama.cpp */
+    } known[] = {{SH_TYPE_F32, 0},
+                 {SH_TYPE_F16, 1},
+                 {SH_TYPE_Q4_0, 2},
+                 {SH_TYPE_Q8_0, 7},
+                 {SH_TYPE_BF16, 32}};
+    size_t i = 0;
+    while (i < SH_COUNT(known) && known[i].type != type)
+        i++;
+    SH_ASSERT(i < SH_COUNT(known));
+    SH_TRY(sh_gguf_writer_set_u32(w, "general.quantization_version", QUANTIZATION_VERSION));
+    return sh_gguf_writer_set_u32(w, "general.file_type", known[i].file_type);
 }
 
 sh_status sh_gguf_writer_set_u64(sh_gguf_writer *w, const char *key, uint64_t v)

@@ -1,8 +1,8 @@
 /*
  * sh_model_open: from GGUF metadata and tensors to a checked sh_model. Everything that the forward
  * pass relies on (shapes, whole blocks, divisibility) is proved here, so that it need not look
- * again; nothing reads the weights themselves. A tensor that we would not use is refused by name:
- * it means another computation.
+ * again; nothing reads the matrices themselves (sh_model_pack does). A tensor that we would not use
+ * is refused by name: it means another computation.
  */
 #include "shared/model/model.h"
 
@@ -15,6 +15,7 @@
 #include "shared/base/buf.h"
 #include "shared/math/pack.h"
 #include "shared/model/blame.h"
+#include "shared/model/finite.h"
 #include "shared/model/model_internal.h"
 
 #define VOCAB_MAX (1u << 20)
@@ -73,6 +74,8 @@ static sh_status load_vector(loader *l, const char *full, uint32_t n, const floa
     if (t->n_dims != 1 || t->ne[0] != n)
         return sh_fail(err, SH_ERR_INVALID, "tensor %s has %" PRIu64 " values, not %u", t->name,
                        t->ne[0], n);
+    if (!sh_row_is_finite(SH_TYPE_F32, t->data, n))
+        return sh_fail(err, SH_ERR_INVALID, "tensor %s holds a NaN or an infinity", t->name);
     *out = t->data;
     l->n_used++;
     return SH_OK;

@@ -108,6 +108,7 @@ sh_hash sh_model_hash(const sh_model *model);
  * model file (its size, time of change, header and the layout's version are compared), else made
  * and written there for the next time; a cache that cannot be written is no error: *cached says
  * whether the packed form is mapped from a file. */
+#define SH_PACK_SUFFIX ".packed" /* of a cache beside its model: what programs use */
 typedef struct {
     const char *cache; /* NULL: memory */
     sh_team *team;     /* NULL: the caller alone */
@@ -174,7 +175,8 @@ void sh_context_truncate(sh_context *context, uint32_t n_tokens); /* forget what
 SH_MUST_USE sh_status sh_context_copy_prefix(sh_context *context, const sh_context *from,
                                              uint32_t n, sh_error *err);
 
-enum { SH_LOGITS_NONE, SH_LOGITS_LAST, SH_LOGITS_ALL };
+/* SOME: of a runner's items only. */
+enum { SH_LOGITS_NONE, SH_LOGITS_LAST, SH_LOGITS_ALL, SH_LOGITS_SOME };
 /* Runs n tokens at positions length .. length + n - 1 and appends them to the cache. With
  * SH_LOGITS_ALL logits is [n, vocab] (caller's), with LAST [vocab], with NONE NULL.
  * SH_ERR_LIMIT when the cache is full, SH_ERR_INVALID for a token outside the vocabulary. n may be
@@ -196,8 +198,9 @@ typedef struct {
     const int32_t *tokens;
     uint32_t n;
     int logits_wanted;
-    float *logits; /* as in sh_context_decode */
-    float *hidden; /* NULL, or [n, width]: what the output matrix would see of every token */
+    float *logits;     /* as in sh_context_decode; with SH_LOGITS_SOME those of the tokens of */
+    const bool *wants; /* which it is set [n], one after another */
+    float *hidden;     /* NULL, or [n, width]: what the output matrix would see of every token */
 } sh_run_item;
 /* The errors of sh_context_decode, before anything was run. */
 SH_MUST_USE sh_status sh_runner_run(sh_runner *runner, const sh_run_item *items, size_t n,

@@ -12,26 +12,7 @@
 #include "shared/model/blame.h"
 #include "shared/model/finite.h"
 
-#define QUANTIZATION_VERSION 2            /* of the block formats, GGML_QNT_VERSION */
-#define WRITE_BYTES          (256u << 10) /* rows are put together to pieces of about this */
-
-/* general.file_type, llama_ftype of llama.cpp. */
-static uint32_t file_type(sh_type type)
-{
-    static const struct {
-        sh_type type;
-        uint32_t file_type;
-    } known[] = {{SH_TYPE_F32, 0},
-                 {SH_TYPE_F16, 1},
-                 {SH_TYPE_Q4_0, 2},
-                 {SH_TYPE_Q8_0, 7},
-                 {SH_TYPE_BF16, 32}};
-    for (size_t i = 0; i < SH_COUNT(known); i++)
-        if (known[i].type == type)
-            return known[i].file_type;
-    SH_ASSERT(!"a writable type");
-    return 0;
-}
+#define WRITE_BYTES (256u << 10) /* rows are put together to pieces of about this */
 
 static sh_type type_for(const sh_gguf_tensor *t, sh_type wanted)
 {
@@ -116,9 +97,7 @@ static sh_status begin_writer(const sh_gguf *src, sh_type type, sh_gguf_writer *
                        info == NULL ? "an unknown type" : info->name);
     SH_GOTO(sh_gguf_writer_create(&w, err));
     SH_GOTO(sh_gguf_writer_copy_keys(w, src, NULL, err));
-    status = sh_gguf_writer_set_u32(w, "general.quantization_version", QUANTIZATION_VERSION);
-    if (status == SH_OK)
-        status = sh_gguf_writer_set_u32(w, "general.file_type", file_type(type));
+    status = sh_gguf_writer_set_type(w, type);
     if (status != SH_OK)
         sh_fail(err, status, "out of memory to quantize %s", sh_gguf_path(src));
     if (status == SH_OK) {
@@ -267,11 +246,6 @@ cleanup:
     sh_gguf_stream_cancel(&stream);
     sh_gguf_writer_destroy(&w);
     return status;
-}
-
-sh_status sh_gguf_quantize(const sh_gguf *src, sh_type type, const char *out_path, sh_error *err)
-{
-    return sh_gguf_quantize_file(src, type, out_path, NULL, err);
 }
 
 sh_status sh_gguf_check_tensor(const sh_gguf_tensor *tensor, sh_error *err)

@@ -10,8 +10,6 @@
 
 #include "shared/model/gguf.h"
 
-SH_MUST_USE sh_status sh_gguf_quantize(const sh_gguf *src, sh_type type, const char *out_path,
-                                       sh_error *err);
 /* Into memory, for a candidate that is hashed and stored. */
 SH_MUST_USE sh_status sh_gguf_quantize_encode(const sh_gguf *src, sh_type type, sh_buf *out,
                                               sh_error *err);

@@ -383,7 +383,7 @@ static sh_status check_range(const char *name, float value, float least, float m
                    (double)least, (double)most);
 }
 
-sh_status sh_sampling_check(const sh_sampling *s, sh_error *err)
+static sh_status check_sampling(const sh_sampling *s, sh_error *err)
 {
     SH_TRY(check_range("temperature", s->temperature, 0, SH_TEMPERATURE_LIMIT, err));
     SH_TRY(check_range("top_p", s->top_p, 0, 1, err));
@@ -419,7 +419,7 @@ void sh_sampler_destroy(sh_sampler **sampler)
 
 sh_status sh_sampler_begin(sh_sampler *sampler, const sh_sampling *sampling, sh_error *err)
 {
-    SH_TRY(sh_sampling_check(sampling, err));
+    SH_TRY(check_sampling(sampling, err));
     sampler->how = *sampling;
     if (sampler->how.repeat_penalty == 0)
         sampler->how.repeat_penalty = 1;

@@ -32,10 +32,8 @@ typedef struct {
     uint64_t seed;
 } sh_sampling;
 
-/* SH_ERR_INVALID names the field that is out of its range. */
-SH_MUST_USE sh_status sh_sampling_check(const sh_sampling *sampling, sh_error *err);
-
 typedef struct sh_sampler sh_sampler;
+/* SH_ERR_INVALID names the field that is out of its range. */
 SH_MUST_USE sh_status sh_sampler_create(const sh_sampling *sampling, uint32_t vocab,
                                         sh_sampler **out, sh_error *err);
 void sh_sampler_destroy(sh_sampler **sampler);

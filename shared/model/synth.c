@@ -13,16 +13,15 @@
 #include "shared/base/file.h"
 #include "shared/base/rng.h"
 
-#define QUANTIZATION_VERSION 2
-#define PURPOSE_TABLE        0x7379u
-#define PURPOSE_ADAPTER      0x7361u
-#define NORMALS              65536u /* one for each 16 bits */
-#define VECTOR_SIGMA         0.1f
-#define WRITE_BYTES          (256u << 10)
-#define TOKEN_BYTES_MAX      16
-#define FIRST_BYTE_TOKEN     3
-#define FIRST_WORD           (FIRST_BYTE_TOKEN + 256)
-#define RANK_MAX             4096
+#define PURPOSE_TABLE    0x7379u
+#define PURPOSE_ADAPTER  0x7361u
+#define NORMALS          65536u /* one for each 16 bits */
+#define VECTOR_SIGMA     0.1f
+#define WRITE_BYTES      (256u << 10)
+#define TOKEN_BYTES_MAX  16
+#define FIRST_BYTE_TOKEN 3
+#define FIRST_WORD       (FIRST_BYTE_TOKEN + 256)
+#define RANK_MAX         4096
 
 static const sh_synth_shape shapes[] = {
     {"15m", SH_ARCH_LLAMA, 6, 288, 6, 6, 48, 768, 32000, 2048, true, 10000},
@@ -34,12 +33,6 @@ static const sh_synth_shape shapes[] = {
     {"tiny-qwen2", SH_ARCH_QWEN2, 2, 64, 4, 2, 16, 96, 320, 512, true, 10000},
     {"tiny-qwen3", SH_ARCH_QWEN3, 2, 64, 4, 2, 32, 96, 320, 512, true, 10000},
 };
-
-const sh_synth_shape *sh_synth_shapes(size_t *n)
-{
-    *n = SH_COUNT(shapes);
-    return shapes;
-}
 
 sh_status sh_synth_find(const char *name, const sh_synth_shape **out, sh_error *err)
 {
@@ -176,28 +169,6 @@ static sh_status plan_all(synth *s, sh_error *err)
 
 /* ---- keys ---- */
 
-static uint32_t file_type(sh_type type)
-{
-    switch ((int)type) {
-    case SH_TYPE_F16:
-        return 1;
-    case SH_TYPE_Q4_0:
-        return 2;
-    case SH_TYPE_Q8_0:
-        return 7;
-    case SH_TYPE_BF16:
-        return 32;
-    default:
-        return 0;
-    }
-}
-
-static const char *arch_name(sh_arch arch)
-{
-    static const char *const names[] = {"llama", "qwen2", "qwen3"};
-    return names[arch];
-}
-
 static sh_status set_shape_keys(sh_gguf_writer *w, const sh_synth_options *o)
 {
     const sh_synth_shape *c = o->shape;
@@ -213,25 +184,24 @@ static sh_status set_shape_keys(sh_gguf_writer *w, const sh_synth_options *o)
     };
     char key[96], text[64];
     snprintf(text, sizeof text, "synth-%s", c->name);
-    SH_TRY(sh_gguf_writer_set_string(w, "general.architecture", arch_name(c->arch)));
+    SH_TRY(sh_gguf_writer_set_string(w, "general.architecture", sh_arch_name(c->arch)));
     SH_TRY(sh_gguf_writer_set_string(w, "general.name", text));
-    SH_TRY(sh_gguf_writer_set_u32(w, "general.file_type", file_type(o->type)));
-    SH_TRY(sh_gguf_writer_set_u32(w, "general.quantization_version", QUANTIZATION_VERSION));
+    SH_TRY(sh_gguf_writer_set_type(w, o->type));
     for (size_t i = 0; i < SH_COUNT(numbers); i++) {
-        snprintf(key, sizeof key, "%s.%s", arch_name(c->arch), numbers[i].suffix);
+        snprintf(key, sizeof key, "%s.%s", sh_arch_name(c->arch), numbers[i].suffix);
         SH_TRY(sh_gguf_writer_set_u32(w, key, numbers[i].value));
     }
-    snprintf(key, sizeof key, "%s.attention.layer_norm_rms_epsilon", arch_name(c->arch));
+    snprintf(key, sizeof key, "%s.attention.layer_norm_rms_epsilon", sh_arch_name(c->arch));
     SH_TRY(sh_gguf_writer_set_f32(w, key, 1e-5f));
-    snprintf(key, sizeof key, "%s.rope.freq_base", arch_name(c->arch));
+    snprintf(key, sizeof key, "%s.rope.freq_base", sh_arch_name(c->arch));
     SH_TRY(sh_gguf_writer_set_f32(w, key, c->rope_base));
     if (o->rope == SH_ROPE_PLAIN)
         return SH_OK;
-    snprintf(key, sizeof key, "%s.rope.scaling.type", arch_name(c->arch));
+    snprintf(key, sizeof key, "%s.rope.scaling.type", sh_arch_name(c->arch));
     SH_TRY(sh_gguf_writer_set_string(w, key, o->rope == SH_ROPE_YARN ? "yarn" : "linear"));
-    snprintf(key, sizeof key, "%s.rope.scaling.factor", arch_name(c->arch));
+    snprintf(key, sizeof key, "%s.rope.scaling.factor", sh_arch_name(c->arch));
     SH_TRY(sh_gguf_writer_set_f32(w, key, o->rope_factor));
-    snprintf(key, sizeof key, "%s.rope.scaling.original_context_length", arch_name(c->arch));
+    snprintf(key, sizeof key, "%s.rope.scaling.original_context_length", sh_arch_name(c->arch));
     return sh_gguf_writer_set_u32(w, key, (uint32_t)((float)c->context / o->rope_factor));
 }
 

@@ -19,9 +19,8 @@ typedef struct {
     float rope_base;
 } sh_synth_shape;
 /* 15m (stories15M), 135m (SmolLM2-135M), 1.1b (TinyLlama-1.1B), 0.5b (Qwen2.5-0.5B, qwen2),
- * 0.6b (Qwen3-0.6B, qwen3), tiny-llama, tiny-qwen2, tiny-qwen3 (below a MB, for tests). */
-const sh_synth_shape *sh_synth_shapes(size_t *n);
-/* SH_ERR_USAGE lists the names. */
+ * 0.6b (Qwen3-0.6B, qwen3), tiny-llama, tiny-qwen2, tiny-qwen3 (below a MB, for tests).
+ * SH_ERR_USAGE lists the names. */
 SH_MUST_USE sh_status sh_synth_find(const char *name, const sh_synth_shape **out, sh_error *err);
 
 typedef struct {

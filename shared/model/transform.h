@@ -87,6 +87,8 @@ typedef struct {
     void (*lora_up)(const sh_lora_b *b, const float *t, uint32_t begin, uint32_t end, float *y);
     /* ln Σ exp(x[n]), the sum in double. */
     double (*log_sum_exp)(const float *x, uint32_t n);
+    /* The same, and *mean = Σ p·x with p = softmax(x): the entropy is the difference. */
+    double (*log_sum_exp_mean)(const float *x, uint32_t n, double *mean);
 } sh_transform;
 
 /* The functions of the level in use, and of any level that this CPU can run. */

@@ -231,7 +231,7 @@ TARGET static void lora_up(const sh_lora_b *b, const float *t, uint32_t begin, u
 
 /* ---- loss ---- */
 
-TARGET static double log_sum_exp(const float *x, uint32_t n)
+TARGET static float largest_of(const float *x, uint32_t n)
 {
     v16 top = lanes_splat(x[0]);
     uint32_t i = 0;
@@ -240,8 +240,24 @@ TARGET static double log_sum_exp(const float *x, uint32_t n)
     float largest = lanes_largest(top);
     for (uint32_t j = i; j < n; j++)
         largest = x[j] > largest ? x[j] : largest;
+    return largest;
+}
+
+TARGET static double sum_of(const v16d *sums)
+{
+    double all[SH_LANES], sum = 0;
+    memcpy(all, sums, sizeof all);
+    for (size_t j = 0; j < SH_LANES; j++)
+        sum += all[j];
+    return sum;
+}
+
+TARGET static double log_sum_exp(const float *x, uint32_t n)
+{
+    const float largest = largest_of(x, n);
     const v16 shift = lanes_splat(largest);
     v16d sums;
+    uint32_t i;
     memset(&sums, 0, sizeof sums);
     for (i = 0; i + SH_LANES <= n; i += SH_LANES)
         lanes_add_double(&sums, lanes_exp(lanes_sub(lanes_load(x + i), shift)));
@@ -249,10 +265,31 @@ TARGET static double log_sum_exp(const float *x, uint32_t n)
         const v16 w = lanes_exp(lanes_sub(lanes_load_part(x + i, n - i), shift));
         lanes_add_double(&sums, lanes_first(w, n - i, lanes_zero()));
     }
-    double all[SH_LANES], sum = 0;
-    memcpy(all, &sums, sizeof all);
-    for (size_t j = 0; j < SH_LANES; j++)
-        sum += all[j];
+    return (double)largest + log(sum_of(&sums));
+}
+
+TARGET static double log_sum_exp_mean(const float *x, uint32_t n, double *mean)
+{
+    const float largest = largest_of(x, n);
+    const v16 shift = lanes_splat(largest);
+    v16d sums, weighted; /* of x - largest: nothing is lost where x is far from 0 */
+    uint32_t i;
+    memset(&sums, 0, sizeof sums);
+    memset(&weighted, 0, sizeof weighted);
+    for (i = 0; i + SH_LANES <= n; i += SH_LANES) {
+        const v16 below = lanes_sub(lanes_load(x + i), shift);
+        const v16 w = lanes_exp(below);
+        lanes_add_double(&sums, w);
+        lanes_add_double(&weighted, lanes_mul(w, below));
+    }
+    if (i < n) {
+        const v16 below = lanes_sub(lanes_load_part(x + i, n - i), shift);
+        const v16 w = lanes_exp(below);
+        lanes_add_double(&sums, lanes_first(w, n - i, lanes_zero()));
+        lanes_add_double(&weighted, lanes_first(lanes_mul(w, below), n - i, lanes_zero()));
+    }
+    const double sum = sum_of(&sums);
+    *mean = (double)largest + sum_of(&weighted) / sum;
     return (double)largest + log(sum);
 }
 
@@ -269,4 +306,5 @@ const sh_transform TABLE = {
     .lora_down = lora_down,
     .lora_up = lora_up,
     .log_sum_exp = log_sum_exp,
+    .log_sum_exp_mean = log_sum_exp_mean,
 };

@@ -113,8 +113,13 @@ OP v16 lanes_load_halves(const uint16_t *p)
 
 OP void lanes_store_halves(uint16_t *p, v16 v)
 {
+#if defined(__aarch64__)
+    for (int i = 0; i < 4; i++)
+        vst1_f16((void *)(p + 4 * i), vcvt_f16_f32((float32x4_t)v.part[i]));
+#else
     for (int i = 0; i < SH_LANES; i++)
         p[i] = sh_f32_to_f16(v.part[i / 4][i % 4]);
+#endif
 }
 
 OP v16 lanes_splat(float x)

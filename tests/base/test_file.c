@@ -104,6 +104,117 @@ static void test_failed_write_leaves_the_old_file(void **state)
     assert_int_equal(count_entries(), before);
 }
 
+/* Nothing is at the path before the commit, and nothing is left after an abandonment. */
+static void test_writer_commits_or_leaves_nothing(void **state)
+{
+    (void)state;
+    sh_file_writer w = {0};
+    sh_error err = {0};
+    char path[SH_PATH_BYTES];
+    snprintf(path, sizeof path, "%s", in_folder("pieces"));
+    const size_t before = count_entries();
+    assert_int_equal(sh_file_writer_open(path, &w, &err), SH_OK);
+    assert_int_equal(sh_file_writer_append(&w, "one, ", 5, &err), SH_OK);
+    assert_int_equal(sh_file_writer_append(&w, "", 0, &err), SH_OK);
+    assert_int_equal(sh_file_writer_append(&w, "two", 3, &err), SH_OK);
+    assert_false(sh_file_exists(path));
+    assert_int_equal(count_entries(), before + 1);
+    assert_int_equal(sh_file_writer_commit(&w, &err), SH_OK);
+    assert_file(path, "one, two");
+    sh_file_writer_abandon(&w); /* an ended one */
+    assert_file(path, "one, two");
+
+    assert_int_equal(sh_file_writer_open(path, &w, &err), SH_OK);
+    assert_int_equal(sh_file_writer_append(&w, "three", 5, &err), SH_OK);
+    sh_file_writer_abandon(&w);
+    sh_file_writer_abandon(&w);
+    assert_file(path, "one, two");
+    assert_int_equal(count_entries(), before + 1);
+}
+
+/* Two at once on one path: the one that commits last stays, whole. */
+static void test_writers_of_one_path(void **state)
+{
+    (void)state;
+    sh_file_writer a = {0}, b = {0};
+    const size_t before = count_entries();
+    assert_int_equal(sh_file_writer_open(in_folder("both"), &a, NULL), SH_OK);
+    assert_int_equal(sh_file_writer_open(in_folder("both"), &b, NULL), SH_OK);
+    assert_int_equal(sh_file_writer_append(&a, "first", 5, NULL), SH_OK);
+    assert_int_equal(sh_file_writer_append(&b, "second", 6, NULL), SH_OK);
+    assert_int_equal(sh_file_writer_commit(&b, NULL), SH_OK);
+    assert_file(in_folder("both"), "second");
+    assert_int_equal(sh_file_writer_commit(&a, NULL), SH_OK);
+    assert_file(in_folder("both"), "first");
+    assert_int_equal(count_entries(), before + 1);
+}
+
+static void test_writer_on_a_full_disk(void **state)
+{
+    (void)state;
+    const char *path = in_folder("whole");
+    write_text(path, "old");
+    const size_t before = count_entries();
+    struct rlimit limit;
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &limit), 0);
+    const struct rlimit small = {.rlim_cur = 4096, .rlim_max = limit.rlim_max};
+    sh_file_writer w = {0};
+    sh_error err = {0};
+    uint8_t *bytes = calloc(1, 3000);
+    assert_non_null(bytes);
+    assert_int_equal(sh_file_writer_open(path, &w, &err), SH_OK);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
+    const sh_status first = sh_file_writer_append(&w, bytes, 3000, &err);
+    const sh_status second = sh_file_writer_append(&w, bytes, 3000, &err);
+    assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
+    free(bytes);
+    assert_int_equal(first, SH_OK);
+    assert_int_equal(second, SH_ERR_IO);
+    assert_non_null(strstr(err.text, path));
+    sh_file_writer_abandon(&w);
+    assert_file(path, "old");
+    assert_int_equal(count_entries(), before);
+}
+
+/* The folder goes away under the writer. */
+static void test_commit_that_fails(void **state)
+{
+    (void)state;
+    sh_file_writer w = {0};
+    sh_error err = {0};
+    char path[SH_PATH_BYTES];
+    snprintf(path, sizeof path, "%s", in_folder("going/file"));
+    assert_int_equal(sh_dir_make(in_folder("going"), NULL), SH_OK);
+    assert_int_equal(sh_file_writer_open(path, &w, &err), SH_OK);
+    assert_int_equal(unlink(w.temp), 0);
+    assert_int_equal(rmdir(in_folder("going")), 0);
+    assert_int_equal(sh_file_writer_commit(&w, &err), SH_ERR_NOT_FOUND);
+    assert_non_null(strstr(err.text, path));
+    assert_false(w.open);
+    sh_file_writer_abandon(&w);
+}
+
+/* A rename would put a file in the place of a pipe, or of /dev/null. */
+static void test_what_is_no_regular_file_is_not_replaced(void **state)
+{
+    (void)state;
+    const char *path = in_folder("pipe");
+    struct stat info;
+    sh_file_writer w = {0};
+    sh_error err = {0};
+    assert_int_equal(mkfifo(path, 0600), 0);
+    const size_t before = count_entries();
+    assert_int_equal(sh_file_write_atomic(path, "x", 1, &err), SH_ERR_INVALID);
+    assert_non_null(strstr(err.text, "not a regular file"));
+    assert_int_equal(sh_file_write_private(path, "x", 1, &err), SH_ERR_INVALID);
+    assert_int_equal(sh_file_writer_open(path, &w, &err), SH_ERR_INVALID);
+    assert_false(w.open);
+    assert_int_equal(sh_file_writer_open(folder, &w, &err), SH_ERR_IO);
+    assert_int_equal(stat(path, &info), 0);
+    assert_true(S_ISFIFO(info.st_mode));
+    assert_int_equal(count_entries(), before);
+}
+
 static void test_write_to_nowhere(void **state)
 {
     (void)state;
@@ -295,6 +406,54 @@ static void test_json_errors_name_file_and_line(void **state)
     assert_non_null(strstr(err.text, "none.json"));
 }
 
+static void check_limit(const char *text, size_t n, const sh_json_limits *limits,
+                        const char *expected)
+{
+    json_t *value = NULL;
+    sh_error err = {0};
+    const sh_status status = sh_json_decode(text, n, "text", limits, &value, &err);
+    if (status != (expected == NULL ? SH_OK : SH_ERR_LIMIT) || (value == NULL) == (status == SH_OK))
+        fail_msg("%.40s: %s (%s)", text, sh_status_name(status), err.text);
+    if (expected != NULL && strstr(err.text, expected) == NULL)
+        fail_msg("%.40s: '%s' does not hold '%s'", text, err.text, expected);
+    json_decref(value);
+}
+
+/* At each limit and one over it. */
+static void test_json_limits(void **state)
+{
+    (void)state;
+    static const sh_json_limits limits = {.bytes_max = 24, .values_max = 6, .depth_max = 3};
+    static const struct {
+        const char *text, *expected;
+    } cases[] = {
+        {"[1,2,3,4,5,6]", NULL},
+        {"[1,2,3,4,5,6,7]", "7 values, at most 6"},
+        {"[[[1]]]", NULL},
+        {"[[[[]]]]", "4 levels, at most 3"},
+        {"{\"a\":{\"b\":[[]]}}", "4 levels, at most 3"},
+        {"[[],[],[]]", NULL},               /* the depth goes down again */
+        {"[\"[[[[,,,,,,,,\"]", NULL},       /* what is in strings does not count */
+        {"[\"\\\"[[[[,,,,,,\"]", NULL},     /* nor behind a quote in one */
+        {"[\"\\\\\",[[[]]]]", "4 levels"},  /* but behind a backslash in one it does */
+        {"[                      ]", NULL}, /* 24 bytes */
+        {"[                       ]", "25 bytes, at most 24"},
+    };
+    for (size_t i = 0; i < SH_COUNT(cases); i++)
+        check_limit(cases[i].text, strlen(cases[i].text), &limits, cases[i].expected);
+    json_t *value = NULL;
+    sh_error err = {0};
+    /* Within the limits, and no JSON: brackets that close what was never open, a text cut off. */
+    static const char *const broken[] = {"]]]]]]", "[1", "\"", "\"\\", "", "[1,]", "nul"};
+    for (size_t i = 0; i < SH_COUNT(broken); i++) {
+        assert_int_equal(
+            sh_json_decode(broken[i], strlen(broken[i]), "text", &limits, &value, &err),
+            SH_ERR_INVALID);
+        assert_null(value);
+        assert_non_null(strstr(err.text, "text:1:"));
+    }
+}
+
 static int remove_tree(const char *path)
 {
     DIR *dir = opendir(path);
@@ -332,6 +491,11 @@ int main(void)
         cmocka_unit_test(test_write_then_read),
         cmocka_unit_test(test_write_keeps_a_private_file_private),
         cmocka_unit_test(test_failed_write_leaves_the_old_file),
+        cmocka_unit_test(test_writer_commits_or_leaves_nothing),
+        cmocka_unit_test(test_writers_of_one_path),
+        cmocka_unit_test(test_writer_on_a_full_disk),
+        cmocka_unit_test(test_commit_that_fails),
+        cmocka_unit_test(test_what_is_no_regular_file_is_not_replaced),
         cmocka_unit_test(test_write_to_nowhere),
         cmocka_unit_test(test_read_limits),
         cmocka_unit_test(test_read_standard_input),
@@ -341,6 +505,7 @@ int main(void)
         cmocka_unit_test(test_path_join),
         cmocka_unit_test(test_json_round_trip),
         cmocka_unit_test(test_json_errors_name_file_and_line),
+        cmocka_unit_test(test_json_limits),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -423,6 +423,27 @@ static void test_limits(void **state)
     sh_model_close(&other);
 }
 
+/* Refused before anything is reserved: the kernel would grant it and kill us later. */
+static void test_a_context_longer_than_memory(void **state)
+{
+    (void)state;
+    const tiny_options o = tiny_defaults(5);
+    sh_model *model = util_open(&o);
+    const sh_model_config kept = model->config;
+    const sh_context_options options = {.n_tokens_max = SH_CONTEXT_MAX};
+    sh_context *context = NULL;
+    sh_error err = {0};
+    model->config.n_layers = SH_MODEL_LAYERS_MAX; /* 8 TiB of cache */
+    model->config.head_size = 65536;
+    model->config.context = SH_CONTEXT_MAX;
+    assert_true(sh_context_bytes(model, &options) >> 43 != 0);
+    assert_int_equal(sh_context_create(model, &options, &context, &err), SH_ERR_NO_MEMORY);
+    assert_null(context);
+    assert_non_null(strstr(err.text, "ask for a shorter one"));
+    model->config = kept;
+    sh_model_close(&model);
+}
+
 static void test_nll_is_accurate(void **state)
 {
     (void)state;
@@ -559,6 +580,7 @@ int main(void)
         cmocka_unit_test(test_adapters_come_and_go),
         cmocka_unit_test(test_four_adapters_add_up),
         cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_a_context_longer_than_memory),
         cmocka_unit_test(test_nll_is_accurate),
         cmocka_unit_test(test_loss),
         cmocka_unit_test(test_every_allocation_may_fail),

@@ -6,6 +6,9 @@
 
 #include <cmocka.h>
 
+#include <math.h>
+
+#include "shared/base/file.h"
 #include "shared/model/synth.h"
 #include "tests/model/util.h"
 
@@ -169,6 +172,40 @@ static void softcap(sh_gguf_writer *w)
     assert_int_equal(sh_gguf_writer_set_f32(w, "qwen2.final_logit_softcapping", 30), SH_OK);
 }
 
+/* Vectors are read at once; of matrices sh_model_pack does it. */
+static void test_a_vector_that_holds_no_number(void **state)
+{
+    (void)state;
+    static const char *const names[] = {"output_norm.weight", "blk.1.attn_norm.weight"};
+    const float bad[] = {NAN, -INFINITY};
+    char path[] = "/tmp/shoal-tiny-XXXXXX";
+    const int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    close(fd);
+    const tiny_options o = tiny_defaults(9);
+    for (size_t i = 0; i < SH_COUNT(names); i++) {
+        sh_buf bytes;
+        sh_gguf *gguf = NULL;
+        sh_model *model = NULL;
+        sh_error problem = {0};
+        sh_buf_init(&bytes, 16u << 20);
+        assert_int_equal(tiny_encode(&o, &bytes), SH_OK);
+        CHECK_OK(sh_gguf_open_memory(bytes.data, bytes.len, "tiny", &gguf, err));
+        const sh_gguf_tensor *t = sh_gguf_tensor_find(gguf, names[i]);
+        assert_non_null(t);
+        const size_t last = (size_t)((const uint8_t *)t->data - bytes.data) + t->bytes - 4;
+        sh_gguf_close(&gguf);
+        memcpy(bytes.data + last, &bad[i], sizeof bad[i]);
+        CHECK_OK(sh_file_write_atomic(path, bytes.data, bytes.len, err));
+        assert_int_equal(sh_model_open(path, &model, &problem), SH_ERR_INVALID);
+        assert_null(model);
+        if (strstr(problem.text, names[i]) == NULL || strstr(problem.text, "NaN") == NULL)
+            fail_msg("'%s' does not name %s", problem.text, names[i]);
+        sh_buf_release(&bytes);
+    }
+    unlink(path);
+}
+
 static void test_other_architectures(void **state)
 {
     (void)state;
@@ -259,6 +296,7 @@ int main(void)
         cmocka_unit_test(test_opens_every_type_and_version),
         cmocka_unit_test(test_an_even_head_that_is_no_multiple_of_lanes),
         cmocka_unit_test(test_refuses_by_name),
+        cmocka_unit_test(test_a_vector_that_holds_no_number),
         cmocka_unit_test(test_other_architectures),
         cmocka_unit_test(test_every_truncation_is_refused),
         cmocka_unit_test(test_every_allocation_may_fail),

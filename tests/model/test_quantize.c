@@ -197,7 +197,7 @@ static void test_numbers_that_are_none(void **state)
                      SH_ERR_INVALID);
     assert_int_equal(sh_gguf_quantize_encode(source, SH_TYPE_Q4_0, &out, &err), SH_ERR_INVALID);
     assert_string_equal(err.text, "source: tensor 'wide.weight': row 2 holds a NaN or an infinity");
-    assert_int_equal(sh_gguf_quantize(source, SH_TYPE_Q4_0, path, &err), SH_ERR_INVALID);
+    assert_int_equal(sh_gguf_quantize_file(source, SH_TYPE_Q4_0, path, NULL, &err), SH_ERR_INVALID);
     assert_string_equal(err.text, "source: tensor 'wide.weight': row 2 holds a NaN or an infinity");
     assert_false(sh_file_exists(path));
     sh_buf_release(&out);
@@ -215,7 +215,7 @@ static void test_errors(void **state)
     sh_buf_init(&out, BYTES_MAX);
     assert_int_equal(sh_gguf_quantize_encode(source, SH_TYPE_Q6_K, &out, &err), SH_ERR_UNSUPPORTED);
     assert_non_null(strstr(err.text, "Q6_K"));
-    assert_int_equal(sh_gguf_quantize(source, SH_TYPE_Q8_0, "/nonexistent/x.gguf", &err),
+    assert_int_equal(sh_gguf_quantize_file(source, SH_TYPE_Q8_0, "/nonexistent/x.gguf", NULL, &err),
                      SH_ERR_NOT_FOUND);
     bool done = false;
     for (size_t n = 1; !done; n++) {

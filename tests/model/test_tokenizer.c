@@ -175,27 +175,6 @@ static void test_equals_naive(void **state)
     compare_with_naive(&o, 2);
 }
 
-static void expect_ids(const sh_tokenizer *t, const char *text, unsigned flags, size_t n_expected,
-                       const int32_t *expected)
-{
-    int32_t *ids = NULL;
-    size_t n = 0;
-    CHECK_OK(sh_tokenize(t, text, strlen(text), flags, &ids, &n, err));
-    if (n != n_expected || (n > 0 && memcmp(ids, expected, n * sizeof *ids) != 0)) {
-        for (size_t i = 0; i < SH_MAX(n, n_expected); i++)
-            print_message("%zu: %d, expected %d\n", i, i < n ? ids[i] : -1,
-                          i < n_expected ? expected[i] : -1);
-        fail_msg("\"%s\" with flags %u: %zu ids, expected %zu", text, flags, n, n_expected);
-    }
-    free(ids);
-}
-
-#define EXPECT(t, text, flags, ...)                                                                \
-    do {                                                                                           \
-        const int32_t expected_[] = {__VA_ARGS__};                                                 \
-        expect_ids(t, text, flags, SH_COUNT(expected_), expected_);                                \
-    } while (0)
-
 /* Ids by position in tiny.c: pieces begin at 259. */
 enum { MARK_ID = 259, THE_ID = 270, USER_ID_FROM_END = 1 };
 
@@ -210,24 +189,26 @@ static void test_flags_and_specials(void **state)
     const sh_tokenizer *t = f.tokenizer;
     const int32_t user = (int32_t)tiny_vocab() - USER_ID_FROM_END;
     const int32_t he = find(&f, "he", 2), letter_t = find(&f, "t", 1);
-    EXPECT(t, "the", 0, THE_ID);
-    EXPECT(t, "the", SH_TOKENIZE_BOS, 1, THE_ID);
-    EXPECT(t, "the", SH_TOKENIZE_CONTINUE, letter_t, he);
-    EXPECT(t, " the", SH_TOKENIZE_CONTINUE, THE_ID);
-    EXPECT(t, "", SH_TOKENIZE_BOS, 1);
-    expect_ids(t, "", 0, 0, NULL);
+    EXPECT_IDS(t, "the", 0, THE_ID);
+    EXPECT_IDS(t, "the", SH_TOKENIZE_BOS, 1, THE_ID);
+    EXPECT_IDS(t, "the", SH_TOKENIZE_CONTINUE, letter_t, he);
+    EXPECT_IDS(t, " the", SH_TOKENIZE_CONTINUE, THE_ID);
+    EXPECT_IDS(t, "", SH_TOKENIZE_BOS, 1);
+    util_expect_ids(t, "", 0, 0, NULL);
     /* A user-defined token counts always, and the text after it begins anew; "</s>" only when
      * special tokens are parsed. */
-    EXPECT(t, "the<|user|>the", 0, THE_ID, user, THE_ID);
-    EXPECT(t, "<|user|><|user|>", 0, user, user);
-    EXPECT(t, "the</s>the", SH_TOKENIZE_SPECIAL, THE_ID, 2, THE_ID);
-    EXPECT(t, "</s", SH_TOKENIZE_SPECIAL, MARK_ID, 3 + '<', 3 + '/', find(&f, "s", 1));
-    EXPECT(t, "</s>", 0, MARK_ID, 3 + '<', 3 + '/', find(&f, "s", 1), 3 + '>');
-    EXPECT(t, "\xff", SH_TOKENIZE_CONTINUE, 3 + 0xff);
-    EXPECT(t, "\xe2\x82\xac", SH_TOKENIZE_CONTINUE, 3 + 0xe2, 3 + 0x82, 3 + 0xac);
+    EXPECT_IDS(t, "the<|user|>the", 0, THE_ID, user, THE_ID);
+    EXPECT_IDS(t, "<|user|><|user|>", 0, user, user);
+    EXPECT_IDS(t, "the</s>the", SH_TOKENIZE_SPECIAL, THE_ID, 2, THE_ID);
+    EXPECT_IDS(t, "</s", SH_TOKENIZE_SPECIAL, MARK_ID, 3 + '<', 3 + '/', find(&f, "s", 1));
+    EXPECT_IDS(t, "</s>", 0, MARK_ID, 3 + '<', 3 + '/', find(&f, "s", 1), 3 + '>');
+    EXPECT_IDS(t, "\xff", SH_TOKENIZE_CONTINUE, 3 + 0xff);
+    EXPECT_IDS(t, "\xe2\x82\xac", SH_TOKENIZE_CONTINUE, 3 + 0xe2, 3 + 0x82, 3 + 0xac);
     assert_int_equal(sh_tokenizer_size(t), tiny_vocab());
     assert_int_equal(sh_tokenizer_bos(t), 1);
     assert_int_equal(sh_tokenizer_eos(t), 2);
+    assert_true(sh_tokenizer_is_end(t, 2));
+    assert_false(sh_tokenizer_is_end(t, THE_ID));
     assert_true(sh_tokenizer_adds_bos(t));
     assert_true(sh_tokenizer_is_byte(t, 3));
     assert_false(sh_tokenizer_is_byte(t, THE_ID));

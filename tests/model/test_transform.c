@@ -530,13 +530,22 @@ static void test_log_sum_exp(void **state)
         float *x = normals(&rng, n);
         for (uint32_t i = 0; i < n; i++)
             x[i] = x[i] * 10 + 300;
-        double top = -INFINITY, sum = 0;
+        double top = -INFINITY, sum = 0, weighted = 0;
         for (uint32_t i = 0; i < n; i++)
             top = SH_MAX(top, (double)x[i]);
-        for (uint32_t i = 0; i < n; i++)
+        for (uint32_t i = 0; i < n; i++) {
             sum += exp((double)x[i] - top);
+            weighted += exp((double)x[i] - top) * (double)x[i];
+        }
         FOR_LEVELS(level)
-        expect_near("log_sum_exp", sh_transform_at(level)->log_sum_exp(x, n), top + log(sum), 1e-6);
+        {
+            const sh_transform *ops = sh_transform_at(level);
+            double mean;
+            expect_near("log_sum_exp", ops->log_sum_exp(x, n), top + log(sum), 1e-6);
+            expect_near("log_sum_exp_mean", ops->log_sum_exp_mean(x, n, &mean), top + log(sum),
+                        1e-6);
+            expect_near("its mean", mean, weighted / sum, 1e-6);
+        }
         free(x);
     }
 }

@@ -60,4 +60,26 @@ static inline sh_adapter *util_adapter(const sh_model *model, uint32_t rank, uin
     return adapter;
 }
 
+/* The ids of a text, printed where they are others. */
+static inline void util_expect_ids(const sh_tokenizer *t, const char *text, unsigned flags,
+                                   size_t n_expected, const int32_t *expected)
+{
+    int32_t *ids = NULL;
+    size_t n = 0;
+    CHECK_OK(sh_tokenize(t, text, strlen(text), flags, &ids, &n, err));
+    if (n != n_expected || (expected != NULL && memcmp(ids, expected, n * sizeof *ids) != 0)) {
+        for (size_t i = 0; i < SH_MAX(n, n_expected); i++)
+            print_message("%zu: %d, expected %d\n", i, i < n ? ids[i] : -1,
+                          i < n_expected ? expected[i] : -1);
+        fail_msg("\"%s\" with flags %u: %zu ids, expected %zu", text, flags, n, n_expected);
+    }
+    free(ids);
+}
+
+#define EXPECT_IDS(t, text, flags, ...)                                                            \
+    do {                                                                                           \
+        const int32_t expected_[] = {__VA_ARGS__};                                                 \
+        util_expect_ids(t, text, flags, SH_COUNT(expected_), expected_);                           \
+    } while (0)
+
 #endif

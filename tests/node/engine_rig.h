@@ -22,8 +22,8 @@
 #include <cmocka.h>
 
 #include "edge-node/engine.h"
-#include "edge-node/engine_text.h"
 #include "shared/model/sampler.h"
+#include "shared/model/text_filter.h"
 #include "tests/model/tiny.h"
 
 #define TEXT_MAX    4096

@@ -224,66 +224,6 @@ static void stop_strings(void **state)
     sh_engine_destroy(&e);
 }
 
-/* All bytes of `in` as byte tokens, each piece checked to be whole. */
-static void filter(const char *in, const char *stop, char out[TEXT_MAX], uint32_t *shown)
-{
-    sh_text_filter f;
-    sh_buf text;
-    size_t n = strlen(in);
-    sh_buf_init(&text, TEXT_MAX - 1);
-    OK(sh_text_filter_init(&f, &stop, stop != NULL, (uint32_t)n, &err));
-    for (size_t i = 0; i < n && !f.stopped; i++) {
-        size_t before = text.len;
-        OK(sh_text_filter_add(&f, genesis->tokenizer, 3 + (uint8_t)in[i], &text, &err));
-        assert_true(text.len == before || (text.data[before] & 0xc0) != 0x80);
-    }
-    if (!f.stopped)
-        OK(sh_text_filter_end(&f, &text, &err));
-    if (text.len > 0)
-        memcpy(out, text.data, text.len);
-    out[text.len] = 0;
-    *shown = sh_text_filter_tokens_shown(&f);
-    sh_text_filter_release(&f);
-    sh_buf_release(&text);
-}
-
-static void only_whole_characters(void **state)
-{
-    (void)state;
-#define BAD "\xef\xbf\xbd"
-    static const struct {
-        const char *in, *stop, *out;
-        uint32_t shown;
-    } cases[] = {
-        {"na\xc3\xafve", NULL, "na\xc3\xafve", 6},
-        {"\xf0\x9f\x90\x9f!", NULL, "\xf0\x9f\x90\x9f!", 5},
-        {"a\xff"
-         "b",
-         NULL, "a" BAD "b", 3},
-        {"a\xe2\x82", NULL, "a" BAD BAD, 3},            /* the end of a character never came */
-        {"\xe2\x82z", NULL, BAD BAD "z", 3},            /* or something else did */
-        {"\xc0\xaf", NULL, BAD BAD, 2},                 /* overlong */
-        {"\xed\xa0\x80", NULL, BAD BAD BAD, 3},         /* a surrogate */
-        {"\xf4\x90\x80\x80", NULL, BAD BAD BAD BAD, 4}, /* past U+10FFFF */
-        {"one\n\ntwo", "\n\n", "one", 3},
-        {"one\n.\n\nx", "\n\n", "one\n.", 5},
-        {"aabaab", "ab", "a", 1},
-        {"abab", "abc", "abab", 4},
-        {"x\xe2\x82\xac!", "\xe2\x82\xac", "x", 1},
-        {"\xe2\x82STOP", "STOP", BAD BAD, 2},
-        {"", NULL, "", 0},
-    };
-    for (size_t i = 0; i < SH_COUNT(cases); i++) {
-        char out[TEXT_MAX];
-        uint32_t shown;
-        if (cases[i].in[0] == 0)
-            continue;
-        filter(cases[i].in, cases[i].stop, out, &shown);
-        assert_string_equal(out, cases[i].out);
-        assert_int_equal(shown, cases[i].shown);
-    }
-}
-
 /* ---- limits ---- */
 
 static sh_status refused(sh_engine *e, const sh_request *r, bool *too_long)
@@ -745,7 +685,6 @@ int main(void)
         cmocka_unit_test(a_retry_is_not_measured_twice),
         cmocka_unit_test(texts_and_users_are_kept_apart),
         cmocka_unit_test(stop_strings),
-        cmocka_unit_test(only_whole_characters),
         cmocka_unit_test(what_is_wrong_is_refused),
         cmocka_unit_test(busy_is_said),
         cmocka_unit_test(who_waits_is_served_in_turn_or_woken_by_stop),

@@ -113,13 +113,19 @@ static void measures_what_the_model_says(void **state)
         assert_non_null(logits);
         direct_logits(m, seen, n, logits);
         double nll = 0;
-        for (uint32_t i = 1; i < n; i++)
+        uint32_t scored = 0;
+        for (uint32_t i = 1; i < n; i++) {
+            uint32_t typed = bos ? i - 1 : i;
+            if (typed > 32) /* of those after 32 one in 32, by its number */
+                continue;
             nll += sh_nll(logits + (size_t)(i - 1) * m->config.vocab, m->config.vocab, seen[i]);
+            scored++;
+        }
         sh_session *s = new_session(m, 64);
         sh_completion done;
         OK(sh_session_type(s, text + 1, 40, &err));
         OK(sh_session_complete(s, 1, &done, &err));
-        NEAR(done.record.prompt_nll, nll / (n - 1), 1e-5);
+        NEAR(done.record.prompt_nll, nll / scored, 1e-5);
         const float *last = logits + (size_t)(n - 1) * m->config.vocab;
         assert_int_equal(done.n, 1);
         for (uint32_t t = 0; t < m->config.vocab; t++)

@@ -1,23 +1,18 @@
-#include "edge-node/engine_text.h"
+#include "shared/model/text_filter.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define HELD_BYTES_MAX (1u << 20)
-#define REPLACEMENT    "\xef\xbf\xbd" /* U+FFFD */
+#define REPLACEMENT "\xef\xbf\xbd" /* U+FFFD */
 
 sh_status sh_text_filter_init(sh_text_filter *filter, const char *const *stops, size_t n_stops,
                               uint32_t tokens_max, sh_error *err)
 {
     sh_text_filter *f = filter;
-    *f = (sh_text_filter){.n_stops = n_stops, .tokens_max = tokens_max};
-    sh_buf_init(&f->held, HELD_BYTES_MAX);
-    SH_ASSERT(n_stops <= FILTER_STOPS_MAX);
-    for (size_t i = 0; i < n_stops; i++) {
-        f->stop_bytes[i] = strlen(stops[i]);
-        SH_ASSERT(f->stop_bytes[i] > 0 && f->stop_bytes[i] <= SH_STOP_BYTES_MAX);
-        memcpy(f->stops[i], stops[i], f->stop_bytes[i]);
-    }
+    *f = (sh_text_filter){.stops = stops, .n_stops = n_stops, .tokens_max = tokens_max};
+    sh_buf_init(&f->held, SH_FILTER_HELD_BYTES_MAX);
+    for (size_t i = 0; i < n_stops; i++)
+        SH_ASSERT(stops[i][0] != '\0');
     f->token_end = sh_calloc(tokens_max, sizeof(*f->token_end));
     if (f->token_end == NULL)
         return sh_fail(err, SH_ERR_NO_MEMORY, "a request of %u tokens: no memory", tokens_max);
@@ -82,7 +77,7 @@ static size_t find_stop(const sh_text_filter *f)
 {
     size_t first = f->held.len;
     for (size_t i = 0; i < f->n_stops && f->held.len > 0; i++) {
-        const uint8_t *at = memmem(f->held.data, f->held.len, f->stops[i], f->stop_bytes[i]);
+        const uint8_t *at = memmem(f->held.data, f->held.len, f->stops[i], strlen(f->stops[i]));
         if (at != NULL)
             first = SH_MIN(first, (size_t)(at - f->held.data));
     }
@@ -94,7 +89,7 @@ static size_t maybe_stop(const sh_text_filter *f)
 {
     size_t most = 0;
     for (size_t i = 0; i < f->n_stops; i++)
-        for (size_t n = SH_MIN(f->stop_bytes[i] - 1, f->held.len); n > most; n--)
+        for (size_t n = SH_MIN(strlen(f->stops[i]) - 1, f->held.len); n > most; n--)
             if (memcmp(f->held.data + f->held.len - n, f->stops[i], n) == 0)
                 most = n;
     return most;
@@ -132,6 +127,14 @@ uint32_t sh_text_filter_tokens_shown(const sh_text_filter *filter)
     while (f->stopped && n > 0 && f->token_end[n - 1] > f->n_out)
         n--;
     return n;
+}
+
+size_t sh_text_filter_bytes_behind(const sh_text_filter *filter)
+{
+    const uint32_t shown = sh_text_filter_tokens_shown(filter);
+    if (shown == filter->n_tokens)
+        return 0;
+    return filter->n_out - (shown > 0 ? filter->token_end[shown - 1] : 0);
 }
 
 uint32_t sh_text_filter_tokens_out(const sh_text_filter *filter)

@@ -5,16 +5,16 @@
  * Invariant: what is appended is valid UTF-8, and the pieces together do not depend on how the
  * text was split into tokens. Held back is at most one stop string, one character, one token.
  */
-#ifndef SH_EDGE_ENGINE_TEXT_H
-#define SH_EDGE_ENGINE_TEXT_H
+#ifndef SH_MODEL_TEXT_FILTER_H
+#define SH_MODEL_TEXT_FILTER_H
 
-#include "edge-node/engine.h"
+#include "shared/model/tokenizer.h"
 
-#define FILTER_STOPS_MAX (SH_STOPS_MAX + 1) /* the client's, and what ends a chat's turn */
+#define SH_FILTER_HELD_BYTES_MAX (1u << 20)
 
 typedef struct {
-    char stops[FILTER_STOPS_MAX][SH_STOP_BYTES_MAX];
-    size_t stop_bytes[FILTER_STOPS_MAX], n_stops;
+    const char *const *stops; /* borrowed */
+    size_t n_stops;
     sh_buf held;       /* bytes that were not appended yet */
     size_t n_out;      /* bytes before them */
     size_t *token_end; /* [tokens_max] in bytes from the start */
@@ -22,7 +22,7 @@ typedef struct {
     bool stopped;
 } sh_text_filter;
 
-/* The stops' lengths are 1 .. SH_STOP_BYTES_MAX. release takes a zeroed one. */
+/* stops, none of them empty, are borrowed and outlive the filter. release takes a zeroed one. */
 SH_MUST_USE sh_status sh_text_filter_init(sh_text_filter *filter, const char *const *stops,
                                           size_t n_stops, uint32_t tokens_max, sh_error *err);
 void sh_text_filter_release(sh_text_filter *filter);
@@ -34,6 +34,8 @@ SH_MUST_USE sh_status sh_text_filter_add(sh_text_filter *filter, const sh_tokeni
 SH_MUST_USE sh_status sh_text_filter_end(sh_text_filter *filter, sh_buf *text, sh_error *err);
 /* Tokens that have nothing of the stop string; all without one. */
 uint32_t sh_text_filter_tokens_shown(const sh_text_filter *filter);
+/* Bytes of the token behind these that come before the stop string, so that they are shown. */
+size_t sh_text_filter_bytes_behind(const sh_text_filter *filter);
 /* Tokens whose text was appended, all of it; at the end the same as shown. */
 uint32_t sh_text_filter_tokens_out(const sh_text_filter *filter);
 
