@@ -344,20 +344,7 @@ SH_TARGET_AVX512 SH_INLINE void panel512(const sh_panel *p, sh_type type)
     }
 }
 
-/* A function a type, so that the compiler has less to hold at once. */
-#define PANEL_OF(NAME, TYPE)                                                                       \
-    SH_TARGET_AVX512 static __attribute__((noinline)) void NAME(const sh_panel *p)                 \
-    {                                                                                              \
-        panel512(p, TYPE);                                                                         \
-    }
-PANEL_OF(panel_SH_TYPE_Q8_0, SH_TYPE_Q8_0)
-PANEL_OF(panel_SH_TYPE_Q4_0, SH_TYPE_Q4_0)
-PANEL_OF(panel_SH_TYPE_Q4_1, SH_TYPE_Q4_1)
-PANEL_OF(panel_SH_TYPE_Q5_0, SH_TYPE_Q5_0)
-PANEL_OF(panel_SH_TYPE_Q5_1, SH_TYPE_Q5_1)
-PANEL_OF(panel_SH_TYPE_Q4_K, SH_TYPE_Q4_K)
-PANEL_OF(panel_SH_TYPE_Q5_K, SH_TYPE_Q5_K)
-PANEL_OF(panel_SH_TYPE_Q6_K, SH_TYPE_Q6_K)
+SH_PANELS(SH_TARGET_AVX512, panel512)
 
 void sh_panel_avx512(const sh_panel *p){
 #define PANEL(TYPE) panel_##TYPE(p)

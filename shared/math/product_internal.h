@@ -129,6 +129,23 @@ sh_panel_fn sh_panel_neon;
 /* The scales part of a group. Every level starts here, and writes the quants its own way. */
 void sh_pack_scales(sh_type type, const uint8_t *rows, size_t n_rows, size_t in, uint8_t *group);
 
+/* static void panel_<TYPE>(const sh_panel *) for each of those types, from an inlined
+ * BODY(panel, type): a function a type, so that the compiler has less to hold at once. */
+#define SH_PANEL(TARGET, BODY, TYPE)                                                               \
+    TARGET static __attribute__((noinline)) void panel_##TYPE(const sh_panel *p)                   \
+    {                                                                                              \
+        BODY(p, TYPE);                                                                             \
+    }
+#define SH_PANELS(TARGET, BODY)                                                                    \
+    SH_PANEL(TARGET, BODY, SH_TYPE_Q8_0)                                                           \
+    SH_PANEL(TARGET, BODY, SH_TYPE_Q4_0)                                                           \
+    SH_PANEL(TARGET, BODY, SH_TYPE_Q4_1)                                                           \
+    SH_PANEL(TARGET, BODY, SH_TYPE_Q5_0)                                                           \
+    SH_PANEL(TARGET, BODY, SH_TYPE_Q5_1)                                                           \
+    SH_PANEL(TARGET, BODY, SH_TYPE_Q4_K)                                                           \
+    SH_PANEL(TARGET, BODY, SH_TYPE_Q5_K)                                                           \
+    SH_PANEL(TARGET, BODY, SH_TYPE_Q6_K)
+
 /* CALL(type) for each type that products take blocks with, as a constant. */
 #define SH_EACH_BLOCK_TYPE(type, CALL)                                                             \
     switch (type) {                                                                                \

@@ -201,19 +201,6 @@ YMM_TARGET SH_INLINE void panel_ymm(const sh_panel *p, sh_type type)
         pass_ymm(p, r, type, 1);
 }
 
-/* A function a type, so that the compiler has less to hold at once. */
-#define PANEL_OF(NAME, TYPE)                                                                       \
-    YMM_TARGET static __attribute__((noinline)) void NAME(const sh_panel *p)                       \
-    {                                                                                              \
-        panel_ymm(p, TYPE);                                                                        \
-    }
-PANEL_OF(panel_SH_TYPE_Q8_0, SH_TYPE_Q8_0)
-PANEL_OF(panel_SH_TYPE_Q4_0, SH_TYPE_Q4_0)
-PANEL_OF(panel_SH_TYPE_Q4_1, SH_TYPE_Q4_1)
-PANEL_OF(panel_SH_TYPE_Q5_0, SH_TYPE_Q5_0)
-PANEL_OF(panel_SH_TYPE_Q5_1, SH_TYPE_Q5_1)
-PANEL_OF(panel_SH_TYPE_Q4_K, SH_TYPE_Q4_K)
-PANEL_OF(panel_SH_TYPE_Q5_K, SH_TYPE_Q5_K)
-PANEL_OF(panel_SH_TYPE_Q6_K, SH_TYPE_Q6_K)
+SH_PANELS(YMM_TARGET, panel_ymm)
 
 #endif

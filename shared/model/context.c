@@ -211,6 +211,8 @@ sh_status sh_context_copy_prefix(sh_context *context, const sh_context *from, ui
     if (n > from->length || n > context->n_max)
         return sh_fail(err, SH_ERR_LIMIT, "a prefix of %u tokens: %u are there, %u fit", n,
                        from->length, context->n_max);
+    if (context->lora != NULL || from->lora != NULL) /* a cache is of its adapters */
+        return sh_fail(err, SH_ERR_MISMATCH, "a prefix is not copied where adapters are in use");
     const size_t bytes = ((size_t)n + SH_KV_TILE - 1) / SH_KV_TILE * context->tile_bytes;
     const sh_model_config *c = &context->model->config;
     for (uint32_t layer = 0; layer < c->n_layers; layer++)

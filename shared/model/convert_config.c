@@ -12,7 +12,6 @@
 #define WIDTH_MAX 65536u
 #define FFN_MAX   (1u << 20)
 #define HEADS_MAX 1024u
-#define VOCAB_MAX (4u << 20)
 
 typedef struct {
     const json_t *json;
@@ -101,7 +100,7 @@ static sh_status read_shapes(const source *s, sh_hf_config *c, sh_error *err)
     SH_TRY(need_u32(s, "hidden_size", WIDTH_MAX, &c->width, err));
     SH_TRY(need_u32(s, "intermediate_size", FFN_MAX, &c->ffn, err));
     SH_TRY(need_u32(s, "num_attention_heads", HEADS_MAX, &c->n_heads, err));
-    SH_TRY(need_u32(s, "vocab_size", VOCAB_MAX, &c->vocab, err));
+    SH_TRY(need_u32(s, "vocab_size", SH_VOCAB_MAX, &c->vocab, err));
     SH_TRY(need_u32(s, "max_position_embeddings", UINT32_MAX, &c->context, err));
     c->n_kv_heads = c->n_heads;
     SH_TRY(sh_hf_get_u32(s->json, s->file, "num_key_value_heads", HEADS_MAX, &c->n_kv_heads, err));

@@ -18,8 +18,6 @@
 #include "shared/model/finite.h"
 #include "shared/model/model_internal.h"
 
-#define VOCAB_MAX (1u << 20)
-
 const char *const sh_layer_matrix_names[SH_LAYER_MATRICES] = {
     "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down",
 };
@@ -179,10 +177,10 @@ static sh_status load_embedding(loader *l, sh_error *err)
     const uint32_t n_tokens = sh_tokenizer_size(model->tokenizer);
     const sh_gguf_tensor *t = NULL;
     SH_TRY(find_tensor(l, "token_embd.weight", &t, err));
-    if (t->ne[1] > VOCAB_MAX)
+    if (t->ne[1] > SH_VOCAB_MAX)
         return sh_fail(err, SH_ERR_LIMIT,
                        "a vocabulary of %" PRIu64 " tokens is over the limit of %u", t->ne[1],
-                       VOCAB_MAX);
+                       SH_VOCAB_MAX);
     if (t->ne[1] < n_tokens)
         return sh_fail(err, SH_ERR_INVALID,
                        "tensor token_embd.weight has %" PRIu64

@@ -170,8 +170,9 @@ SH_MUST_USE sh_status sh_context_set_adapters(sh_context *context,
                                               const float *scales, size_t n, sh_error *err);
 uint32_t sh_context_length(const sh_context *context);            /* tokens in the cache */
 void sh_context_truncate(sh_context *context, uint32_t n_tokens); /* forget what is after */
-/* Instead of what it holds, the first n tokens of another context of the same model, cache type and
- * adapters, which is not run meanwhile. SH_ERR_LIMIT: more than either holds. */
+/* Instead of what it holds, the first n tokens of another context of the same model and cache type,
+ * which is not run meanwhile. SH_ERR_LIMIT: more than either holds; SH_ERR_MISMATCH: one has
+ * adapters. */
 SH_MUST_USE sh_status sh_context_copy_prefix(sh_context *context, const sh_context *from,
                                              uint32_t n, sh_error *err);
 

@@ -15,6 +15,8 @@
 #include "shared/base/buf.h"
 #include "shared/model/gguf.h"
 
+#define SH_VOCAB_MAX (1u << 20)
+
 typedef struct sh_tokenizer sh_tokenizer;
 
 /* SH_ERR_UNSUPPORTED names an unknown tokenizer model or pre-tokenizer; SH_ERR_INVALID what a

@@ -13,7 +13,6 @@
 #include "shared/model/tokenizer.h"
 #include "shared/model/tokenizer_pre.h"
 
-#define SH_VOCAB_MAX       (1u << 20)
 #define SH_MERGES_MAX      (1u << 21) /* ranks are exact as floats */
 #define SH_SPACE_MARK      "\xe2\x96\x81"
 #define SH_SPACE_MARK_SIZE 3

@@ -246,6 +246,76 @@ static void test_cache_of_halves(void **state)
     fleet_close(&b);
 }
 
+/* A context that takes over another's beginning goes on as the one that ran it itself. */
+static void test_prefix_is_copied(void **state)
+{
+    (void)state;
+    for (int halves = 0; halves < 2; halves++) {
+        fleet f;
+        fleet_open(&f, SH_TYPE_Q8_0, halves ? SH_KV_F16 : SH_KV_F32);
+        const size_t vocab = f.model->config.vocab;
+        sh_runner *runner = new_runner(f.model, 8, NULL);
+        sh_context *from = new_context(f.model, runner, f.kv);
+        sh_context *to = new_context(f.model, runner, f.kv);
+        float *logits = floats(N * vocab);
+        CHECK_OK(sh_context_decode(from, f.tokens[0], N, SH_LOGITS_NONE, NULL, err));
+        CHECK_OK(sh_context_decode(to, f.tokens[2], 3, SH_LOGITS_NONE, NULL, err));
+        for (uint32_t n = 0; n < N; n += 5) {
+            CHECK_OK(sh_context_copy_prefix(to, from, n, err));
+            assert_int_equal(sh_context_length(to), n);
+            const sh_run_item item = {.context = to,
+                                      .tokens = f.tokens[0] + n,
+                                      .n = N - n,
+                                      .logits_wanted = SH_LOGITS_ALL,
+                                      .logits = logits};
+            CHECK_OK(sh_runner_run(runner, &item, 1, err));
+            check_item(&f, 0, n, &item);
+        }
+        sh_error err = {0};
+        assert_int_equal(sh_context_copy_prefix(to, from, N + 1, &err), SH_ERR_LIMIT);
+        adapt(&f, to, 1); /* what was computed with an adapter is another text's */
+        assert_int_equal(sh_context_copy_prefix(to, from, 1, &err), SH_ERR_MISMATCH);
+        assert_int_equal(sh_context_copy_prefix(from, to, 0, &err), SH_ERR_MISMATCH);
+        free(logits);
+        sh_context_destroy(&from);
+        sh_context_destroy(&to);
+        sh_runner_destroy(&runner);
+        fleet_close(&f);
+    }
+}
+
+/* Logits of chosen tokens are those that all of them would give, one row after another. */
+static void test_some_logits(void **state)
+{
+    (void)state;
+    fleet f;
+    fleet_open(&f, SH_TYPE_Q8_0, SH_KV_F32);
+    const size_t vocab = f.model->config.vocab;
+    sh_runner *runner = new_runner(f.model, 8, NULL);
+    sh_context *context = new_context(f.model, runner, f.kv);
+    float *logits = floats(N * vocab), *row = logits;
+    bool wants[N];
+    for (uint32_t t = 0; t < N; t++)
+        wants[t] = t % 3 == 1 || t == 6;
+    const sh_run_item item = {.context = context,
+                              .tokens = f.tokens[0],
+                              .n = N,
+                              .logits_wanted = SH_LOGITS_SOME,
+                              .logits = logits,
+                              .wants = wants};
+    CHECK_OK(sh_runner_run(runner, &item, 1, err));
+    for (uint32_t t = 0; t < N; t++) {
+        if (!wants[t])
+            continue;
+        check_bits("logit", 0, t, row, f.logits[0] + t * vocab, vocab);
+        row += vocab;
+    }
+    free(logits);
+    sh_context_destroy(&context);
+    sh_runner_destroy(&runner);
+    fleet_close(&f);
+}
+
 /* An error in any item, and nothing of the call is done. */
 static void test_errors_leave_nothing(void **state)
 {
@@ -381,6 +451,8 @@ int main(void)
         cmocka_unit_test(test_company_does_not_matter),
         cmocka_unit_test(test_packing_does_not_matter),
         cmocka_unit_test(test_cache_of_halves),
+        cmocka_unit_test(test_prefix_is_copied),
+        cmocka_unit_test(test_some_logits),
         cmocka_unit_test(test_errors_leave_nothing),
         cmocka_unit_test(test_scales),
         cmocka_unit_test(test_memory),
