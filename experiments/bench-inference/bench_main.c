@@ -140,10 +140,10 @@ static sh_status measure_ours(bench_run *run, const char *model, bench_row *row,
     fleet_words_add(&words, "bench");
     fleet_words_add(&words, "--json");
     fleet_words_addf(&words, "--model=%s", model);
-    fleet_words_int(&words, "--threads", row->threads);
-    fleet_words_int(&words, "--prefill", c->prefill);
-    fleet_words_int(&words, "--decode", c->decode);
-    fleet_words_int(&words, "--repeats", REPEATS);
+    fleet_words_addf(&words, "--threads=%d", row->threads);
+    fleet_words_addf(&words, "--prefill=%d", c->prefill);
+    fleet_words_addf(&words, "--decode=%d", c->decode);
+    fleet_words_addf(&words, "--repeats=%d", REPEATS);
     if (c->lora) {
         lora_path(run, c, lora);
         fleet_words_addf(&words, "--lora=%s", lora);
@@ -174,10 +174,10 @@ static sh_status measure_start(const bench_run *run, const char *model, bench_ro
     fleet_words_add(&words, "--json");
     fleet_words_add(&words, "--pack=none");
     fleet_words_addf(&words, "--model=%s", model);
-    fleet_words_int(&words, "--threads", row->threads);
-    fleet_words_int(&words, "--prefill", 1);
-    fleet_words_int(&words, "--decode", 1);
-    fleet_words_int(&words, "--repeats", 1);
+    fleet_words_addf(&words, "--threads=%d", row->threads);
+    fleet_words_addf(&words, "--prefill=%d", 1);
+    fleet_words_addf(&words, "--decode=%d", 1);
+    fleet_words_addf(&words, "--repeats=%d", 1);
     SH_TRY(run_json(run, &words, &result, err));
     row->first_token_in_place_s = number(result, "first_token_s");
     json_decref(result);
@@ -214,10 +214,14 @@ static sh_status measure_peer(const bench_run *run, const char *model, const ben
     fleet_words_add(&words, run->llama_bench);
     fleet_words_add(&words, "-m");
     fleet_words_add(&words, model);
-    fleet_words_int(&words, "-t", row->threads);
-    fleet_words_int(&words, "-p", row->what->prefill);
-    fleet_words_int(&words, "-n", row->what->decode);
-    fleet_words_int(&words, "-r", REPEATS);
+    fleet_words_add(&words, "-t");
+    fleet_words_addf(&words, "%d", row->threads);
+    fleet_words_add(&words, "-p");
+    fleet_words_addf(&words, "%d", row->what->prefill);
+    fleet_words_add(&words, "-n");
+    fleet_words_addf(&words, "%d", row->what->decode);
+    fleet_words_add(&words, "-r");
+    fleet_words_addf(&words, "%d", REPEATS);
     fleet_words_add(&words, "-o");
     fleet_words_add(&words, "json");
     SH_TRY(run_json(run, &words, &result, err));
@@ -267,10 +271,10 @@ static sh_status measure_ceilings(bench_run *run, int threads, sh_error *err)
     fleet_words_add(&words, "--json");
     fleet_words_add(&words, "--ceilings");
     fleet_words_addf(&words, "--model=%s", model);
-    fleet_words_int(&words, "--threads", threads);
-    fleet_words_int(&words, "--prefill", 1);
-    fleet_words_int(&words, "--decode", 1);
-    fleet_words_int(&words, "--repeats", 1);
+    fleet_words_addf(&words, "--threads=%d", threads);
+    fleet_words_addf(&words, "--prefill=%d", 1);
+    fleet_words_addf(&words, "--decode=%d", 1);
+    fleet_words_addf(&words, "--repeats=%d", 1);
     SH_TRY(run_json(run, &words, &result, err));
     run->ceilings[run->n_ceilings++] =
         (bench_ceiling){threads, number(result, "read_bytes_per_s"),

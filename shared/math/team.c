@@ -17,10 +17,10 @@
 #include "shared/base/buf.h"
 
 #define LINE_BYTES 64
-/* Looks at the round before the clock is looked at; and before others are let run, when a member
- * seems to have lost its processor. */
+/* Looks at the round before the clock is looked at. A member that spins does not yield: on a busy
+ * machine it would come back a whole time slice later. If the others do not come, it sleeps, and a
+ * thread that is woken runs at once. */
 #define SPINS_A_CLOCK 64
-#define YIELD_US      30
 
 typedef struct {
     sh_team *team;
@@ -74,7 +74,7 @@ static bool spin(const sh_team *team, unsigned round)
     }
     const uint64_t start = now_us();
     for (uint64_t passed = 0; passed < SH_TEAM_SPIN_US; passed = now_us() - start) {
-        if (team->crowded || passed >= YIELD_US)
+        if (team->crowded)
             sched_yield();
         for (unsigned i = 0; i < (team->crowded ? 1 : SPINS_A_CLOCK); i++) {
             if (has_changed(team, round))

@@ -206,11 +206,27 @@ static void multiply(const worker *w, const columns *p)
     sh_product_run(&product, 0, weights.out, w->own->product);
 }
 
+/* Of a few rows, B of the first one's adapters is on its way while W is multiplied. */
+static void fetch_b(const worker *w, uint32_t layer, uint32_t m, const columns *p)
+{
+    const sh_lora *lora = w->few ? row_lora(w, p->first) : NULL;
+    if (lora == NULL)
+        return;
+    const sh_lora_b *b = &lora->outputs[(size_t)layer * SH_LAYER_MATRICES + m].b;
+    const size_t size = b->halves ? sizeof(uint16_t) : sizeof(float);
+    for (uint32_t r = 0; r < b->rank; r++) {
+        const uint8_t *row = (const uint8_t *)b->b + ((size_t)r * b->out_padded + p->begin) * size;
+        for (size_t i = 0; i < (p->end - p->begin) * size; i += 64)
+            __builtin_prefetch(row + i, 0, 2);
+    }
+}
+
 /* The same of a layer's matrix, with its bias and the adapters of each row. */
 static void multiply_layer(const worker *w, uint32_t layer, uint32_t m, const columns *p)
 {
     const float *bias = w->r->model->layers[layer].bias[m];
     const uint32_t width = p->end - p->begin;
+    fetch_b(w, layer, m, p);
     multiply(w, p);
     for (uint32_t i = 0; i < p->n; i++) {
         float *y = p->y + i * p->ldy;

@@ -385,6 +385,37 @@ static void test_synth(void **state)
     assert_false(sh_file_exists(out_path));
 }
 
+/* The rates are numbers of this machine: only that there are some, and what they are of. */
+static void test_bench(void **state)
+{
+    (void)state;
+    static const char *const positive[] = {"prefill_tokens_per_s",
+                                           "decode_tokens_per_s",
+                                           "decode_without_lora_tokens_per_s",
+                                           "load_s",
+                                           "first_token_s",
+                                           "rss_bytes",
+                                           "weight_bytes"};
+    json_t *o = expect_json(RUN(NULL, "model", "bench", "-m", model_path, "-p", "8", "-n", "4",
+                                "-r", "3", "-t", "2", "--lora", adapter_path, "--json"));
+    for (size_t i = 0; i < sizeof positive / sizeof *positive; i++)
+        if (!(json_number_value(json_object_get(o, positive[i])) > 0))
+            fail_msg("%s is not above 0", positive[i]);
+    assert_int_equal(json_array_size(json_object_get(o, "decode_samples")), 3);
+    assert_int_equal(json_integer_value(json_object_get(o, "threads")), 2);
+    assert_true(json_is_string(json_object_get(o, "kernel")));
+    json_decref(o);
+    run_result r = RUN(NULL, "model", "bench", "-m", model_path, "-p", "8", "-n", "4", "--pack",
+                       "none", "--kernel", "portable");
+    expect_ok(&r);
+    assert_non_null(strstr(r.out, "kernel portable, 1 thread, weights in place"));
+    run_release(&r);
+    r = RUN(NULL, "model", "bench", "-m", model_path, "-n", "4096");
+    assert_int_equal(r.exit_code, 2);
+    assert_non_null(strstr(r.err, "over the model's context"));
+    run_release(&r);
+}
+
 static void test_quantize(void **state)
 {
     (void)state;
@@ -424,7 +455,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_inspect),    cmocka_unit_test(test_tokenize),
         cmocka_unit_test(test_perplexity), cmocka_unit_test(test_perplexity_of_threads_and_adapter),
         cmocka_unit_test(test_generate),   cmocka_unit_test(test_quantize),
-        cmocka_unit_test(test_synth),
+        cmocka_unit_test(test_synth),      cmocka_unit_test(test_bench),
     };
     if (argc != 2) {
         fprintf(stderr, "usage: %s PROGRAM\n", argv[0]);
