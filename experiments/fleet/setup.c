@@ -197,6 +197,7 @@ sh_status fleet_start_node(fleet *f, uint32_t i, const char *failpoints, sh_erro
     fleet_words_addf(&w, "--dir=%s", n->dir);
     fleet_words_add(&w, "--http.port=0");
     fleet_words_int(&w, "engine.slots", 2 + FLEET_STREAMERS);
+    fleet_words_int(&w, "engine.threads", 1); /* the nodes share this machine's processors */
     fleet_words_int(&w, "monitor.window", o->window);
     fleet_words_int(&w, "monitor.reference", o->reference);
     fleet_words_real(&w, "monitor.average-run-length", o->average_run_length);

@@ -26,7 +26,7 @@
 #include "shared/base/status.h"
 
 #define SH_TEAM_THREADS_MAX 256
-#define SH_TEAM_SPIN_US     500 /* longer than what is serial between two tokens */
+#define SH_TEAM_SPIN_US     200 /* longer than what is serial between two tokens */
 
 typedef struct sh_team sh_team;
 typedef struct {
