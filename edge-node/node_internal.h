@@ -254,7 +254,7 @@ sh_status node_judge_health(node_step *s, const sh_record *record);
 
 /* ---- node_train.c ---- */
 void node_on_train_plan(node_step *s, const sh_train_plan *plan);
-void node_train_consider(node_step *s);
+SH_MUST_USE sh_status node_train_consider(node_step *s);
 void node_train_cancel(node_step *s);
 sh_status node_train_done(node_step *s, const sh_node_job_result *result);
 

@@ -109,8 +109,7 @@ sh_status node_on_feedback(node_step *s, const sh_feedback *feedback)
         return SH_OK;
     }
     SH_TRY(node_feedback_put(s, feedback));
-    node_train_consider(s);
-    return SH_OK;
+    return node_train_consider(s);
 }
 
 uint64_t node_monitor_due(const sh_node *n)

@@ -229,8 +229,7 @@ static sh_status rate(node_step *s, sh_completion_row *row, const sh_rating *rat
     row->rated = (uint8_t)rating->kind;
     SH_TRY(write_row(s, row));
     s->n->dirty = true;
-    node_train_consider(s);
-    return SH_OK;
+    return node_train_consider(s);
 }
 
 sh_status node_on_rating(node_step *s, const sh_rating *rating)

@@ -298,7 +298,7 @@ sh_status node_activate(node_step *s)
         st->confirmed_version = node_active(n)->version;
         node_note(s, SH_NOTE_RELEASE_CONFIRMED, st->confirmed_version);
     }
-    node_train_consider(s);
+    SH_GOTO(node_train_consider(s));
 cleanup:
     sh_buf_release(&bytes);
     return status;

@@ -515,8 +515,7 @@ static sh_status on_plan(node_step *s, const sh_msg_plan *plan)
         SH_TRY(status);
     }
     SH_TRY(node_on_evaluate_plan(s, &plan->evaluate));
-    node_train_consider(s);
-    return SH_OK;
+    return node_train_consider(s);
 }
 
 /* The other does not speak our version, but this one. */

@@ -8,30 +8,49 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "trainer/snapshot.h"
+
 void node_on_train_plan(node_step *s, const sh_train_plan *plan)
 {
     s->n->plan = *plan;
 }
 
-void node_train_consider(node_step *s)
+static sh_status count_trainable(void *arg, const sh_feedback *row)
+{
+    if (row->target && !sh_snapshot_is_heldout(row->session))
+        *(uint64_t *)arg += row->n;
+    return SH_OK;
+}
+
+/* Whether the feedback that is not held out suffices. It is only counted when all of it would. */
+static sh_status has_enough(node_step *s, uint32_t tokens_min, bool *out)
+{
+    uint64_t n = 0;
+    if (s->n->state.feedback_tokens >= SH_MAX(tokens_min, 1))
+        SH_TRY(sh_node_each_feedback(s->txn, count_trainable, &n, s->err));
+    *out = n >= SH_MAX(tokens_min, 1);
+    return SH_OK;
+}
+
+sh_status node_train_consider(node_step *s)
 {
     sh_node *n = s->n;
     node_state *st = &n->state;
     const sh_train_plan *plan = &n->plan;
     const node_release *active = node_active(n);
     if (!plan->train || n->train_job != 0 || st->erasing || plan->round <= st->trained_round)
-        return;
+        return SH_OK;
     /* A base that is not here yet comes as a release; its activation comes back here. */
     if (plan->base_version != active->version ||
         !sh_hash_equal(&plan->base_sha256, &active->sha256))
-        return;
-    if (st->feedback_tokens < plan->tokens_min || st->feedback_tokens == 0)
-        return;
+        return SH_OK;
     if (st->try_round == plan->round && st->tries >= NODE_JOB_TRIES_MAX)
-        return;
-    sh_node_action *action = node_act(s, SH_NODE_START_JOB);
+        return SH_OK;
+    bool enough = false;
+    SH_TRY(has_enough(s, plan->tokens_min, &enough));
+    sh_node_action *action = enough ? node_act(s, SH_NODE_START_JOB) : NULL;
     if (action == NULL)
-        return;
+        return SH_OK;
     st->tries = st->try_round == plan->round ? st->tries + 1 : 1;
     st->try_round = plan->round;
     n->training = *plan;
@@ -46,6 +65,7 @@ void node_train_consider(node_step *s)
         .slot = st->active_slot,
     };
     node_note(s, SH_NOTE_TRAIN_STARTED, plan->round);
+    return SH_OK;
 }
 
 void node_train_cancel(node_step *s)
@@ -116,6 +136,5 @@ sh_status node_train_done(node_step *s, const sh_node_job_result *result)
         node_note(s, SH_NOTE_UPDATE_MADE, n->training.round);
     }
     node_checkin_soon(s);
-    node_train_consider(s); /* a newer plan may have come meanwhile */
-    return SH_OK;
+    return node_train_consider(s); /* a newer plan may have come meanwhile */
 }

@@ -48,12 +48,6 @@ size_t sh_snapshot_targets(const sh_snapshot *s)
     return n;
 }
 
-bool sh_snapshot_is_heldout(uint64_t session)
-{
-    uint64_t h = session * 0x9e3779b97f4a7c15ull;
-    return (h >> 32) % SH_SNAPSHOT_HELDOUT_ONE_IN == 0;
-}
-
 static sh_status reserve(sh_snapshot *s, size_t tokens, size_t sessions)
 {
     size_t need = s->n_tokens + tokens, max = SH_SNAPSHOT_TOKENS_MAX;

@@ -94,7 +94,7 @@ typedef struct {
     uint32_t rank;
     float alpha, lr, lr_final, clip;
     uint32_t batch, context, passes_milli, steps_max, warmup; /* passes_milli: 1000 is one pass */
-    uint32_t tokens_min; /* do not train on fewer target tokens */
+    uint32_t tokens_min; /* do not train on fewer target tokens, those held out not counted */
 } sh_train_plan;
 
 /* Federated evaluation: score a candidate beside its parent on the node's own held-out feedback.

@@ -159,12 +159,22 @@ static void test_counts(void **state)
 static void test_too_few(void **state)
 {
     (void)state;
-    sh_snapshot s = make_snapshot(2), none = {0};
+    sh_snapshot s = make_snapshot(SESSIONS), none = {0};
     sh_learn_options o = make_options();
     sh_round_result r = {0};
     o.plan.tokens_min = 10000;
     assert_int_equal(sh_learn_run(model, &s, &o, &r, &err), SH_ERR_LIMIT);
     assert_non_null(strstr(err.text, "10000"));
+    size_t n = 0; /* as the node counts before it starts a training */
+    for (size_t i = 0; i < s.n_sessions; i++)
+        for (size_t k = s.starts[i]; k < (i + 1 < s.n_sessions ? s.starts[i + 1] : s.n_tokens); k++)
+            n += !sh_snapshot_is_heldout(s.sessions[i]) && (s.mask[k] & SH_TOKEN_TARGET) != 0;
+    o.plan.tokens_min = (uint32_t)n + 1;
+    assert_int_equal(sh_learn_run(model, &s, &o, &r, &err), SH_ERR_LIMIT);
+    o.plan.tokens_min = (uint32_t)n;
+    OK(sh_learn_run(model, &s, &o, &r, &err));
+    assert_int_equal(r.samples, n);
+    sh_round_result_release(&r);
     o.plan.tokens_min = 0;
     assert_int_equal(sh_learn_run(model, &none, &o, &r, &err), SH_ERR_LIMIT);
     assert_null(r.update.data);

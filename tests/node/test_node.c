@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "trainer/snapshot.h"
+
 #define RESTS 60000 /* ms after which a link with nothing owed is quiet */
 
 static void a_new_node_is_genesis(void **state)
@@ -252,6 +254,25 @@ static void training_waits_for_what_it_needs(void **state)
     rig_restart(r);
     SAME(r->n_jobs, 0); /* a crash costs its progress; the next plan decides */
     rig_link(r, true);
+    rig_run(r, 3000, false);
+    SAME(r->n_jobs, 1);
+    rig_close(&r);
+}
+
+/* Else the training would fail, as often as it may, on feedback that grows. */
+static void what_is_held_out_is_no_training_text(void **state)
+{
+    (void)state;
+    rig *r = rig_open(4);
+    assert_true(sh_snapshot_is_heldout(0) && !sh_snapshot_is_heldout(1));
+    rig_start(r);
+    rig_link(r, true);
+    r->plan.train = rig_train_plan(r, 1, 1);
+    rig_teach(r, 0, 0, 50, true);
+    rig_teach(r, 1, 0, 9, true);
+    rig_run(r, 3000, false);
+    SAME(r->n_jobs, 0); /* 59 tokens; 9 of 10 to train on */
+    rig_teach(r, 1, 9, 1, true);
     rig_run(r, 3000, false);
     SAME(r->n_jobs, 1);
     rig_close(&r);
@@ -552,6 +573,7 @@ int main(void)
         cmocka_unit_test(a_quiet_window_closes_by_time),
         cmocka_unit_test(an_update_is_made_and_acknowledged),
         cmocka_unit_test(training_waits_for_what_it_needs),
+        cmocka_unit_test(what_is_held_out_is_no_training_text),
         cmocka_unit_test(another_base_is_not_trained_on),
         cmocka_unit_test(an_update_that_is_no_better_stays),
         cmocka_unit_test(failing_training_gives_up),
