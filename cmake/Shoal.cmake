@@ -63,6 +63,12 @@ function(shoal_program NAME)
     set_target_properties(${NAME} PROPERTIES RUNTIME_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/bin")
 endfunction()
 
+# The longest that a test may take; under qemu everything takes much longer.
+set(SHOAL_TEST_SECONDS 900)
+if(CMAKE_CROSSCOMPILING)
+    set(SHOAL_TEST_SECONDS 3600)
+endif()
+
 # shoal_test(NAME SOURCES a.c ... LIBS shoal_x ... [LABELS quick|long|spawns ...] [ARGS ...])
 # A cmocka test. Exit status 77 is a skip, which must say why. spawns: it starts our programs, or
 # itself, which qemu-user cannot (check --arch).
@@ -72,7 +78,7 @@ function(shoal_test NAME)
     target_link_libraries(test_${NAME} PRIVATE shoal_options ${T_LIBS} PkgConfig::CMOCKA)
     target_compile_definitions(test_${NAME} PRIVATE SHOAL_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
     add_test(NAME ${NAME} COMMAND test_${NAME} ${T_ARGS})
-    set_tests_properties(${NAME} PROPERTIES SKIP_RETURN_CODE 77 TIMEOUT 900 LABELS "${T_LABELS}")
+    set_tests_properties(${NAME} PROPERTIES SKIP_RETURN_CODE 77 TIMEOUT ${SHOAL_TEST_SECONDS} LABELS "${T_LABELS}")
 endfunction()
 
 # shoal_fuzz(NAME SOURCE f.c LIBS ... CORPUS dir): with SHOAL_FUZZ a libFuzzer program; always a

@@ -42,7 +42,7 @@ size_t sh_physical_memory(void);
 enum { SH_INPUT_ATTN, SH_INPUT_ATT, SH_INPUT_FFN, SH_INPUT_GATE, SH_LAYER_INPUTS };
 
 /* Of one input: the A of all matrices that read it, of all adapters, side by side. What halves
- * cannot hold is kept apart: t = scales * (x·Aᵀ), powers of two. */
+ * cannot hold, be they values or scales, is kept apart: t = scales * (x·Aᵀ), powers of two. */
 typedef struct {
     sh_lora_a a;         /* rank 0: no matrix is adapted */
     const float *scales; /* [a.rank]; NULL: all 1 */
@@ -102,7 +102,7 @@ typedef struct {
 typedef struct {
     float *norm;        /* [SH_FEW_ROWS, widest input] */
     sh_x_block *blocks; /* of it */
-    float *t, *t_part;  /* [SH_FEW_ROWS, t_rank], [t_rank] */
+    float *t;           /* [SH_FEW_ROWS, t_rank] */
     float *columns;     /* [rows_max, SH_COLUMNS] */
     float *attend, *head;
     void *product;
@@ -110,8 +110,6 @@ typedef struct {
 
 /* So few rows are prepared by every member for itself, which is cheaper than to wait. */
 #define SH_FEW_ROWS 4
-/* Ranges of columns in which the adapters' t is made. */
-#define SH_T_PARTS 4
 /* Columns of `up`, and of logits that are not side by side, made at once. */
 #define SH_COLUMNS 256
 
@@ -127,9 +125,8 @@ struct sh_runner {
     sh_unit *units;       /* [rows_max] */
     uint32_t *row_segment;
     sh_member_scratch *members;
-    void *t_block;  /* of all t; made when an adapter first needs it */
-    float *t;       /* [rows_max, t_rank] */
-    float *t_parts; /* [SH_FEW_ROWS, SH_T_PARTS, t_rank] */
+    void *t_block; /* of all t; made when an adapter first needs it */
+    float *t;      /* [rows_max, t_rank] */
     uint32_t t_rank;
 };
 
@@ -140,7 +137,6 @@ typedef struct {
     uint32_t n_rows, n_out, n_logits;
     uint32_t n_segments, n_segments_logits;
     uint32_t n_units, n_units_out;
-    bool has_lora;
     sh_context *traced; /* NULL: nobody looks */
 } sh_pass;
 /* Every member of the team calls it. */

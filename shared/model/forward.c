@@ -68,59 +68,33 @@ static const sh_lora_input *row_a(const worker *w, const source *s, uint32_t row
     return l->a.rank != 0 ? l : NULL;
 }
 
-/* t is always the sum of that of SH_T_PARTS ranges of columns, whoever makes them. */
-static void make_t_part(const worker *w, const sh_lora_input *l, const float *x, uint32_t part,
-                        float *t)
+/* t of rows begin .. end - 1. Every member reads all of A for itself when the rows are few: it is
+ * a fiftieth of what is multiplied with, and a cache that is shared has it. */
+static void make_t(const worker *w, const source *s, uint32_t begin, uint32_t end, const input *to)
 {
-    sh_lora_a a = l->a;
-    const uint32_t begin = (uint32_t)((uint64_t)a.in * part / SH_T_PARTS);
-    a.a = (const uint8_t *)a.a + (size_t)begin * a.rank * (a.halves ? 2 : 4);
-    a.in = (uint32_t)((uint64_t)l->a.in * (part + 1) / SH_T_PARTS) - begin;
-    w->ops->lora_down(&a, x + begin, 0, a.rank, t);
-}
-
-static void scale_t(const sh_lora_input *l, float *t)
-{
-    for (uint32_t i = 0; l->scales != NULL && i < l->a.rank; i++)
-        t[i] *= l->scales[i];
-}
-
-static void make_t(const worker *w, const source *s, uint32_t row, const float *x, float *t)
-{
-    const sh_lora_input *l = row_a(w, s, row);
-    if (l == NULL)
-        return;
-    make_t_part(w, l, x, 0, t);
-    for (uint32_t part = 1; part < SH_T_PARTS; part++) {
-        make_t_part(w, l, x, part, w->own->t_part);
-        w->ops->add(t, w->own->t_part, l->a.rank);
-    }
-    scale_t(l, t);
-}
-
-/* The same for a few rows, the parts shared out: A is too long for every member to read all. */
-static void make_t_together(const worker *w, const source *s, uint32_t n, const input *to)
-{
-    sh_runner *r = w->r;
-    size_t begin, end;
-    while (sh_team_take(w->me, (size_t)n * SH_T_PARTS, 1, &begin, &end)) {
-        const uint32_t row = (uint32_t)(begin / SH_T_PARTS);
+    for (uint32_t row = begin, next; row < end; row = next) {
         const sh_lora_input *l = row_a(w, s, row);
-        if (l != NULL)
-            make_t_part(w, l, to->x + row * to->ldx, (uint32_t)(begin % SH_T_PARTS),
-                        r->t_parts + begin * r->t_rank);
-    }
-    sh_team_barrier(w->me);
-    for (uint32_t row = 0; row < n; row++) {
-        const sh_lora_input *l = row_a(w, s, row);
+        next = row + 1;
         if (l == NULL)
             continue;
-        const float *parts = r->t_parts + (size_t)row * SH_T_PARTS * r->t_rank;
         float *t = to->t + row * to->ldt;
-        memcpy(t, parts, l->a.rank * sizeof *t);
-        for (uint32_t part = 1; part < SH_T_PARTS; part++)
-            w->ops->add(t, parts + (size_t)part * r->t_rank, l->a.rank);
-        scale_t(l, t);
+        if (l->a.form == SH_FACTOR_INT8) {
+            while (next < end && row_a(w, s, next) == l)
+                next++;
+            const sh_weights a = {
+                .type = SH_TYPE_Q8_0, .out = l->a.rank, .in = l->a.in, .packed = l->a.a};
+            const sh_product product = {.w = &a,
+                                        .blocks = to->blocks + row * to->ldblocks,
+                                        .n = next - row,
+                                        .y = t,
+                                        .ldy = to->ldt};
+            sh_product_run(&product, 0, a.out, w->own->product);
+        } else {
+            w->ops->lora_down(&l->a, to->x + row * to->ldx, 0, l->a.rank, t);
+        }
+        for (uint32_t k = row; l->scales != NULL && k < next; k++)
+            for (uint32_t i = 0; i < l->a.rank; i++)
+                to->t[k * to->ldt + i] *= l->scales[i];
     }
 }
 
@@ -129,21 +103,14 @@ static void make_rows(const worker *w, const source *s, uint32_t begin, uint32_t
                       const input *to)
 {
     const size_t in = s->in;
-    const bool together = w->few && w->me->n > 1;
-    for (uint32_t row = begin; row < end; row++) {
-        const float *x = s->x + row * in;
-        if (s->norm != NULL) {
-            w->ops->rms_norm(x, s->norm, w->c->norm_eps, s->in, norm + row * in);
-            x = norm + row * in;
-        }
-        if (!together)
-            make_t(w, s, row, x, to->t != NULL ? to->t + row * to->ldt : NULL);
-    }
+    for (uint32_t row = begin; s->norm != NULL && row < end; row++)
+        w->ops->rms_norm(s->x + row * in, s->norm, w->c->norm_eps, s->in, norm + row * in);
     if (s->blocks && begin < end)
         sh_x_quantize(to->x + begin * in, in, end - begin, in, to->blocks + begin * to->ldblocks);
+    make_t(w, s, begin, end, to);
 }
 
-/* The input of n rows: its own for each member (no barrier without adapters), or shared. */
+/* The input of n rows: its own for each member, without a barrier, or shared. */
 static input make_input(const worker *w, const source *s, uint32_t n)
 {
     sh_runner *r = w->r;
@@ -156,8 +123,6 @@ static input make_input(const worker *w, const source *s, uint32_t n)
                       .ldt = r->t_rank};
     if (w->few) {
         make_rows(w, s, 0, n, norm, &to);
-        if (w->me->n > 1 && w->pass->has_lora && s->layer < w->c->n_layers)
-            make_t_together(w, s, n, &to);
         return to;
     }
     size_t begin, end;
@@ -206,27 +171,11 @@ static void multiply(const worker *w, const columns *p)
     sh_product_run(&product, 0, weights.out, w->own->product);
 }
 
-/* Of a few rows, B of the first one's adapters is on its way while W is multiplied. */
-static void fetch_b(const worker *w, uint32_t layer, uint32_t m, const columns *p)
-{
-    const sh_lora *lora = w->few ? row_lora(w, p->first) : NULL;
-    if (lora == NULL)
-        return;
-    const sh_lora_b *b = &lora->outputs[(size_t)layer * SH_LAYER_MATRICES + m].b;
-    const size_t size = b->halves ? sizeof(uint16_t) : sizeof(float);
-    for (uint32_t r = 0; r < b->rank; r++) {
-        const uint8_t *row = (const uint8_t *)b->b + ((size_t)r * b->out_padded + p->begin) * size;
-        for (size_t i = 0; i < (p->end - p->begin) * size; i += 64)
-            __builtin_prefetch(row + i, 0, 2);
-    }
-}
-
 /* The same of a layer's matrix, with its bias and the adapters of each row. */
 static void multiply_layer(const worker *w, uint32_t layer, uint32_t m, const columns *p)
 {
     const float *bias = w->r->model->layers[layer].bias[m];
     const uint32_t width = p->end - p->begin;
-    fetch_b(w, layer, m, p);
     multiply(w, p);
     for (uint32_t i = 0; i < p->n; i++) {
         float *y = p->y + i * p->ldy;
@@ -239,7 +188,7 @@ static void multiply_layer(const worker *w, uint32_t layer, uint32_t m, const co
         if (l->b.rank == 0)
             continue;
         sh_lora_b b = l->b;
-        b.b = (const uint8_t *)b.b + (size_t)p->begin * (b.halves ? 2 : 4);
+        b.b = (const uint8_t *)b.b + p->begin / SH_LANES * sh_lora_b_group_bytes(b.form, b.rank);
         w->ops->lora_up(&b, p->in->t + (p->first + i) * p->in->ldt + l->from, 0, width, y);
     }
 }

@@ -112,20 +112,16 @@ sh_status sh_runner_reserve_t(sh_runner *r, uint32_t rank, sh_error *err)
     if (rank <= r->t_rank)
         return SH_OK;
     const unsigned members = sh_team_threads(r->team);
-    const size_t all = (size_t)r->rows_max * rank, own = (size_t)(SH_FEW_ROWS + 1) * rank;
-    const size_t parts = (size_t)SH_FEW_ROWS * SH_T_PARTS * rank;
-    const size_t bytes = (all + parts + members * own) * sizeof(float);
+    const size_t all = (size_t)r->rows_max * rank, own = (size_t)SH_FEW_ROWS * rank;
+    const size_t bytes = (all + members * own) * sizeof(float);
     float *t = sh_alloc_aligned(bytes);
     if (t == NULL)
         return sh_fail(err, SH_ERR_NO_MEMORY, "adapters: no memory for %zu bytes", bytes);
     free(r->t_block);
     r->t_block = r->t = t;
-    r->t_parts = t + all;
     r->t_rank = rank;
-    for (unsigned i = 0; i < members; i++) {
-        r->members[i].t = t + all + parts + i * own;
-        r->members[i].t_part = r->members[i].t + (size_t)SH_FEW_ROWS * rank;
-    }
+    for (unsigned i = 0; i < members; i++)
+        r->members[i].t = t + all + i * own;
     return SH_OK;
 }
 
@@ -243,7 +239,6 @@ static cursor make_pass(sh_runner *runner, cursor at, sh_pass *pass)
     for (uint32_t i = 0; i < pass->n_segments; i++) {
         const sh_segment *s = &runner->segments[i];
         sh_context_fill_angles(s->context, s->position + s->n);
-        pass->has_lora = pass->has_lora || s->context->lora != NULL;
     }
     if (pass->n_segments == 1 && pass->n_logits == pass->n_rows &&
         runner->segments[0].context->trace != NULL)

@@ -49,20 +49,41 @@ typedef struct {
 } sh_attend;
 size_t sh_attend_scratch_bytes(uint32_t head_size);
 
-/* One adapter's factors for matrices that read the same x, as the kernels use them: ranks of all of
- * them side by side. `a` is A transposed: [in, rank], rank a multiple of SH_LANES (filled up with
- * zeros); `b` is one matrix's B transposed, [rank of the matrix, out_padded], alpha / rank and the
- * caller's scale in it, out_padded a multiple of SH_LANES. Halves, or floats. */
+/* Adapters' factors as the kernels use them, in one of three forms: the most exact that a base
+ * matrix of the input needs, so that an adapter takes its share of the base's bytes. */
+typedef enum {
+    SH_FACTOR_F32,  /* of F32 matrices */
+    SH_FACTOR_F16,  /* of F16 and BF16 ones */
+    SH_FACTOR_INT8, /* of quantized ones, with scales */
+} sh_factor;
+
+/* The A of all matrices that read the same x, ranks side by side. F32, F16: A transposed, [in,
+ * rank], rank a multiple of SH_LANES (filled up with zeros). INT8: a Q8_0 matrix [rank, in], packed
+ * (pack.h), for sh_product_run. */
 typedef struct {
     const void *a;
     uint32_t in, rank;
-    bool halves;
+    sh_factor form;
 } sh_lora_a;
+/* One matrix's B, alpha / rank and the caller's scale in it: groups of SH_LANES outputs one after
+ * another, the last filled up with zeros. A group of F32 and F16 is [rank, SH_LANES] values; of
+ * INT8 SH_LANES halves, the outputs' scales, and [rank / 4, SH_LANES, 4] codes, the last ranks
+ * filled up. */
 typedef struct {
     const void *b;
-    uint32_t rank, out_padded;
-    bool halves;
+    uint32_t rank;
+    sh_factor form;
 } sh_lora_b;
+static inline size_t sh_factor_bytes(sh_factor form)
+{
+    return form == SH_FACTOR_F32 ? 4 : form == SH_FACTOR_F16 ? 2 : 1;
+}
+static inline size_t sh_lora_b_group_bytes(sh_factor form, uint32_t rank)
+{
+    if (form == SH_FACTOR_INT8)
+        return SH_LANES * (sizeof(uint16_t) + (size_t)(rank + 3) / 4 * 4);
+    return SH_LANES * rank * sh_factor_bytes(form);
+}
 
 typedef struct {
     /* out[n] = x[n] / rms(x) * weight[n] (Zhang & Sennrich 2019, arXiv:1910.07467) */
@@ -80,7 +101,7 @@ typedef struct {
     void (*swiglu)(float *gate, const float *up, size_t n);
     /* y[n] += x[n] */
     void (*add)(float *y, const float *x, size_t n);
-    /* t[begin .. end) of t = x·Aᵀ; begin and end are multiples of SH_LANES. */
+    /* t[begin .. end) of t = x·Aᵀ, A of floats; begin and end are multiples of SH_LANES. */
     void (*lora_down)(const sh_lora_a *a, const float *x, uint32_t begin, uint32_t end, float *t);
     /* y[begin .. end) += t·Bᵀ, t [rank] from the matrix's own first rank on; begin a multiple of
      * SH_LANES. y is [out], indexed from 0. */

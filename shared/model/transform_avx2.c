@@ -52,6 +52,34 @@ OP v16 lanes_load_halves(const uint16_t *p)
                  _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8)))};
 }
 
+/* Four lanes' four codes at w times x, as four pairs of sums. */
+OP __m256i dot_pairs(__m256i sums, const int8_t *w, __m256i x)
+{
+    const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(codes, x));
+}
+
+OP __m256 sum_pairs(__m256i a, __m256i b)
+{
+    return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8));
+}
+
+/* Σ of 16 lanes of 4 codes at a time, w [n, 16, 4], times x [n, 4]. */
+OP v16 lanes_dot(const int8_t *w, const int8_t *x, uint32_t n)
+{
+    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+    for (uint32_t i = 0; i < n; i++, w += 64) {
+        int32_t four;
+        memcpy(&four, x + 4 * (size_t)i, sizeof four);
+        const __m256i x4 = _mm256_cvtepi8_epi16(_mm_set1_epi32(four));
+        a = dot_pairs(a, w, x4);
+        b = dot_pairs(b, w + 16, x4);
+        c = dot_pairs(c, w + 32, x4);
+        d = dot_pairs(d, w + 48, x4);
+    }
+    return (v16){sum_pairs(a, b), sum_pairs(c, d)};
+}
+
 OP void lanes_store_halves(uint16_t *p, v16 v)
 {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT));

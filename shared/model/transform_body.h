@@ -119,22 +119,28 @@ TARGET static void add(float *y, const float *x, size_t n)
 
 /* ---- low-rank addition ---- */
 
-/* 16 values at place i of an array of floats or halves. */
-OP v16 load_at(const void *p, size_t i, const bool halves)
+#define UP_RANKS        64 /* of int8 that are summed up as integers */
+#define UP_SCALE_BYTES  (SH_LANES * sizeof(uint16_t))
+#define UP_AHEAD_GROUPS 8 /* at decode B comes from a far cache at best */
+#define UP_AHEAD_LINES  4
+
+/* 16 values at place i of an array. */
+OP v16 load_at(const void *p, size_t i, const sh_factor form)
 {
-    return halves ? lanes_load_halves((const uint16_t *)p + i) : lanes_load((const float *)p + i);
+    return form == SH_FACTOR_F16 ? lanes_load_halves((const uint16_t *)p + i)
+                                 : lanes_load((const float *)p + i);
+}
+
+/* At decode an adapter's factors come from memory, as everything does. */
+#define LORA_AHEAD 768 /* values */
+OP void fetch(const void *values, size_t place, const sh_factor form)
+{
+    __builtin_prefetch((const uint8_t *)values + place * sh_factor_bytes(form));
 }
 
 /* `columns` vectors of ranks from rank r on: for each four sums, of every fourth input. */
-/* At decode an adapter's factors come from memory, as everything does. */
-#define LORA_AHEAD 768 /* values */
-OP void fetch(const void *values, size_t place, const bool halves)
-{
-    __builtin_prefetch((const uint8_t *)values + place * (halves ? 2 : 4));
-}
-
 OP void down_step(const sh_lora_a *a, const float *x, uint32_t r, float *t, const int columns,
-                  const bool halves)
+                  const sh_factor form)
 {
     v16 sums[4][LORA_DOWN_COLUMNS];
     SH_UNROLL
@@ -147,11 +153,11 @@ OP void down_step(const sh_lora_a *a, const float *x, uint32_t r, float *t, cons
         SH_UNROLL
         for (uint32_t j = 0; j < 4; j++) {
             const v16 value = lanes_splat(x[i + j]);
-            fetch(a->a, (size_t)(i + j) * a->rank + r + LORA_AHEAD, halves);
+            fetch(a->a, (size_t)(i + j) * a->rank + r + LORA_AHEAD, form);
             SH_UNROLL
             for (int c = 0; c < columns; c++) {
                 const size_t place = (size_t)(i + j) * a->rank + r + (size_t)c * SH_LANES;
-                sums[j][c] = lanes_fma(value, load_at(a->a, place, halves), sums[j][c]);
+                sums[j][c] = lanes_fma(value, load_at(a->a, place, form), sums[j][c]);
             }
         }
     }
@@ -159,7 +165,7 @@ OP void down_step(const sh_lora_a *a, const float *x, uint32_t r, float *t, cons
     for (int c = 0; c < columns; c++) {
         for (uint32_t j = i; j < a->in; j++) {
             const size_t place = (size_t)j * a->rank + r + (size_t)c * SH_LANES;
-            sums[0][c] = lanes_fma(lanes_splat(x[j]), load_at(a->a, place, halves), sums[0][c]);
+            sums[0][c] = lanes_fma(lanes_splat(x[j]), load_at(a->a, place, form), sums[0][c]);
         }
         lanes_store(t + r + c * SH_LANES, lanes_add(lanes_add(sums[0][c], sums[1][c]),
                                                     lanes_add(sums[2][c], sums[3][c])));
@@ -167,54 +173,57 @@ OP void down_step(const sh_lora_a *a, const float *x, uint32_t r, float *t, cons
 }
 
 OP void down(const sh_lora_a *a, const float *x, uint32_t begin, uint32_t end, float *t,
-             const bool halves)
+             const sh_factor form)
 {
     uint32_t r = begin;
     for (; r + LORA_DOWN_COLUMNS * SH_LANES <= end; r += LORA_DOWN_COLUMNS * SH_LANES)
-        down_step(a, x, r, t, LORA_DOWN_COLUMNS, halves);
+        down_step(a, x, r, t, LORA_DOWN_COLUMNS, form);
 #if LORA_DOWN_COLUMNS > 1
     const uint32_t rest = (end - r) / SH_LANES;
     if (rest == 1)
-        down_step(a, x, r, t, 1, halves);
+        down_step(a, x, r, t, 1, form);
     if (rest == 2)
-        down_step(a, x, r, t, 2, halves);
+        down_step(a, x, r, t, 2, form);
     if (rest == 3)
-        down_step(a, x, r, t, 3, halves);
+        down_step(a, x, r, t, 3, form);
 #endif
 }
 
 TARGET static void lora_down(const sh_lora_a *a, const float *x, uint32_t begin, uint32_t end,
                              float *t)
 {
-    if (a->halves)
-        down(a, x, begin, end, t, true);
+    if (a->form == SH_FACTOR_F16)
+        down(a, x, begin, end, t, SH_FACTOR_F16);
     else
-        down(a, x, begin, end, t, false);
+        down(a, x, begin, end, t, SH_FACTOR_F32);
 }
 
+/* `vectors` groups from output o on. A sum goes by the ranks in order, whatever is beside it. */
 OP void up_step(const sh_lora_b *b, const float *t, uint32_t o, v16 *sums, const int vectors,
-                const bool halves)
+                const sh_factor form)
 {
+    const size_t group_bytes = sh_lora_b_group_bytes(form, b->rank);
+    const uint8_t *group = (const uint8_t *)b->b + o / SH_LANES * group_bytes;
     SH_UNROLL
     for (int c = 0; c < vectors; c++)
         sums[c] = lanes_zero();
     for (uint32_t r = 0; r < b->rank; r++) {
         const v16 value = lanes_splat(t[r]);
-        const size_t place = (size_t)r * b->out_padded + o;
         SH_UNROLL
         for (int c = 0; c < vectors; c++)
-            sums[c] =
-                lanes_fma(value, load_at(b->b, place + (size_t)c * SH_LANES, halves), sums[c]);
+            sums[c] = lanes_fma(
+                value, load_at(group + (size_t)c * group_bytes, (size_t)r * SH_LANES, form),
+                sums[c]);
     }
 }
 
 OP void up(const sh_lora_b *b, const float *t, uint32_t begin, uint32_t end, float *y,
-           const bool halves)
+           const sh_factor form)
 {
     v16 sums[LORA_UP_VECTORS];
     uint32_t o = begin;
     for (; o + LORA_UP_VECTORS * SH_LANES <= end; o += LORA_UP_VECTORS * SH_LANES) {
-        up_step(b, t, o, sums, LORA_UP_VECTORS, halves);
+        up_step(b, t, o, sums, LORA_UP_VECTORS, form);
         SH_UNROLL
         for (uint32_t c = 0; c < LORA_UP_VECTORS; c++) {
             float *place = y + o + (size_t)c * SH_LANES;
@@ -223,18 +232,58 @@ OP void up(const sh_lora_b *b, const float *t, uint32_t begin, uint32_t end, flo
     }
     for (; o < end; o += SH_LANES) {
         const uint32_t n = SH_MIN(SH_LANES, end - o);
-        up_step(b, t, o, sums, 1, halves);
+        up_step(b, t, o, sums, 1, form);
         lanes_store_part(y + o, lanes_add(lanes_load_part(y + o, n), sums[0]), n);
+    }
+}
+
+/* t[n] ≈ d * codes, codes filled up to four; what is not finite makes d so. */
+OP float quantize_t(const float *t, uint32_t n, int8_t codes[UP_RANKS])
+{
+    float largest = 0;
+    for (uint32_t r = 0; r < n; r++)
+        largest = fabsf(t[r]) <= largest ? largest : fabsf(t[r]);
+    memset(codes, 0, UP_RANKS);
+    const float inverse = 127 / largest;
+    for (uint32_t r = 0; r < n && inverse <= FLT_MAX && largest <= FLT_MAX; r++)
+        codes[r] = (int8_t)lrintf(t[r] * inverse);
+    return largest / 127;
+}
+
+/* Both factors as int8: the dot product of UP_RANKS ranks is an exact integer. */
+OP void up_codes(const sh_lora_b *b, const float *t, uint32_t begin, uint32_t end, float *y)
+{
+    const size_t group_bytes = sh_lora_b_group_bytes(SH_FACTOR_INT8, b->rank);
+    for (uint32_t first = 0; first < b->rank; first += UP_RANKS) {
+        const uint32_t ranks = SH_MIN(b->rank - first, UP_RANKS);
+        int8_t codes[UP_RANKS];
+        const v16 d = lanes_splat(quantize_t(t + first, ranks, codes));
+        const uint8_t *group = (const uint8_t *)b->b + begin / SH_LANES * group_bytes;
+        for (uint32_t o = begin; o < end; o += SH_LANES, group += group_bytes) {
+            const int8_t *own = (const int8_t *)group + UP_SCALE_BYTES + (size_t)first * SH_LANES;
+            SH_UNROLL
+            for (size_t i = 0; i < UP_AHEAD_LINES; i++)
+                __builtin_prefetch(own + UP_AHEAD_GROUPS * group_bytes + 64 * i);
+            const v16 scales = lanes_mul(lanes_load_halves((const uint16_t *)group), d);
+            const v16 sums = lanes_mul(lanes_dot(own, codes, (ranks + 3) / 4), scales);
+            const uint32_t n = SH_MIN(SH_LANES, end - o);
+            if (n == SH_LANES)
+                lanes_store(y + o, lanes_add(lanes_load(y + o), sums));
+            else
+                lanes_store_part(y + o, lanes_add(lanes_load_part(y + o, n), sums), n);
+        }
     }
 }
 
 TARGET static void lora_up(const sh_lora_b *b, const float *t, uint32_t begin, uint32_t end,
                            float *y)
 {
-    if (b->halves)
-        up(b, t, begin, end, y, true);
+    if (b->form == SH_FACTOR_INT8)
+        up_codes(b, t, begin, end, y);
+    else if (b->form == SH_FACTOR_F16)
+        up(b, t, begin, end, y, SH_FACTOR_F16);
     else
-        up(b, t, begin, end, y, false);
+        up(b, t, begin, end, y, SH_FACTOR_F32);
 }
 
 /* ---- loss ---- */

@@ -27,35 +27,14 @@ enum { TRAINS, TAKES, NODES };
 
 static const char *bin;
 
-static const char *const aggregator_words[] = {"--learn.drifting-min",
-                                               "0",
-                                               "--learn.buffer",
-                                               "1",
-                                               "--learn.rounds-max",
-                                               "1",
-                                               "--learn.rank",
-                                               "16",
-                                               "--learn.alpha",
-                                               "16",
-                                               "--learn.context",
-                                               "32",
-                                               "--learn.batch",
-                                               "1",
-                                               "--learn.tokens-min",
-                                               "32",
-                                               "--learn.steps-max",
-                                               "10",
-                                               "--gate.overall-max",
-                                               "10",
-                                               "--gate.slice-max",
-                                               "100",
-                                               "--gate.tokens",
-                                               "512",
-                                               "--merge.cosine-min",
-                                               "-1",
-                                               "--learn.round-ms-max",
-                                               "0",
-                                               NULL};
+static const char *const aggregator_words[] = {
+    "--learn.drifting-min", "0", "--learn.buffer", "1", "--learn.rounds-max", "1", "--learn.rank",
+    "16", "--learn.alpha", "16", "--learn.context", "32", "--learn.batch", "1",
+    /* so much, so gently, that the only update of
+     * the only round is better and is sent */
+    "--learn.tokens-min", "256", "--learn.lr", "0.001", "--learn.steps-max", "20",
+    "--gate.overall-max", "10", "--gate.slice-max", "100", "--gate.tokens", "512",
+    "--merge.cosine-min", "-1", "--learn.round-ms-max", "0", NULL};
 static const char *const takes_words[] = {"--train.enabled=false", NULL};
 
 typedef struct {

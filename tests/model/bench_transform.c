@@ -159,6 +159,7 @@ static void bench_attention(sh_level level, attention *t, double top)
 
 /* ---- low rank ---- */
 
+#define LORA_OUT 1536
 typedef struct {
     const sh_transform *ops;
     sh_lora_a a;
@@ -176,25 +177,28 @@ static void run_down(void *arg)
 static void run_up(void *arg)
 {
     const low_rank *l = arg;
-    l->ops->lora_up(&l->b, l->x, 0, l->b.out_padded, l->y);
+    l->ops->lora_up(&l->b, l->x, 0, LORA_OUT, l->y);
 }
 
 static void bench_lora(sh_level level, const void *factors, const float *x, float *y)
 {
-    for (int halves = 0; halves < 2; halves++) {
+    static const char *const names[] = {"floats", "halves", "int8"};
+    for (sh_factor form = SH_FACTOR_F32; form <= SH_FACTOR_INT8; form++) {
         low_rank l = {
             .ops = sh_transform_at(level),
-            .a = {.a = factors, .in = 576, .rank = 48, .halves = halves},
-            .b = {.b = factors, .rank = 16, .out_padded = 1536, .halves = halves},
+            .a = {.a = factors, .in = 576, .rank = 48, .form = form},
+            .b = {.b = factors, .rank = 16, .form = form},
             .x = x,
             .y = y,
         };
-        const double size = halves ? 2e-9 : 4e-9;
-        printf("%-12s lora   %-6s down 576x48 %5.1f GB/s, ", sh_level_name(level),
-               halves ? "halves" : "floats", 576 * 48 * size / time_of(run_down, &l));
-        l.a.rank = 16;
-        printf("576x16 %5.1f GB/s, up 16x1536 %5.1f GB/s\n",
-               576 * 16 * size / time_of(run_down, &l), 16 * 1536 * size / time_of(run_up, &l));
+        const double size = 1e-9 * (double)sh_factor_bytes(form);
+        printf("%-12s lora   %-6s ", sh_level_name(level), names[form]);
+        if (form != SH_FACTOR_INT8) { /* its A is a product */
+            printf("down 576x48 %5.1f GB/s, ", 576 * 48 * size / time_of(run_down, &l));
+            l.a.rank = 16;
+            printf("576x16 %5.1f GB/s, ", 576 * 16 * size / time_of(run_down, &l));
+        }
+        printf("up 16x1536 %5.1f GB/s\n", 16 * LORA_OUT * size / time_of(run_up, &l));
     }
 }
 

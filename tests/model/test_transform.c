@@ -552,8 +552,8 @@ static void test_log_sum_exp(void **state)
 
 /* ---- low rank ---- */
 
-/* Factors with `rank` ranks, halves or floats, from values that halves hold exactly. */
-static void *factor(sh_rng *rng, size_t n, bool halves, float **values)
+/* A factor in floats or halves, from values that halves hold exactly. */
+static void *factor(sh_rng *rng, size_t n, sh_factor form, float **values)
 {
     *values = normals(rng, n);
     uint16_t *packed = malloc(n * sizeof *packed);
@@ -562,7 +562,7 @@ static void *factor(sh_rng *rng, size_t n, bool halves, float **values)
         packed[i] = sh_f32_to_f16((*values)[i]);
         (*values)[i] = sh_f16_to_f32(packed[i]);
     }
-    if (halves)
+    if (form == SH_FACTOR_F16)
         return packed;
     free(packed);
     float *copy = floats(n);
@@ -570,14 +570,14 @@ static void *factor(sh_rng *rng, size_t n, bool halves, float **values)
     return copy;
 }
 
-static void check_down(uint32_t in, uint32_t rank, bool halves)
+static void check_down(uint32_t in, uint32_t rank, sh_factor form)
 {
     sh_rng rng;
     sh_rng_init(&rng, SEED, in, rank);
     const uint32_t padded = (uint32_t)SH_LANES_UP(rank);
     float *values = NULL, *x = normals(&rng, in), *t = floats(padded), *before = NULL;
-    void *packed = factor(&rng, (size_t)in * padded, halves, &values);
-    const sh_lora_a a = {.a = packed, .in = in, .rank = padded, .halves = halves};
+    void *packed = factor(&rng, (size_t)in * padded, form, &values);
+    const sh_lora_a a = {.a = packed, .in = in, .rank = padded, .form = form};
     FOR_LEVELS(level)
     {
         const sh_transform *ops = sh_transform_at(level);
@@ -614,14 +614,41 @@ static void check_down(uint32_t in, uint32_t rank, bool halves)
     free(t);
 }
 
-static void check_up(uint32_t rank, uint32_t out, bool halves)
+/* B of `out` outputs, as codes and scales; values as factor()'s. Codes reach -127 and 127. */
+static void *codes_of(sh_rng *rng, uint32_t rank, uint32_t groups, float *values)
+{
+    const size_t group_bytes = sh_lora_b_group_bytes(SH_FACTOR_INT8, rank);
+    uint8_t *packed = calloc(groups, group_bytes);
+    assert_non_null(packed);
+    for (uint32_t g = 0; g < groups; g++) {
+        uint16_t *scales = (uint16_t *)(void *)(packed + g * group_bytes);
+        int8_t *codes = (int8_t *)(scales + SH_LANES);
+        for (uint32_t i = 0; i < SH_LANES; i++)
+            scales[i] = sh_f32_to_f16((float)sh_rng_below(rng, 1000) * 1e-4f); /* 0 as well */
+        for (uint32_t i = 0; i < rank * SH_LANES; i++) {
+            const uint32_t r = i / SH_LANES, lane = i % SH_LANES;
+            const int code = (int)sh_rng_below(rng, 255) - 127;
+            codes[(r / 4 * SH_LANES + lane) * 4 + r % 4] = (int8_t)code;
+            values[g * rank * SH_LANES + i] = sh_f16_to_f32(scales[lane]) * (float)code;
+        }
+    }
+    return packed;
+}
+
+static void check_up(uint32_t rank, uint32_t out, sh_factor form)
 {
     sh_rng rng;
     sh_rng_init(&rng, SEED, rank, out);
     const uint32_t padded = (uint32_t)SH_LANES_UP(out);
     float *values = NULL, *t = normals(&rng, rank), *y0 = normals(&rng, out), *before = NULL;
-    void *packed = factor(&rng, (size_t)rank * padded, halves, &values);
-    const sh_lora_b b = {.b = packed, .rank = rank, .out_padded = padded, .halves = halves};
+    void *packed = factor(&rng, (size_t)rank * padded, form, &values);
+    if (form == SH_FACTOR_INT8) {
+        free(packed);
+        packed = codes_of(&rng, rank, padded / SH_LANES, values);
+        for (uint32_t r = 0; r < rank; r++) /* what int8 holds exactly, 64 ranks at a time */
+            t[r] = 0.25f * (r % 64 == 0 ? 127 : (float)sh_rng_below(&rng, 255) - 127);
+    }
+    const sh_lora_b b = {.b = packed, .rank = rank, .form = form};
     FOR_LEVELS(level)
     {
         const sh_transform *ops = sh_transform_at(level);
@@ -633,8 +660,9 @@ static void check_up(uint32_t rank, uint32_t out, bool halves)
         for (uint32_t o = 0; o < out; o++) {
             double want = (double)y0[o], size = fabs(want);
             for (uint32_t r = 0; r < rank; r++) {
-                want += (double)t[r] * (double)values[(size_t)r * padded + o];
-                size += fabs((double)t[r] * (double)values[(size_t)r * padded + o]);
+                const size_t at = ((size_t)(o / SH_LANES) * rank + r) * SH_LANES + o % SH_LANES;
+                want += (double)t[r] * (double)values[at];
+                size += fabs((double)t[r] * (double)values[at]);
             }
             expect_near("lora_up", (double)y[o], want, 1e-6 * size);
         }
@@ -662,16 +690,18 @@ static void test_lora(void **state)
 {
     (void)state;
     for (uint32_t rank = 1; rank <= 40; rank++)
-        for (int halves = 0; halves < 2; halves++) {
-            check_down(5 + 37 * rank % 101, rank, halves);
-            check_up(rank, 1 + 53 * rank % 307, halves);
+        for (sh_factor form = SH_FACTOR_F32; form <= SH_FACTOR_INT8; form++) {
+            if (form != SH_FACTOR_INT8) /* its A is a product, tested as such */
+                check_down(5 + 37 * rank % 101, rank, form);
+            check_up(rank, 1 + 53 * rank % 307, form);
         }
     for (uint32_t n = 1; n <= 9; n++) { /* every remainder of inputs, many columns of ranks */
-        check_down(n, 16 * n, n % 2 != 0);
-        check_up(n, 16 * n, n % 2 == 0);
+        check_down(n, 16 * n, n % 2 != 0 ? SH_FACTOR_F16 : SH_FACTOR_F32);
+        check_up(n, 16 * n, (sh_factor)(n % 3));
     }
-    check_down(576, 48, true);
-    check_up(16, 1536, true);
+    check_down(576, 48, SH_FACTOR_F16);
+    check_up(16, 1536, SH_FACTOR_F16);
+    check_up(16, 1536, SH_FACTOR_INT8);
 }
 
 /* ---- levels ---- */
