@@ -314,7 +314,7 @@ static void attend(const worker *w, uint32_t layer, uint32_t n_units_out)
     const sh_pass *pass = w->pass;
     const uint32_t kv = w->c->n_kv_heads, group = w->c->n_heads / kv;
     size_t begin, end;
-    if (w->few && kv % w->me->n == 0) { /* nobody would wait longer than for the barrier */
+    if (w->few && kv >= w->me->n) { /* nobody would wait much longer than for the barrier */
         while (sh_team_take(w->me, kv, 1, &begin, &end)) {
             for (uint32_t u = 0; u < pass->n_units; u++)
                 prepare_unit(w, layer, u, (uint32_t)begin, u < n_units_out);
@@ -330,8 +330,9 @@ static void attend(const worker *w, uint32_t layer, uint32_t n_units_out)
     sh_team_barrier(w->me);
     if (n_units_out == 0)
         return;
-    /* Heads of a group share their keys and values, unless that leaves members without work. */
-    const uint32_t parts = (size_t)n_units_out * kv >= (size_t)w->me->n * PIECES ? 1 : group;
+    /* Heads of a group share their keys and values, unless that leaves members without work: one
+     * head alone takes most of the time of all three. */
+    const uint32_t parts = (size_t)n_units_out * kv >= w->me->n ? 1 : group;
     while (sh_team_take(w->me, (size_t)n_units_out * kv * parts, 1, &begin, &end)) {
         const uint32_t part = (uint32_t)(begin % parts);
         const uint32_t head = (uint32_t)(begin / parts % kv);
