@@ -64,7 +64,11 @@ typedef struct {
     double load_s, first_token_s;
     series prefill, decode, decode_base; /* decode_base: without the adapter */
     size_t rss_bytes, weight_bytes;
-    double read_bytes_per_s, int8_per_s, f32_per_s;
+    double int8_per_s, f32_per_s;
+    /* Of each repeat: decode with the adapter over without; memory's rate, and the share of it that
+     * decode's weights had. On a busy machine a ratio of neighbours says more than one of medians.
+     */
+    series kept, read, share;
 } bench;
 
 static double now_s(void)
@@ -164,14 +168,23 @@ static sh_status measure_prefill(bench *b, series *s, sh_error *err)
     return SH_OK;
 }
 
-static sh_status measure_decode(bench *b, series *s, sh_error *err)
+static sh_status measure_decode(bench *b, double *rate, sh_error *err)
 {
     sh_context_truncate(b->context.context, 0);
     const double begun = now_s();
     for (int64_t i = 0; i < b->o->decode; i++)
         SH_TRY(sh_context_decode(b->context.context, &b->tokens[i], 1, SH_LOGITS_LAST, b->logits,
                                  err));
-    add_rate(s, (double)b->o->decode / (now_s() - begun));
+    *rate = (double)b->o->decode / (now_s() - begun);
+    return SH_OK;
+}
+
+static sh_status measure_memory(bench *b, double decode, sh_error *err)
+{
+    double read;
+    SH_TRY(sh_ceiling_read(b->loaded.team, CEILING_BYTES, &read, err));
+    add_rate(&b->read, read);
+    add_rate(&b->share, decode * (double)b->weight_bytes / read);
     return SH_OK;
 }
 
@@ -185,23 +198,29 @@ static sh_status use_adapter(bench *b, bool on, sh_error *err)
 static sh_status measure(bench *b, sh_error *err)
 {
     const bool terminal = isatty(STDERR_FILENO) == 1;
-    series warm = {0};
-    SH_TRY(measure_decode(b, &warm, err));
+    double base, rate; /* the first is to warm up */
+    SH_TRY(measure_decode(b, &rate, err));
     for (int64_t i = 0; i < b->o->repeats; i++) {
         if (terminal)
             fprintf(stderr, "\rbench: repeat %lld of %lld", (long long)i + 1,
                     (long long)b->o->repeats);
         if (b->loaded.n_adapters > 0) {
             SH_TRY(use_adapter(b, false, err));
-            SH_TRY(measure_decode(b, &b->decode_base, err));
+            SH_TRY(measure_decode(b, &base, err));
             SH_TRY(use_adapter(b, true, err));
+            add_rate(&b->decode_base, base);
         }
         SH_TRY(measure_prefill(b, &b->prefill, err));
-        SH_TRY(measure_decode(b, &b->decode, err));
+        SH_TRY(measure_decode(b, &rate, err));
+        add_rate(&b->decode, rate);
+        if (b->loaded.n_adapters > 0)
+            add_rate(&b->kept, rate / base);
+        if (i == 0)
+            b->rss_bytes = resident_bytes();
+        if (b->o->ceilings)
+            SH_TRY(measure_memory(b, rate, err));
     }
-    b->rss_bytes = resident_bytes();
     if (b->o->ceilings) {
-        SH_TRY(sh_ceiling_read(b->loaded.team, CEILING_BYTES, &b->read_bytes_per_s, err));
         b->int8_per_s = sh_ceiling_int8(b->loaded.team);
         b->f32_per_s = sh_ceiling_f32(b->loaded.team);
     }
@@ -232,6 +251,8 @@ static sh_status print_json(const bench *b, sh_error *err)
     set_series(object, "decode", &b->decode);
     if (b->loaded.n_adapters > 0)
         set_series(object, "decode_without_lora", &b->decode_base);
+    if (b->loaded.n_adapters > 0)
+        sh_json_set(object, "decode_with_over_without_lora", sh_json_number(median(&b->kept)));
     sh_json_set(object, "prefill_tokens", json_integer(o->prefill));
     sh_json_set(object, "decode_tokens", json_integer(o->decode));
     sh_json_set(object, "load_s", sh_json_number(b->load_s));
@@ -243,7 +264,8 @@ static sh_status print_json(const bench *b, sh_error *err)
     sh_json_set(object, "kernel", json_string(sh_kernel_level()));
     sh_json_set(object, "threads", json_integer(o->model.threads));
     if (o->ceilings) {
-        sh_json_set(object, "read_bytes_per_s", sh_json_number(b->read_bytes_per_s));
+        sh_json_set(object, "read_bytes_per_s", sh_json_number(median(&b->read)));
+        sh_json_set(object, "decode_read_share", sh_json_number(median(&b->share)));
         sh_json_set(object, "int8_ops_per_s", sh_json_number(b->int8_per_s));
         sh_json_set(object, "f32_flops", sh_json_number(b->f32_per_s));
     }
@@ -267,10 +289,12 @@ static sh_status print_text(const bench *b, sh_error *err)
     if (b->loaded.n_adapters > 0)
         print_series("decode, no adapter", o->decode, &b->decode_base);
     print_series(b->loaded.n_adapters > 0 ? "decode, adapter" : "decode", o->decode, &b->decode);
+    if (b->loaded.n_adapters > 0)
+        printf("%-22s %10.3f of without\n", "decode, adapter", median(&b->kept));
     printf("%-22s %10.1f GB/s of weights\n", "decode reads", read * 1e-9);
     if (o->ceilings) {
         printf("%-22s %10.1f GB/s (decode: %.0f %%)\n", "memory reads at most",
-               b->read_bytes_per_s * 1e-9, 100 * read / b->read_bytes_per_s);
+               median(&b->read) * 1e-9, 100 * median(&b->share));
         printf("%-22s %10.1f Gop/s int8, %.1f GFLOP/s\n", "cores do at most", b->int8_per_s * 1e-9,
                b->f32_per_s * 1e-9);
     }

@@ -6,11 +6,13 @@
 #include "shared/base/hash.h"
 #include "shared/base/log.h"
 #include "shared/math/pack.h"
+#include "shared/model/chat.h"
 #include "shared/model/model.h"
 #include "shared/model/quantize.h"
 
 #define TEXT_BYTES_MAX (1u << 20)
 #define KV_TOKENS      1000u
+#define NAME_BYTES     128
 #define TYPES_END      64u /* GGUF numbers of types are below it */
 
 typedef struct {
@@ -156,6 +158,33 @@ static const char *rope_name(const sh_model *model)
     return model->rope_factors ? "freqs" : names[model->config.rope_scaling];
 }
 
+/* "gpt2 (smollm)": what a GGUF says of its tokenizer, which the model was opened with. */
+static void tokenizer_name(const subject *s, char *out, size_t bytes)
+{
+    const char *kind = "", *rule = "";
+    size_t n_kind = 0, n_rule = 0;
+    if (sh_gguf_get_string(s->gguf, "tokenizer.ggml.model", &kind, &n_kind, NULL) != SH_OK)
+        n_kind = 0;
+    if (sh_gguf_get_string(s->gguf, "tokenizer.ggml.pre", &rule, &n_rule, NULL) != SH_OK)
+        n_rule = 0;
+    snprintf(out, bytes, n_rule > 0 ? "%.*s (%.*s)" : "%.*s", (int)n_kind, kind, (int)n_rule, rule);
+}
+
+static json_t *tokenizer_json(const subject *s)
+{
+    const sh_tokenizer *t = s->model->tokenizer;
+    json_t *o = json_object();
+    char name[NAME_BYTES];
+    tokenizer_name(s, name, sizeof name);
+    sh_json_set(o, "kind", text_json(name, strlen(name)));
+    sh_json_set(o, "tokens", json_integer(sh_tokenizer_size(t)));
+    sh_json_set(o, "bos", json_integer(sh_tokenizer_bos(t)));
+    sh_json_set(o, "eos", json_integer(sh_tokenizer_eos(t)));
+    sh_json_set(o, "adds_bos", json_boolean(sh_tokenizer_adds_bos(t)));
+    sh_json_set(o, "chat", json_string(sh_chat_family_name(sh_chat_detect(s->gguf))));
+    return o;
+}
+
 static json_t *config_json(const sh_model *model)
 {
     const sh_model_config *c = &model->config;
@@ -234,6 +263,8 @@ static sh_status print_subject_json(const subject *s, sh_error *err)
         sh_json_set(o, "runs", json_boolean(s->model != NULL));
     if (s->model != NULL)
         sh_json_set(o, "config", config_json(s->model));
+    if (s->model != NULL)
+        sh_json_set(o, "tokenizer", tokenizer_json(s));
     if (s->model != NULL)
         sh_json_set(o, "memory", memory_json(s));
     sh_json_set(o, "types", types_json(s));
@@ -323,7 +354,14 @@ static void print_model(const subject *s)
            c->ffn, c->vocab, c->context, c->tied_output ? ", tied output" : "");
     printf("rope        %s, base %g, pairs %s\n", rope_name(s->model), (double)c->rope_base,
            c->rope_halves ? "a half head apart" : "adjacent");
-    printf("tokenizer   %u tokens\n", sh_tokenizer_size(s->model->tokenizer));
+    const sh_tokenizer *t = s->model->tokenizer;
+    char name[NAME_BYTES];
+    tokenizer_name(s, name, sizeof name);
+    fputs("tokenizer   ", stdout);
+    print_text((const uint8_t *)name, strlen(name));
+    printf(", %u tokens, BOS %d%s, EOS %d; chat template: %s\n", sh_tokenizer_size(t),
+           sh_tokenizer_bos(t), sh_tokenizer_adds_bos(t) ? " (added)" : " (not added)",
+           sh_tokenizer_eos(t), sh_chat_family_name(sh_chat_detect(s->gguf)));
     printf("memory      file %" PRIu64 ", packed %" PRIu64 ", cache of %u tokens %" PRIu64
            " bytes (F16)\n",
            s->bytes, s->packed_bytes, KV_TOKENS, s->kv_bytes);

@@ -60,25 +60,12 @@ static void show_progress(size_t done, size_t n, bool terminal)
         fprintf(stderr, "perplexity: %zu of %zu chunks\n", done, n);
 }
 
-/* The loss is of one adapter, with its scale. */
-static sh_status take_adapter(const sh_cli_loaded *l, sh_adapter **out, sh_error *err)
-{
-    *out = l->adapters[0]; /* NULL: none */
-    if (l->n_adapters > 1)
-        return sh_fail(err, SH_ERR_USAGE, "perplexity takes one --lora, not %zu", l->n_adapters);
-    if (*out != NULL)
-        (*out)->alpha *= l->scales[0];
-    return SH_OK;
-}
-
 static sh_status measure(const sh_cli_loaded *l, const perplexity_options *o, const int32_t *tokens,
                          size_t n_tokens, sh_loss *out, sh_error *err)
 {
     sh_status status = SH_OK;
     sh_pool *pool = NULL;
-    sh_adapter *adapter;
     sh_loss total = {0};
-    SH_TRY(take_adapter(l, &adapter, err));
     const bool terminal = isatty(STDERR_FILENO) == 1;
     const size_t chunk = (size_t)o->context, n_chunks = n_tokens / chunk;
     if (n_chunks == 0)
@@ -88,9 +75,15 @@ static sh_status measure(const sh_cli_loaded *l, const perplexity_options *o, co
         SH_GOTO(sh_pool_create((unsigned)o->model.threads, &pool, err));
     for (size_t done = 0; done < n_chunks;) {
         const size_t now = SH_MIN(CHUNKS_A_STEP, n_chunks - done);
-        const sh_loss_text text = {tokens + done * chunk, now * chunk, (uint32_t)chunk, true};
+        const sh_loss_text text = {.tokens = tokens + done * chunk,
+                                   .n_tokens = now * chunk,
+                                   .chunk = (uint32_t)chunk,
+                                   .half = true,
+                                   .adapters = (const sh_adapter *const *)l->adapters,
+                                   .scales = l->scales,
+                                   .n_adapters = l->n_adapters};
         sh_loss part;
-        SH_GOTO(sh_model_loss_pool(l->model, adapter, &text, pool, &part, err));
+        SH_GOTO(sh_model_loss_pool(l->model, &text, pool, &part, err));
         total.nll_sum += part.nll_sum;
         total.n_scored += part.n_scored;
         total.n_tokens += part.n_tokens;

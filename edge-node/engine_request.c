@@ -24,7 +24,7 @@ struct sh_generation {
     sh_proposing how;
     const char *stops[SH_STOPS_MAX + 1]; /* copies: the client's, and what ends a chat's turn */
     size_t n_stops;
-    bool proposing, done;
+    bool proposing, done, prompt_counted;
 };
 
 static uint64_t now_ns(void)
@@ -379,7 +379,8 @@ static void end_answer(sh_generation *g)
     if (!g->seat.failed)
         hand_over(g, &proposal);
     pthread_mutex_lock(&e->lock);
-    e->status.prompt_tokens += g->info.prompt_tokens;
+    e->status.prompt_tokens += g->prompt_counted ? 0 : g->info.prompt_tokens;
+    g->prompt_counted = true;
     e->status.completion_tokens += g->info.completion_tokens;
     pthread_mutex_unlock(&e->lock);
 }

@@ -24,13 +24,15 @@ typedef struct {
     int threads;
     double prefill, decode, decode_base; /* tokens/s; decode_base: without the adapter */
     double peer_prefill, peer_decode;    /* 0: not measured */
+    /* Ours over the peer's of a round; with the adapter over without; of what memory gave then. */
+    double prefill_ratio, decode_ratio, lora_ratio, read_share;
     double weight_bytes, rss_bytes, load_s;
     double first_token_s, first_token_in_place_s;
 } bench_row;
 
 typedef struct {
     int threads;
-    double read_bytes_per_s, int8_ops_per_s, f32_flops;
+    double read_bytes_per_s, int8_ops_per_s, f32_flops; /* medians over the rounds of all rows */
 } bench_ceiling;
 
 typedef struct {

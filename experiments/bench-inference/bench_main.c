@@ -15,6 +15,7 @@
 #define PAGE_BYTES_MAX   (1u << 20)
 #define LORA_RANK        16
 #define REPEATS          3 /* of each program in a round */
+#define CEILINGS_MAX     (8 * BENCH_ROUNDS_MAX)
 #define MARK_BEGIN       "<!-- made by shoal-bench-inference: begin -->\n"
 #define MARK_END         "<!-- made by shoal-bench-inference: end -->\n"
 
@@ -125,11 +126,19 @@ static double number(const json_t *object, const char *key)
 typedef struct {
     double prefill[BENCH_ROUNDS_MAX], decode[BENCH_ROUNDS_MAX], base[BENCH_ROUNDS_MAX];
     double peer_prefill[BENCH_ROUNDS_MAX], peer_decode[BENCH_ROUNDS_MAX];
+    double prefill_ratio[BENCH_ROUNDS_MAX], decode_ratio[BENCH_ROUNDS_MAX];
+    double lora_ratio[BENCH_ROUNDS_MAX], read_share[BENCH_ROUNDS_MAX];
     size_t n;
 } rounds;
 
+/* The ceilings that were measured beside rows of one number of threads. */
+typedef struct {
+    double read[CEILINGS_MAX], int8[CEILINGS_MAX], f32[CEILINGS_MAX];
+    size_t n;
+} ceilings;
+
 static sh_status measure_ours(bench_run *run, const char *model, bench_row *row, rounds *all,
-                              sh_error *err)
+                              ceilings *limits, sh_error *err)
 {
     const bench_case *c = row->what;
     char lora[SH_PATH_BYTES];
@@ -148,7 +157,14 @@ static sh_status measure_ours(bench_run *run, const char *model, bench_row *row,
         lora_path(run, c, lora);
         fleet_words_addf(&words, "--lora=%s", lora);
     }
+    fleet_words_add(&words, "--ceilings");
     SH_TRY(run_json(run, &words, &result, err));
+    SH_ASSERT(limits->n < CEILINGS_MAX);
+    limits->read[limits->n] = number(result, "read_bytes_per_s");
+    limits->int8[limits->n] = number(result, "int8_ops_per_s");
+    limits->f32[limits->n++] = number(result, "f32_flops");
+    all->read_share[all->n] = number(result, "decode_read_share");
+    all->lora_ratio[all->n] = number(result, "decode_with_over_without_lora");
     all->prefill[all->n] = number(result, "prefill_tokens_per_s");
     all->decode[all->n] = number(result, "decode_tokens_per_s");
     all->base[all->n] = number(result, "decode_without_lora_tokens_per_s");
@@ -234,7 +250,8 @@ static sh_status measure_peer(const bench_run *run, const char *model, const ben
     return SH_OK;
 }
 
-static sh_status measure_case(bench_run *run, const bench_case *c, int threads, sh_error *err)
+static sh_status measure_case(bench_run *run, const bench_case *c, int threads, ceilings *limits,
+                              sh_error *err)
 {
     char model[SH_PATH_BYTES];
     rounds all = {0};
@@ -247,8 +264,12 @@ static sh_status measure_case(bench_run *run, const bench_case *c, int threads, 
         fprintf(stderr, "bench: %s %s%s, %d thread%s, round %d of %d\n", c->shape, c->type,
                 c->lora ? " with an adapter" : "", threads, threads == 1 ? "" : "s", round + 1,
                 run->rounds);
-        SH_TRY(measure_ours(run, model, row, &all, err));
+        SH_TRY(measure_ours(run, model, row, &all, limits, err));
         SH_TRY(measure_peer(run, model, row, &all, err));
+        if (all.peer_decode[all.n] > 0) {
+            all.prefill_ratio[all.n] = all.prefill[all.n] / all.peer_prefill[all.n];
+            all.decode_ratio[all.n] = all.decode[all.n] / all.peer_decode[all.n];
+        }
         all.n++;
     }
     row->prefill = bench_median(all.prefill, all.n);
@@ -256,30 +277,23 @@ static sh_status measure_case(bench_run *run, const bench_case *c, int threads, 
     row->decode_base = bench_median(all.base, all.n);
     row->peer_prefill = bench_median(all.peer_prefill, all.n);
     row->peer_decode = bench_median(all.peer_decode, all.n);
+    row->prefill_ratio = bench_median(all.prefill_ratio, all.n);
+    row->decode_ratio = bench_median(all.decode_ratio, all.n);
+    row->lora_ratio = bench_median(all.lora_ratio, all.n);
+    row->read_share = bench_median(all.read_share, all.n);
     return c->lora ? SH_OK : measure_start(run, model, row, err);
 }
 
-static sh_status measure_ceilings(bench_run *run, int threads, sh_error *err)
+/* All cases with so many threads. */
+static sh_status measure_threads(bench_run *run, const char *only, int threads, sh_error *err)
 {
-    char model[SH_PATH_BYTES];
-    json_t *result = NULL;
-    fleet_words words = {0};
-    model_path(run, &cases[0], model);
-    fleet_words_add(&words, run->shoal);
-    fleet_words_add(&words, "model");
-    fleet_words_add(&words, "bench");
-    fleet_words_add(&words, "--json");
-    fleet_words_add(&words, "--ceilings");
-    fleet_words_addf(&words, "--model=%s", model);
-    fleet_words_addf(&words, "--threads=%d", threads);
-    fleet_words_addf(&words, "--prefill=%d", 1);
-    fleet_words_addf(&words, "--decode=%d", 1);
-    fleet_words_addf(&words, "--repeats=%d", 1);
-    SH_TRY(run_json(run, &words, &result, err));
+    ceilings limits = {0};
+    for (size_t i = 0; i < SH_COUNT(cases); i++)
+        if (only == NULL || strcmp(only, cases[i].shape) == 0)
+            SH_TRY(measure_case(run, &cases[i], threads, &limits, err));
     run->ceilings[run->n_ceilings++] =
-        (bench_ceiling){threads, number(result, "read_bytes_per_s"),
-                        number(result, "int8_ops_per_s"), number(result, "f32_flops")};
-    json_decref(result);
+        (bench_ceiling){threads, bench_median(limits.read, limits.n),
+                        bench_median(limits.int8, limits.n), bench_median(limits.f32, limits.n)};
     return SH_OK;
 }
 
@@ -363,14 +377,10 @@ static sh_status run_all(const bench_main_options *o, sh_error *err)
     SH_TRY(fleet_program("shoal", run.shoal, sizeof run.shoal, err));
     SH_TRY(sh_dir_make(o->dir, err));
     for (size_t i = 0; i < SH_COUNT(cases); i++)
-        if (i == 0 || o->only == NULL || strcmp(o->only, cases[i].shape) == 0)
+        if (o->only == NULL || strcmp(o->only, cases[i].shape) == 0)
             SH_TRY(make_model(&run, &cases[i], err));
-    for (int threads = 1; threads <= o->threads; threads += SH_MAX(1, (int)o->threads - 1)) {
-        SH_TRY(measure_ceilings(&run, threads, err));
-        for (size_t i = 0; i < SH_COUNT(cases); i++)
-            if (o->only == NULL || strcmp(o->only, cases[i].shape) == 0)
-                SH_TRY(measure_case(&run, &cases[i], threads, err));
-    }
+    for (int threads = 1; threads <= o->threads; threads += SH_MAX(1, (int)o->threads - 1))
+        SH_TRY(measure_threads(&run, o->only, threads, err));
     return write_results(&run, o->page, err);
 }
 

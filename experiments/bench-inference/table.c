@@ -2,19 +2,6 @@
 #include "experiments/bench-inference/bench.h"
 #include "experiments/version.h"
 
-static double share(double part, double whole)
-{
-    return whole > 0 ? part / whole : 0;
-}
-
-static const bench_ceiling *ceiling_of(const bench_run *run, int threads)
-{
-    for (size_t i = 0; i < run->n_ceilings; i++)
-        if (run->ceilings[i].threads == threads)
-            return &run->ceilings[i];
-    return NULL;
-}
-
 json_t *bench_results(const bench_run *run)
 {
     json_t *root = json_object(), *rows = json_array(), *ceilings = json_array();
@@ -44,9 +31,14 @@ json_t *bench_results(const bench_run *run)
         sh_json_set(o, "decode_tokens_per_s", sh_json_number(r->decode));
         if (r->what->lora)
             sh_json_set(o, "decode_without_lora_tokens_per_s", sh_json_number(r->decode_base));
+        if (r->what->lora)
+            sh_json_set(o, "decode_with_over_without_lora", sh_json_number(r->lora_ratio));
+        sh_json_set(o, "decode_read_share", sh_json_number(r->read_share));
         if (r->peer_decode > 0) {
             sh_json_set(o, "peer_prefill_tokens_per_s", sh_json_number(r->peer_prefill));
             sh_json_set(o, "peer_decode_tokens_per_s", sh_json_number(r->peer_decode));
+            sh_json_set(o, "prefill_over_peer", sh_json_number(r->prefill_ratio));
+            sh_json_set(o, "decode_over_peer", sh_json_number(r->decode_ratio));
         }
         sh_json_set(o, "weight_bytes", sh_json_number(r->weight_bytes));
         sh_json_set(o, "rss_bytes", sh_json_number(r->rss_bytes));
@@ -61,11 +53,10 @@ json_t *bench_results(const bench_run *run)
 }
 
 /* "| 451.0 | **2.10×** (≥ 2.0) " or dashes. */
-static sh_status peer_cells(sh_buf *out, double ours, double peer, double goal)
+static sh_status peer_cells(sh_buf *out, double peer, double ratio, double goal)
 {
     if (peer <= 0)
         return sh_buf_printf(out, " – | – |");
-    const double ratio = ours / peer;
     SH_TRY(sh_buf_printf(out, " %.1f | %s%.2f×%s", peer, ratio >= goal ? "" : "*", ratio,
                          ratio >= goal ? "" : "* (missed)"));
     return goal > 0 ? sh_buf_printf(out, " (≥ %.1f) |", goal) : sh_buf_printf(out, " |");
@@ -81,16 +72,18 @@ static sh_status rate_rows(const bench_run *run, sh_buf *out)
         const bench_case *c = r->what;
         if (c->lora)
             continue;
-        const bench_ceiling *limit = ceiling_of(run, r->threads);
         SH_TRY(sh_buf_printf(out, "| %s %s | %d | decode %d | %.1f |", c->shape, c->type,
                              r->threads, c->decode, r->decode));
-        SH_TRY(peer_cells(out, r->decode, r->peer_decode, c->decode_goal));
-        SH_TRY(sh_buf_printf(
-            out, " %.0f %% of bandwidth |\n",
-            limit ? 100 * share(r->decode * r->weight_bytes, limit->read_bytes_per_s) : 0));
+        SH_TRY(peer_cells(out, r->peer_decode, r->decode_ratio, c->decode_goal));
+        SH_TRY(sh_buf_printf(out, " %.0f %% of bandwidth", 100 * r->read_share));
+        if (c->bandwidth_goal > 0)
+            SH_TRY(sh_buf_printf(out, "%s (≥ %.0f)",
+                                 r->read_share >= c->bandwidth_goal ? "" : ", *missed*",
+                                 100 * c->bandwidth_goal));
+        SH_TRY(sh_buf_printf(out, " |\n"));
         SH_TRY(
             sh_buf_printf(out, "| | %d | prefill %d | %.1f |", r->threads, c->prefill, r->prefill));
-        SH_TRY(peer_cells(out, r->prefill, r->peer_prefill, c->prefill_goal));
+        SH_TRY(peer_cells(out, r->peer_prefill, r->prefill_ratio, c->prefill_goal));
         SH_TRY(sh_buf_printf(out, " |\n"));
     }
     return SH_OK;
@@ -117,7 +110,7 @@ static sh_status other_rows(const bench_run *run, sh_buf *out)
         if (r->what->lora)
             SH_TRY(sh_buf_printf(out, "| %s %s | %d | %.1f | %.1f | %.1f %% (≤ 10) |\n",
                                  r->what->shape, r->what->type, r->threads, r->decode_base,
-                                 r->decode, 100 * (1 - share(r->decode, r->decode_base))));
+                                 r->decode, 100 * (1 - r->lora_ratio)));
     }
     return SH_OK;
 }

@@ -16,8 +16,6 @@
 #include "shared/base/buf.h"
 #include "shared/model/model.h"
 
-#define RANK_MAX 4096u
-
 /* W [out, in] of a matrix of this model. */
 static void matrix_shape(const sh_model_config *config, size_t matrix, uint32_t *out, uint32_t *in)
 {
@@ -75,9 +73,9 @@ sh_status sh_adapter_create(const sh_model_config *config, uint32_t rank, float 
 {
     sh_status status = SH_OK;
     sh_adapter *a = NULL;
-    if (rank < 1 || rank > RANK_MAX)
+    if (rank < 1 || rank > SH_ADAPTER_RANK_MAX)
         return sh_fail(err, SH_ERR_LIMIT, "an adapter of rank %" PRIu32 "; 1 to %u are allowed",
-                       rank, RANK_MAX);
+                       rank, SH_ADAPTER_RANK_MAX);
     SH_GOTO(sh_adapter_create_empty(config, alpha, &a, err));
     a->rank = rank;
     for (size_t i = 0; i < (size_t)a->n_layers * SH_LAYER_MATRICES; i++) {
@@ -196,10 +194,10 @@ static sh_status read_tensor(const sh_gguf *g, const sh_gguf_tensor *t, sh_adapt
                        "%s: tensor '%s' is for a matrix with a side of %" PRIu64
                        ", the model's has %" PRIu32 "; is it for another base?",
                        sh_gguf_path(g), t->name, side, side_wanted);
-    if (rank > RANK_MAX || (pair->rank != 0 && pair->rank != rank))
+    if (rank > SH_ADAPTER_RANK_MAX || (pair->rank != 0 && pair->rank != rank))
         return sh_fail(err, SH_ERR_INVALID,
                        "%s: tensor '%s' has rank %" PRIu64 ", its pair %" PRIu32 " (at most %u)",
-                       sh_gguf_path(g), t->name, rank, pair->rank, RANK_MAX);
+                       sh_gguf_path(g), t->name, rank, pair->rank, SH_ADAPTER_RANK_MAX);
     pair->rank = (uint32_t)rank;
     a->rank = SH_MAX(a->rank, pair->rank);
     return read_values(g, t, is_b ? &pair->b : &pair->a, err);

@@ -18,7 +18,6 @@
 #include "shared/model/convert_internal.h"
 #include "shared/model/safetensors.h"
 
-#define RANK_MAX     4096u
 #define MODULE_BYTES 96
 #define CONFIG_FILE  "adapter_config.json"
 #define TENSORS_FILE "adapter_model.safetensors"
@@ -121,7 +120,7 @@ static sh_status read_settings(const json_t *settings, peft *p, sh_error *err)
     SH_TRY(refuse_settings(settings, p->file, err));
     p->r = 8; /* PEFT's defaults */
     p->alpha = 8;
-    SH_TRY(sh_hf_get_u32(settings, p->file, "r", RANK_MAX, &p->r, err));
+    SH_TRY(sh_hf_get_u32(settings, p->file, "r", SH_ADAPTER_RANK_MAX, &p->r, err));
     SH_TRY(sh_hf_get_real(settings, p->file, "lora_alpha", &p->alpha, err));
     SH_TRY(sh_hf_get_bool(settings, p->file, "use_rslora", &p->rslora, err));
     SH_TRY(read_pattern(settings, p->file, "rank_pattern", &p->ranks, err));
@@ -226,9 +225,9 @@ static sh_status read_pair(const peft *p, size_t i, sh_adapter *a, size_t *n_rea
     sh_lora_pair *pair = &a->pairs[i];
     const double rank = pattern_value(p->ranks, module, p->r);
     const double alpha = pattern_value(p->alphas, module, p->alpha);
-    if (rank != floor(rank) || rank > RANK_MAX)
+    if (rank != floor(rank) || rank > SH_ADAPTER_RANK_MAX)
         return sh_fail(err, SH_ERR_INVALID, "%s: the rank of '%s' is %g, no integer in 1..%u",
-                       p->file, module, rank, RANK_MAX);
+                       p->file, module, rank, SH_ADAPTER_RANK_MAX);
     SH_TRY(check_tensor(p, ta, (uint64_t)rank, pair->in, err));
     SH_TRY(check_tensor(p, tb, pair->out, (uint64_t)rank, err));
     const double scale = alpha / (p->rslora ? sqrt(rank) : rank);

@@ -11,8 +11,6 @@
 #include "shared/math/pack.h"
 #include "shared/model/context_internal.h"
 
-#define RANK_MAX 65536u
-
 static const struct {
     uint8_t n, matrices[3];
 } inputs[SH_LAYER_INPUTS] = {
@@ -50,7 +48,7 @@ static sh_status check_adapter(const sh_model *model, const sh_adapter *adapter,
         const sh_matrix *m = &model->layers[i / SH_LAYER_MATRICES].m[i % SH_LAYER_MATRICES];
         if (p->a == NULL || p->b == NULL)
             continue;
-        if (p->in != m->in || p->out != m->out || p->rank == 0 || p->rank > RANK_MAX)
+        if (p->in != m->in || p->out != m->out || p->rank == 0 || p->rank > SH_ADAPTER_RANK_MAX)
             return sh_fail(err, SH_ERR_MISMATCH,
                            "the adapter's pair for %s is %u x %u of rank %u, the matrix %u x %u",
                            m->name, p->out, p->in, p->rank, m->out, m->in);

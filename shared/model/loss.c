@@ -21,7 +21,6 @@ double sh_nll(const float *logits, uint32_t vocab, int32_t token)
 /* What the workers of one call share. */
 typedef struct {
     const sh_model *model;
-    const sh_adapter *adapter;
     const sh_loss_text *text;
     size_t n_chunks, n_workers;
     double *sums;     /* [n_chunks] */
@@ -72,8 +71,7 @@ static sh_status run_worker(loss_job *job, size_t worker, sh_error *err)
         goto cleanup;
     }
     SH_GOTO(sh_context_create(job->model, &options, &context, err));
-    if (job->adapter != NULL)
-        SH_GOTO(sh_context_set_adapters(context, &job->adapter, NULL, 1, err));
+    SH_GOTO(sh_context_set_adapters(context, text->adapters, text->scales, text->n_adapters, err));
     for (size_t i = worker; i < job->n_chunks; i += job->n_workers) {
         const uint32_t n = chunk_length(job, i);
         memcpy(chunk, text->tokens + i * text->chunk, n * sizeof *chunk);
@@ -112,12 +110,12 @@ static sh_status check_text(const sh_model *model, const sh_loss_text *text, sh_
     return SH_OK;
 }
 
-sh_status sh_model_loss_pool(const sh_model *model, const sh_adapter *adapter,
-                             const sh_loss_text *text, sh_pool *pool, sh_loss *out, sh_error *err)
+sh_status sh_model_loss_pool(const sh_model *model, const sh_loss_text *text, sh_pool *pool,
+                             sh_loss *out, sh_error *err)
 {
     SH_TRY(check_text(model, text, err));
     sh_status status = SH_OK;
-    loss_job job = {.model = model, .adapter = adapter, .text = text};
+    loss_job job = {.model = model, .text = text};
     job.n_chunks = text->n_tokens / text->chunk;
     if (!text->half && text->n_tokens % text->chunk >= 2)
         job.n_chunks++;
@@ -156,6 +154,11 @@ cleanup:
 sh_status sh_model_loss(const sh_model *model, const sh_adapter *adapter, const int32_t *tokens,
                         size_t n_tokens, uint32_t chunk, bool half, sh_loss *out, sh_error *err)
 {
-    const sh_loss_text text = {tokens, n_tokens, chunk, half};
-    return sh_model_loss_pool(model, adapter, &text, NULL, out, err);
+    const sh_loss_text text = {.tokens = tokens,
+                               .n_tokens = n_tokens,
+                               .chunk = chunk,
+                               .half = half,
+                               .adapters = &adapter,
+                               .n_adapters = adapter != NULL};
+    return sh_model_loss_pool(model, &text, NULL, out, err);
 }

@@ -122,6 +122,8 @@ typedef struct {
     float *a, *b; /* NULL, NULL: this matrix is not adapted */
 } sh_lora_pair;
 
+#define SH_ADAPTER_RANK_MAX 4096
+
 typedef struct sh_adapter {
     sh_arch arch;            /* of the base */
     uint32_t n_layers, rank; /* rank: the largest of the pairs */
@@ -227,9 +229,11 @@ typedef struct {
     size_t n_tokens;
     uint32_t chunk;
     bool half;
+    const sh_adapter *const *adapters; /* [n_adapters], with scales as sh_context_set_adapters */
+    const float *scales;
+    size_t n_adapters;
 } sh_loss_text;
-SH_MUST_USE sh_status sh_model_loss_pool(const sh_model *model, const sh_adapter *adapter,
-                                         const sh_loss_text *text, sh_pool *pool, sh_loss *out,
-                                         sh_error *err);
+SH_MUST_USE sh_status sh_model_loss_pool(const sh_model *model, const sh_loss_text *text,
+                                         sh_pool *pool, sh_loss *out, sh_error *err);
 
 #endif

@@ -21,7 +21,6 @@
 #define TOKEN_BYTES_MAX  16
 #define FIRST_BYTE_TOKEN 3
 #define FIRST_WORD       (FIRST_BYTE_TOKEN + 256)
-#define RANK_MAX         4096
 
 static const sh_synth_shape shapes[] = {
     {"15m", SH_ARCH_LLAMA, 6, 288, 6, 6, 48, 768, 32000, 2048, true, 10000},
@@ -391,8 +390,8 @@ sh_status sh_synth_adapter(const sh_synth_shape *shape, uint32_t rank, uint64_t 
         .context = shape->context,
         .tied_output = shape->tied_output,
     };
-    if (rank == 0 || rank > RANK_MAX)
-        return sh_fail(err, SH_ERR_USAGE, "rank %u is not in 1..%d", rank, RANK_MAX);
+    if (rank == 0 || rank > SH_ADAPTER_RANK_MAX)
+        return sh_fail(err, SH_ERR_USAGE, "rank %u is not in 1..%d", rank, SH_ADAPTER_RANK_MAX);
     sh_buf_init(&bytes, SIZE_MAX);
     float *normals = sh_calloc(NORMALS, sizeof *normals);
     if (normals == NULL) {

@@ -226,6 +226,10 @@ static void test_inspect(void **state)
     assert_true(json_is_true(json_object_get(o, "runs")));
     json_t *config = json_object_get(o, "config");
     assert_int_equal(json_integer_value(json_object_get(config, "kv_heads")), 2);
+    json_t *tokenizer = json_object_get(o, "tokenizer");
+    assert_string_equal(json_string_value(json_object_get(tokenizer, "kind")), "llama");
+    assert_string_equal(json_string_value(json_object_get(tokenizer, "chat")), "plain");
+    assert_int_equal(json_integer_value(json_object_get(tokenizer, "tokens")), tiny_vocab());
     assert_int_equal(json_array_size(json_object_get(o, "tensors")), 3 + 2 * 9);
     json_t *first = json_array_get(json_object_get(o, "tensors"), 0);
     assert_string_equal(json_string_value(json_object_get(first, "name")), "token_embd.weight");
@@ -240,6 +244,8 @@ static void test_inspect(void **state)
     expect_ok(&r);
     assert_non_null(strstr(r.out, "2 layers, width 64, 4 heads on 2 of size 16, ffn 96"));
     assert_non_null(strstr(r.out, "general.architecture = llama"));
+    assert_non_null(strstr(r.out, "tokenizer   llama, "));
+    assert_non_null(strstr(r.out, "chat template: plain"));
     assert_non_null(strstr(r.out, "blk.1.ffn_down.weight  64 x 96"));
     run_release(&r);
 }
@@ -254,6 +260,28 @@ static void test_tokenize(void **state)
     expect(RUN("</s>", "model", "tokenize", "-m", model_path, "--json", "--special"), 0, "[2]\n",
            "");
     expect(RUN("\xff", "model", "tokenize", "-m", model_path, "--json"), 0, "[259,258]\n", "");
+}
+
+static double perplexity_with(const char *lora, const char *more)
+{
+    json_t *o =
+        expect_json(RUN(NULL, "model", "perplexity", "-m", model_path, "-f", text_path, "-c", "16",
+                        "--json", "--lora", lora, more ? "--lora" : NULL, more));
+    const double perplexity = json_number_value(json_object_get(o, "perplexity"));
+    json_decref(o);
+    return perplexity;
+}
+
+/* An adapter, and two parts of it. */
+static void test_perplexity_of_adapters(void **state)
+{
+    (void)state;
+    char half[SH_PATH_BYTES + 8];
+    snprintf(half, sizeof half, "%s=0.5", adapter_path);
+    const double whole = perplexity_with(adapter_path, NULL), halves = perplexity_with(half, half);
+    if (!(fabs(whole - halves) <= 1e-3 * whole))
+        fail_msg("perplexity %.9g with the adapter, %.9g with two halves", whole, halves);
+    assert_true(fabs(whole - perplexity_with(half, NULL)) > 1e-6 * whole);
 }
 
 static void test_perplexity(void **state)
@@ -451,11 +479,17 @@ static void test_quantize(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_usage),      cmocka_unit_test(test_bad_models),
-        cmocka_unit_test(test_inspect),    cmocka_unit_test(test_tokenize),
-        cmocka_unit_test(test_perplexity), cmocka_unit_test(test_perplexity_of_threads_and_adapter),
-        cmocka_unit_test(test_generate),   cmocka_unit_test(test_quantize),
-        cmocka_unit_test(test_synth),      cmocka_unit_test(test_bench),
+        cmocka_unit_test(test_usage),
+        cmocka_unit_test(test_bad_models),
+        cmocka_unit_test(test_inspect),
+        cmocka_unit_test(test_tokenize),
+        cmocka_unit_test(test_perplexity),
+        cmocka_unit_test(test_perplexity_of_threads_and_adapter),
+        cmocka_unit_test(test_perplexity_of_adapters),
+        cmocka_unit_test(test_generate),
+        cmocka_unit_test(test_quantize),
+        cmocka_unit_test(test_synth),
+        cmocka_unit_test(test_bench),
     };
     if (argc != 2) {
         fprintf(stderr, "usage: %s PROGRAM\n", argv[0]);

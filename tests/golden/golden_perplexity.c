@@ -59,9 +59,9 @@ static sh_status check_model(golden *g, const char *key, const char *path, const
     SH_GOTO(sh_pool_create(THREADS, &pool, err));
     /* A chunk of n tokens has n/2 - 1 scored ones. */
     const uint32_t chunk = (uint32_t)(2 * (scored / chunks + 1));
-    const sh_loss_text text = {tokens, n, chunk, true};
+    const sh_loss_text text = {.tokens = tokens, .n_tokens = n, .chunk = chunk, .half = true};
     sh_loss loss = {0};
-    SH_GOTO(sh_model_loss_pool(model, NULL, &text, pool, &loss, err));
+    SH_GOTO(sh_model_loss_pool(model, &text, pool, &loss, err));
     golden_check(g, loss.n_scored == scored, "%s: %zu tokens scored, reference %zu", key,
                  (size_t)loss.n_scored, scored);
     golden_close_f64(g, key, exp(loss.nll_sum / (double)loss.n_scored),

@@ -509,10 +509,24 @@ static void test_loss(void **state)
         for (unsigned threads = 1; threads <= 4; threads++) {
             sh_pool *pool = NULL;
             sh_loss shared;
-            const sh_loss_text text = {tokens, TEXT, CHUNK, half};
+            const sh_adapter *const halves[] = {adapter, adapter};
+            const sh_loss_text text = {.tokens = tokens,
+                                       .n_tokens = TEXT,
+                                       .chunk = CHUNK,
+                                       .half = half,
+                                       .adapters = &one,
+                                       .n_adapters = 1};
+            sh_loss_text in_two = text;
+            in_two.adapters = halves;
+            in_two.scales = (const float[]){0.25f, 0.75f};
+            in_two.n_adapters = 2;
             CHECK_OK(sh_pool_create(threads, &pool, err));
-            CHECK_OK(sh_model_loss_pool(model, adapter, &text, pool, &shared, err));
+            CHECK_OK(sh_model_loss_pool(model, &text, pool, &shared, err));
             assert_memory_equal(&shared.nll_sum, &loss.nll_sum, sizeof loss.nll_sum);
+            CHECK_OK(sh_model_loss_pool(model, &in_two, pool, &shared, err));
+            if (!(fabs(shared.nll_sum - loss.nll_sum) <= 1e-4 * loss.nll_sum))
+                fail_msg("two parts of an adapter: %.9g, whole: %.9g", shared.nll_sum,
+                         loss.nll_sum);
             sh_pool_destroy(&pool);
         }
     }

@@ -102,6 +102,7 @@ static void choices_are_requests_with_the_next_seed(void **state)
     r.temperature = 1;
     r.seed = 41;
     sh_generation *g = begin(e, &r);
+    sh_generation_info info = {0};
     uint64_t id = 0;
     for (unsigned i = 0; i < 3; i++) {
         sh_buf out;
@@ -111,7 +112,7 @@ static void choices_are_requests_with_the_next_seed(void **state)
             OK(sh_generation_again(g, &err));
         while (!done)
             OK(sh_generation_next(g, &out, &done, &err));
-        sh_generation_info info = sh_generation_get_info(g);
+        info = sh_generation_get_info(g);
         assert_true(info.id > id);
         id = info.id;
         assert_int_equal(info.version, 1);
@@ -128,6 +129,8 @@ static void choices_are_requests_with_the_next_seed(void **state)
     assert_int_equal(s.calls, before + 1); /* each choice is a record */
     assert_int_equal(s.row.id, id);
     assert_int_equal(s.record.prompt_tokens, 0); /* measured once, with the first */
+    /* Its prompt was computed once, as each of the three others was. */
+    assert_int_equal(sh_engine_get_status(e).prompt_tokens, 4 * info.prompt_tokens);
     sh_engine_destroy(&e);
 }
 
