@@ -171,10 +171,6 @@ static void test_adapters(void **state)
                      "--lora", one),
             "at most 4");
     refused(GENERATE("-m", model_path, "--lora", "/nowhere/a=b.gguf"), "/nowhere/a=b.gguf");
-    const char *text = model_path; /* any text: its bytes are not looked at before the check */
-    refused(RUN(NULL, "perplexity", "-m", model_path, "-f", text, "-c", "4", "--lora", half,
-                "--lora", half),
-            "one --lora");
 }
 
 static void test_sampling(void **state)
