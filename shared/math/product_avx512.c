@@ -15,8 +15,8 @@
 /* Few rows of x: the weights come from memory, and a core reads several streams half as fast again
  * as one, because its prefetchers follow each. So groups pass FEW_GROUPS at a time, and what is
  * this far ahead in each of them is fetched. */
-#define FEW_ROWS       4
-#define FEW_GROUPS     8
+#define FEW_ROWS       8
+#define FEW_GROUPS     8 /* of one row; fewer of more, so that the sums fit the registers */
 #define PREFETCH_BYTES 1536
 
 typedef struct {
@@ -233,7 +233,7 @@ SH_TARGET_AVX512 SH_INLINE __m512 block_add_one512(sh_type type, const uint8_t *
     return sh_has_minima(type) ? _mm512_fmadd_ps(s->m, x->d_sum, sum) : sum;
 }
 
-/* `groups` groups times `rows` (1 to 4) rows of x; all but the last group are whole. */
+/* `groups` groups times `rows` (1 to 4, 8) rows of x; all but the last group are whole. */
 SH_TARGET_AVX512 SH_INLINE void few_run512(const sh_panel *p, const tile512 *t, sh_type type,
                                            int groups, int rows)
 {
@@ -244,7 +244,7 @@ SH_TARGET_AVX512 SH_INLINE void few_run512(const sh_panel *p, const tile512 *t, 
     __m512 sums[FEW_GROUPS][FEW_ROWS];
 #pragma GCC unroll 8
     for (int g = 0; g < groups; g++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
             sums[g][r] = _mm512_setzero_ps();
     for (size_t b = 0; b < n_blocks; b++, quants += block_bytes) {
@@ -266,7 +266,7 @@ SH_TARGET_AVX512 SH_INLINE void few_run512(const sh_panel *p, const tile512 *t, 
             }
             weights512 w;
             unpack512(type, at, &w);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < rows; r++)
                 sums[g][r] =
                     block_add512(type, &w, &s, t->x + (size_t)r * p->x_stride + b, sums[g][r]);
@@ -274,7 +274,7 @@ SH_TARGET_AVX512 SH_INLINE void few_run512(const sh_panel *p, const tile512 *t, 
     }
 #pragma GCC unroll 8
     for (int g = 0; g < groups; g++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
             store_row512(t->y + (size_t)r * p->ldy + g * SH_GROUP_ROWS,
                          g == groups - 1 ? t->outs : SH_GROUP_ROWS, p->add, sums[g][r]);
@@ -283,7 +283,7 @@ SH_TARGET_AVX512 SH_INLINE void few_run512(const sh_panel *p, const tile512 *t, 
 /* rows rows of x from row r on, all groups: `groups` at a time, then the rest. */
 SH_TARGET_AVX512 SH_INLINE void few512(const sh_panel *p, size_t r, sh_type type, int rows)
 {
-    const int groups = rows == 1 ? FEW_GROUPS : FEW_GROUPS / 2;
+    const int groups = rows == 1 ? FEW_GROUPS : rows <= 4 ? FEW_GROUPS / 2 : FEW_GROUPS / 4;
     const size_t group_bytes = sh_group_bytes(type, p->n_blocks * 32);
     size_t left = (p->outs + SH_GROUP_ROWS - 1) / SH_GROUP_ROWS;
     const size_t last = p->outs - (left - 1) * SH_GROUP_ROWS; /* columns of the last group */
@@ -324,7 +324,7 @@ SH_TARGET_AVX512 SH_INLINE void panel512(const sh_panel *p, sh_type type)
     for (; r + 16 <= p->n; r += 16)
         pass512(p, r, type, 16);
     if (p->n - r >= 8) {
-        pass512(p, r, type, 8);
+        few512(p, r, type, 8);
         r += 8;
     }
     for (; p->n - r >= 4; r += 4)
