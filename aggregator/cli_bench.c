@@ -293,8 +293,8 @@ static sh_status print_text(const bench *b, sh_error *err)
         printf("%-22s %10.3f of without\n", "decode, adapter", median(&b->kept));
     printf("%-22s %10.1f GB/s of weights\n", "decode reads", read * 1e-9);
     if (o->ceilings) {
-        printf("%-22s %10.1f GB/s (decode: %.0f %%)\n", "memory reads at most",
-               median(&b->read) * 1e-9, 100 * median(&b->share));
+        printf("%-22s %10.1f GB/s (decode: %.0f %%)\n", "memory reads", median(&b->read) * 1e-9,
+               100 * median(&b->share));
         printf("%-22s %10.1f Gop/s int8, %.1f GFLOP/s\n", "cores do at most", b->int8_per_s * 1e-9,
                b->f32_per_s * 1e-9);
     }

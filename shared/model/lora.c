@@ -137,12 +137,14 @@ static void encode_a(const sh_lora_a *a, const float *values, uint32_t rank, voi
 static void encode_codes(const float *values, uint32_t rank, uint16_t *scale, int8_t *codes)
 {
     float largest = 0;
-    for (uint32_t r = 0; r < rank; r++)
-        if (!(fabsf(values[r]) <= largest))
-            largest = fabsf(values[r]);
-    *scale = sh_f32_to_f16(largest / 127);
+    bool finite = true;
+    for (uint32_t r = 0; r < rank; r++) {
+        largest = fmaxf(largest, fabsf(values[r]));
+        finite = finite && isfinite(values[r]);
+    }
+    *scale = sh_f32_to_f16(finite ? largest / 127 : NAN);
     const float d = sh_f16_to_f32(*scale);
-    for (uint32_t r = 0; r < rank && d > 0 && isfinite(d); r++)
+    for (uint32_t r = 0; r < rank && d > 0; r++)
         codes[(size_t)(r / 4) * 4 * SH_LANES + r % 4] =
             (int8_t)lrintf(fminf(fmaxf(values[r] / d, -127), 127)); /* d was rounded */
 }

@@ -241,13 +241,17 @@ OP void up(const sh_lora_b *b, const float *t, uint32_t begin, uint32_t end, flo
 OP float quantize_t(const float *t, uint32_t n, int8_t codes[UP_RANKS])
 {
     float largest = 0;
-    for (uint32_t r = 0; r < n; r++)
-        largest = fabsf(t[r]) <= largest ? largest : fabsf(t[r]);
+    bool finite = true;
+    for (uint32_t r = 0; r < n; r++) {
+        const float size = fabsf(t[r]);
+        largest = size > largest ? size : largest;
+        finite = finite && size <= FLT_MAX;
+    }
     memset(codes, 0, UP_RANKS);
-    const float inverse = 127 / largest;
-    for (uint32_t r = 0; r < n && inverse <= FLT_MAX && largest <= FLT_MAX; r++)
+    const float inverse = 127 / largest; /* infinite for nothing but zeros */
+    for (uint32_t r = 0; r < n && finite && inverse <= FLT_MAX; r++)
         codes[r] = (int8_t)lrintf(t[r] * inverse);
-    return largest / 127;
+    return finite ? largest / 127 : NAN;
 }
 
 /* Both factors as int8: the dot product of UP_RANKS ranks is an exact integer. */

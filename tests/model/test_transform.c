@@ -666,6 +666,15 @@ static void check_up(uint32_t rank, uint32_t out, sh_factor form)
             }
             expect_near("lora_up", (double)y[o], want, 1e-6 * size);
         }
+        const float kept = t[0]; /* what is no number stays none, whatever comes after it */
+        float *bad = floats(out);
+        memcpy(bad, y0, out * sizeof *bad);
+        t[0] = level % 2 != 0 ? NAN : INFINITY;
+        ops->lora_up(&b, t, 0, out, bad);
+        for (uint32_t o = 0; o < out; o++)
+            assert_false(isfinite(bad[o]));
+        free(bad);
+        t[0] = kept;
         for (uint32_t o = 0; o < out; o += 32)
             ops->lora_up(&b, t, o, SH_MIN(o + 32, out), part);
         expect_same("lora_up in pieces", part, y, out + 1);
