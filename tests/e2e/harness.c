@@ -34,6 +34,8 @@
 
 extern char **environ;
 
+static const e2e_fleet *fleet; /* that was made and not released: a test has one */
+
 void e2e_pause(void)
 {
     (void)poll(NULL, 0, LOOK_MS);
@@ -121,6 +123,15 @@ static void show_log(const e2e_process *p)
     const size_t n = (size_t)(kept - log), shown = SH_MIN(n, LOG_SHOWN);
     fprintf(stderr, "%s:\n%.*s\n", p->log, (int)shown, log + n - shown);
     free(log);
+}
+
+void e2e_too_late(const char *what)
+{
+    if (fleet)
+        show_log(&fleet->aggregator);
+    for (unsigned i = 0; fleet && i < fleet->n_nodes; i++)
+        show_log(&fleet->nodes[i].process);
+    fail_msg("%s: did not happen in %d s", what, E2E_WAIT_MS / 1000);
 }
 
 bool e2e_saw(e2e_process *p, const char *text)
@@ -262,6 +273,7 @@ void e2e_fleet_make(e2e_fleet *f, unsigned n_nodes)
     OK(sh_crypto_init(err));
     f->root = temp_dir_make();
     f->n_nodes = n_nodes;
+    fleet = f;
     f->port = e2e_free_port();
     snprintf(f->aggregator_dir, sizeof f->aggregator_dir, "%s/aggregator", f->root.path);
     snprintf(f->aggregator.log, sizeof f->aggregator.log, "%s/aggregator.log", f->root.path);
@@ -286,6 +298,7 @@ void e2e_fleet_release(e2e_fleet *f)
         (void)e2e_end(&f->aggregator, SIGKILL);
     if (f->root.path[0])
         temp_dir_remove(&f->root);
+    fleet = NULL;
 }
 
 static void add_words(const char **words, size_t *n, const char *const *more)

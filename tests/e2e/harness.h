@@ -38,13 +38,15 @@
     } while (0)
 #endif
 
-/* Waits until the condition holds; fails with `what` when it does not in time. */
+/* Waits until the condition holds; when it does not in time, shows the fleet's logs and fails with
+ * `what`. */
 #define E2E_UNTIL(condition, what)                                                                 \
     for (uint64_t end_ = sh_clock_mono_ms() + E2E_WAIT_MS; !(condition); e2e_pause())              \
         if (sh_clock_mono_ms() > end_)                                                             \
-    fail_msg("%s: did not happen in %d s", what, E2E_WAIT_MS / 1000)
+    e2e_too_late(what)
 
 void e2e_pause(void); /* between two looks */
+void e2e_too_late(const char *what);
 
 /* ---- a process ---- */
 
@@ -159,5 +161,8 @@ void e2e_user_start(e2e_user *u);
 void e2e_user_stop(e2e_user *u);
 
 extern const e2e_topic e2e_before, e2e_after; /* two that differ in everything that is measured */
+/* Another text at every call, so that there is something to learn: what a fleet has learnt whole
+ * makes no update that is better. From the main thread. */
+const e2e_topic *e2e_news(void);
 
 #endif

@@ -17,6 +17,8 @@
 #include "tests/http/client.h"
 
 #define PROMPT_WORDS 5
+#define NEWS_MAX     32
+#define NEWS_BYTES   36
 #define REST_MS      10 /* while the node is down */
 #define FINGERPRINT  "\"system_fingerprint\""
 
@@ -29,6 +31,20 @@ static const char *const after_words[] = {"Größe", "Straßenbahn", "Übermut",
 const e2e_topic e2e_before = {before_words, SH_COUNT(before_words), " old mill by the sea"};
 const e2e_topic e2e_after = {after_words, SH_COUNT(after_words),
                              " über den sieben Bergen, im grünen Tal"};
+
+const e2e_topic *e2e_news(void)
+{
+    static char texts[NEWS_MAX][NEWS_BYTES];
+    static e2e_topic topics[NEWS_MAX];
+    static unsigned turn;
+    assert_true(turn < NEWS_MAX);
+    sh_rng rng;
+    sh_rng_init(&rng, turn, 2, 1);
+    for (size_t i = 0; i + 1 < NEWS_BYTES; i++)
+        texts[turn][i] = i % 7 == 0 ? ' ' : (char)('a' + sh_rng_below(&rng, 26));
+    topics[turn] = (e2e_topic){before_words, SH_COUNT(before_words), texts[turn]};
+    return &topics[turn++];
+}
 
 static void note_bad(e2e_user *u, const char *what, const client_reply *reply)
 {
