@@ -239,8 +239,10 @@ SH_TARGET_AVX512 SH_INLINE void few_run512(const sh_panel *p, const tile512 *t, 
 {
     const size_t n_blocks = p->n_blocks, block_bytes = sh_group_block_bytes(type);
     const size_t group_bytes = sh_group_bytes(type, n_blocks * 32);
+    const size_t scales_bytes = sh_group_scales_bytes(type, n_blocks * 32);
+    const size_t scale_bytes = scales_bytes / n_blocks; /* of a block */
     const size_t ahead = (PREFETCH_BYTES + block_bytes - 1) / block_bytes;
-    const uint8_t *quants = t->group + sh_group_scales_bytes(type, n_blocks * 32);
+    const uint8_t *quants = t->group + scales_bytes;
     __m512 sums[FEW_GROUPS][FEW_ROWS];
 #pragma GCC unroll 8
     for (int g = 0; g < groups; g++)
@@ -248,9 +250,11 @@ SH_TARGET_AVX512 SH_INLINE void few_run512(const sh_panel *p, const tile512 *t, 
         for (int r = 0; r < rows; r++)
             sums[g][r] = _mm512_setzero_ps();
     for (size_t b = 0; b < n_blocks; b++, quants += block_bytes) {
-        /* past a group's end its stream goes on in the next pass's group */
-        const size_t skip =
-            ahead * block_bytes + (b + ahead < n_blocks ? 0 : (size_t)(groups - 1) * group_bytes);
+        /* past a group's end its two streams, quants and scales, go on in the next pass's group */
+        const size_t next = b + ahead < n_blocks ? 0 : (size_t)groups * group_bytes;
+        const size_t skip = ahead * block_bytes + next - (next ? n_blocks * block_bytes : 0);
+        const uint8_t *scales =
+            t->group + (b + ahead) * scale_bytes + next - (next ? scales_bytes : 0);
         x512 x;
         if (rows == 1)
             x = load_x512(type, t->x + b);
@@ -260,6 +264,7 @@ SH_TARGET_AVX512 SH_INLINE void few_run512(const sh_panel *p, const tile512 *t, 
             const scales512 s = load_scales512(type, t->group + (size_t)g * group_bytes, b);
             for (size_t i = 0; i < block_bytes; i += 64)
                 _mm_prefetch((const void *)(at + skip + i), _MM_HINT_T0);
+            _mm_prefetch((const void *)(scales + (size_t)g * group_bytes), _MM_HINT_T0);
             if (rows == 1) {
                 sums[g][0] = block_add_one512(type, at, &s, &x, sums[g][0]);
                 continue;
