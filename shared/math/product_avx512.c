@@ -145,6 +145,7 @@ typedef struct {
     const sh_x_block *x; /* row stride x_stride */
     float *y;
     size_t outs; /* 1 to 16 a group */
+    bool last;   /* nothing of the panel comes after it */
 } tile512;
 
 SH_TARGET_AVX512 SH_INLINE void store_row512(float *y, size_t outs, bool add, __m512 sum)
@@ -250,11 +251,16 @@ SH_TARGET_AVX512 SH_INLINE void few_run512(const sh_panel *p, const tile512 *t, 
         for (int r = 0; r < rows; r++)
             sums[g][r] = _mm512_setzero_ps();
     for (size_t b = 0; b < n_blocks; b++, quants += block_bytes) {
-        /* past a group's end its two streams, quants and scales, go on in the next pass's group */
-        const size_t next = b + ahead < n_blocks ? 0 : (size_t)groups * group_bytes;
-        const size_t skip = ahead * block_bytes + next - (next ? n_blocks * block_bytes : 0);
+        /* Past a group's end its two streams, quants and scales, go on in the next pass's group;
+         * what follows the panel may be another thread's. */
+        const bool ends = b + ahead >= n_blocks;
+        const size_t next = !ends ? 0 : (size_t)groups * group_bytes;
+        const size_t skip =
+            ends && t->last ? 0 : ahead * block_bytes + next - (ends ? n_blocks * block_bytes : 0);
         const uint8_t *scales =
-            t->group + (b + ahead) * scale_bytes + next - (next ? scales_bytes : 0);
+            t->group + (b + ahead) * scale_bytes + next - (ends ? scales_bytes : 0);
+        if (ends && t->last)
+            scales = t->group;
         x512 x;
         if (rows == 1)
             x = load_x512(type, t->x + b);
@@ -292,10 +298,11 @@ SH_TARGET_AVX512 SH_INLINE void few512(const sh_panel *p, size_t r, sh_type type
     const size_t group_bytes = sh_group_bytes(type, p->n_blocks * 32);
     size_t left = (p->outs + SH_GROUP_ROWS - 1) / SH_GROUP_ROWS;
     const size_t last = p->outs - (left - 1) * SH_GROUP_ROWS; /* columns of the last group */
-    tile512 t = {p->groups, p->x + r * p->x_stride, p->y + r * p->ldy, SH_GROUP_ROWS};
+    tile512 t = {p->groups, p->x + r * p->x_stride, p->y + r * p->ldy, SH_GROUP_ROWS, false};
     while (left > 0) {
         size_t n = left >= (size_t)groups ? (size_t)groups : (left >= 2 ? 2 : 1);
         t.outs = n == left ? last : SH_GROUP_ROWS;
+        t.last = n == left;
         if (n == (size_t)groups)
             few_run512(p, &t, type, groups, rows);
         else if (n == 2)
@@ -314,7 +321,7 @@ SH_TARGET_AVX512 SH_INLINE void few512(const sh_panel *p, size_t r, sh_type type
 SH_TARGET_AVX512 SH_INLINE void pass512(const sh_panel *p, size_t r, sh_type type, int rows)
 {
     const size_t group_bytes = sh_group_bytes(type, p->n_blocks * 32);
-    tile512 t = {p->groups, p->x + r * p->x_stride, p->y + r * p->ldy, SH_GROUP_ROWS};
+    tile512 t = {p->groups, p->x + r * p->x_stride, p->y + r * p->ldy, SH_GROUP_ROWS, false};
     for (size_t o = 0; o < p->outs; o += SH_GROUP_ROWS) {
         t.outs = SH_MIN(p->outs - o, (size_t)SH_GROUP_ROWS);
         tile_run512(p, &t, type, rows);

@@ -20,7 +20,7 @@
 
 /* Pieces of a loop for each member: so that one that lost its processor holds up little. */
 #define GROUPS_TOGETHER 8
-#define PIECES          4
+#define PIECES          2
 
 typedef struct {
     const sh_pass *pass;
