@@ -6,17 +6,16 @@
 #include <unistd.h>
 
 #include "aggregator/cli_model.h"
-#include "shared/base/file.h"
 #include "shared/base/log.h"
+#include "shared/base/memory.h"
 #include "shared/base/rng.h"
 #include "shared/math/ceiling.h"
 #include "shared/math/kernel.h"
 #include "shared/math/pack.h"
 
-#define REPEATS_MAX     100
-#define CEILING_BYTES   (512u << 20) /* over any cache */
-#define PURPOSE_BENCH   0x62656e63u  /* "benc" */
-#define STATM_BYTES_MAX 256u
+#define REPEATS_MAX   100
+#define CEILING_BYTES (512u << 20) /* over any cache */
+#define PURPOSE_BENCH 0x62656e63u  /* "benc" */
 
 typedef struct {
     sh_cli_model_options model;
@@ -113,21 +112,6 @@ static size_t weight_bytes(const sh_model *model)
     return bytes;
 }
 
-static size_t resident_bytes(void)
-{
-    uint8_t *text;
-    size_t n;
-    unsigned long pages = 0;
-    if (sh_file_read("/proc/self/statm", STATM_BYTES_MAX, &text, &n, NULL) != SH_OK)
-        return 0;
-    char line[STATM_BYTES_MAX + 1] = {0};
-    memcpy(line, text, n);
-    free(text);
-    if (sscanf(line, "%*u %lu", &pages) != 1)
-        return 0;
-    return pages * (size_t)sysconf(_SC_PAGESIZE);
-}
-
 static sh_status load(bench *b, sh_error *err)
 {
     const bench_options *o = b->o;
@@ -216,7 +200,7 @@ static sh_status measure(bench *b, sh_error *err)
         if (b->loaded.n_adapters > 0)
             add_rate(&b->kept, rate / base);
         if (i == 0)
-            b->rss_bytes = resident_bytes();
+            b->rss_bytes = sh_memory_now().resident;
         if (b->o->ceilings)
             SH_TRY(measure_memory(b, rate, err));
     }

@@ -14,6 +14,7 @@ typedef struct {
 
 struct tr_batcher {
     tr_batcher_options o;
+    sh_tile_plan plan;
     size_t micro; /* sequences of a micro-batch */
     size_t n_slots, n_grad;
     slot *slots;
@@ -25,30 +26,105 @@ struct tr_batcher {
     float scale, *grad;
 };
 
+/* ---- the plan ---- */
+
+typedef struct {
+    const tr_batcher_options *o;
+    tr_work_shape shape;
+    size_t n_grad;
+    unsigned threads; /* wanted */
+} planning;
+
+static size_t n_slots_of(const planning *p)
+{
+    const size_t n_micro = (p->o->batch + p->shape.sequences - 1) / p->shape.sequences;
+    return SH_MIN((size_t)p->threads, n_micro);
+}
+
+static uint64_t bytes_of(const planning *p)
+{
+    const bool grads = p->n_grad > 0 && p->o->batch > p->shape.sequences;
+    return n_slots_of(p) *
+           (tr_work_bytes(p->o->net, &p->shape) + (grads ? p->n_grad * sizeof(float) : 0));
+}
+
+static bool fits(const planning *p)
+{
+    return p->o->memory_max == 0 || bytes_of(p) <= p->o->memory_max;
+}
+
+/* What costs least time is given up first: logits at once; layers that are kept, as few as have
+ * to be; sequences at once, which makes other sums; threads. */
+static sh_status make_plan(planning *p, sh_error *err)
+{
+    const size_t n_layers = p->o->net->config.n_layers;
+    const size_t positions = p->shape.positions, vocab = p->o->net->config.vocab;
+    for (;;) {
+        const size_t rows = p->shape.sequences * positions;
+        p->shape.logit_rows = SH_MIN(rows, SH_MAX((size_t)TR_LOGIT_ROWS, TR_LOGIT_FLOATS / vocab));
+        p->shape.kept = n_layers;
+        while (!fits(p) && p->shape.logit_rows > 4 * (size_t)TR_LOGIT_ROWS)
+            p->shape.logit_rows /= 2;
+        while (!fits(p) && p->shape.kept > 0 && p->shape.backward)
+            p->shape.kept--;
+        while (!fits(p) && p->shape.logit_rows > TR_LOGIT_ROWS)
+            p->shape.logit_rows /= 2;
+        if (fits(p))
+            return SH_OK;
+        if (p->shape.sequences > 1)
+            p->shape.sequences /= 2;
+        else if (p->threads > 1)
+            p->threads /= 2;
+        else
+            return sh_fail(err, SH_ERR_LIMIT,
+                           "training: the memory limit leaves %llu bytes for activations, and "
+                           "sequences of %zu tokens need %llu",
+                           (unsigned long long)p->o->memory_max, positions,
+                           (unsigned long long)bytes_of(p));
+    }
+}
+
+sh_tile_plan tr_batcher_plan(const tr_batcher *batcher)
+{
+    return batcher->plan;
+}
+
+/* ---- slots ---- */
+
 sh_status tr_batcher_create(const tr_batcher_options *options, tr_batcher **out, sh_error *err)
 {
     sh_status status = SH_OK;
-    size_t positions = options->data->length - 1;
-    unsigned threads = SH_MAX(1u, options->threads);
+    const size_t positions = options->data->length - 1;
     tr_batcher *b = sh_calloc(1, sizeof(*b));
     if (!b)
         return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a batch");
     b->o = *options;
-    b->micro = SH_MIN(SH_MAX((size_t)1, TR_MICRO_ROWS / positions), options->batch);
-    size_t n_micro = (options->batch + b->micro - 1) / b->micro;
-    b->n_slots = SH_MIN((size_t)threads, n_micro);
     b->n_grad = options->mode == TR_GRAD_FULL   ? options->net->layout.n
                 : options->mode == TR_GRAD_LORA ? options->net->n_lora
                                                 : 0;
+    planning p = {
+        .o = options,
+        .n_grad = b->n_grad,
+        .threads = SH_MAX(1u, options->threads),
+        .shape = {.sequences = SH_MIN(SH_MAX((size_t)1, TR_MICRO_ROWS / positions), options->batch),
+                  .positions = positions,
+                  .backward = options->mode != TR_LOSS_ONLY}};
+    SH_GOTO(make_plan(&p, err));
+    b->micro = p.shape.sequences;
+    b->n_slots = n_slots_of(&p);
+    b->plan = (sh_tile_plan){.threads = (unsigned)b->n_slots,
+                             .micro_sequences = (uint32_t)b->micro,
+                             .kept_layers = (uint32_t)p.shape.kept,
+                             .logit_rows = (uint32_t)p.shape.logit_rows,
+                             .bytes = bytes_of(&p)};
     b->slots = sh_calloc(b->n_slots, sizeof(*b->slots));
     if (!b->slots) {
         status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a batch");
         goto cleanup;
     }
     for (size_t i = 0; i < b->n_slots; i++) {
-        SH_GOTO(tr_work_create(options->net, b->micro, positions, options->mode != TR_LOSS_ONLY,
-                               &b->slots[i].work, err));
-        if (b->n_grad == 0 || n_micro == 1)
+        SH_GOTO(tr_work_create(options->net, &p.shape, &b->slots[i].work, err));
+        if (b->n_grad == 0 || options->batch <= b->micro)
             continue;
         b->slots[i].grad = sh_alloc_aligned(b->n_grad * sizeof(float));
         if (!b->slots[i].grad) {
@@ -99,7 +175,8 @@ static uint64_t count_targets(const sh_train_data *data, const uint32_t *index, 
     uint64_t count = 0;
     for (size_t s = 0; s < n; s++)
         for (size_t i = 1; i < data->length; i++)
-            count += !data->mask || data->mask[(size_t)index[s] * data->length + i];
+            count += !data->mask ||
+                     (data->mask[(size_t)index[s] * data->length + i] & SH_TRAIN_TARGET) != 0;
     return count;
 }
 
@@ -145,7 +222,8 @@ sh_status tr_data_check(const sh_model_config *config, const sh_train_data *data
                            "training data: token %d of sequence %zu is outside the vocabulary of "
                            "%u",
                            data->tokens[i], i / data->length, config->vocab);
-        any = any || (i % data->length > 0 && (!data->mask || data->mask[i]));
+        any = any ||
+              (i % data->length > 0 && (!data->mask || (data->mask[i] & SH_TRAIN_TARGET) != 0));
     }
     if (!any)
         return sh_fail(err, SH_ERR_INVALID, "training data: the mask leaves no target");
@@ -154,7 +232,7 @@ sh_status tr_data_check(const sh_model_config *config, const sh_train_data *data
 
 #define EVALUATE_BATCH 64 /* micro-batches a call, to keep all workers busy */
 
-sh_status tr_evaluate(const tr_net *net, const sh_train_data *data, unsigned threads,
+sh_status tr_evaluate(const tr_net *net, const sh_train_data *data, const sh_train_limits *limits,
                       double *mean_nll, sh_error *err)
 {
     sh_status status = SH_OK;
@@ -169,10 +247,13 @@ sh_status tr_evaluate(const tr_net *net, const sh_train_data *data, unsigned thr
     }
     for (size_t i = 0; i < data->n; i++)
         index[i] = (uint32_t)i;
-    SH_GOTO(tr_batcher_create(
-        &(tr_batcher_options){
-            .net = net, .data = data, .mode = TR_LOSS_ONLY, .batch = batch, .threads = threads},
-        &batcher, err));
+    SH_GOTO(tr_batcher_create(&(tr_batcher_options){.net = net,
+                                                    .data = data,
+                                                    .mode = TR_LOSS_ONLY,
+                                                    .batch = batch,
+                                                    .threads = limits->threads,
+                                                    .memory_max = limits->memory_max},
+                              &batcher, err));
     for (size_t at = 0; at < data->n; at += batch) {
         tr_batch_loss loss = tr_batcher_run(batcher, index + at, SH_MIN(batch, data->n - at), NULL);
         sum.loss_sum += loss.loss_sum;

@@ -17,7 +17,8 @@ struct sh_full {
     sh_gguf *owned;      /* keys, when they are ours to close */
 };
 
-static sh_status full_create(const sh_model_config *config, sh_full **out, sh_error *err)
+static sh_status full_create(const sh_model_config *config, const sh_model *model, sh_full **out,
+                             sh_error *err)
 {
     sh_status status = SH_OK;
     sh_full *full = sh_calloc(1, sizeof(*full));
@@ -28,7 +29,7 @@ static sh_status full_create(const sh_model_config *config, sh_full **out, sh_er
                          config->context, SH_CONTEXT_MAX);
         goto cleanup;
     }
-    SH_GOTO(tr_net_create(config, config->context, &full->net, err));
+    SH_GOTO(tr_net_create(config, model, UINT64_MAX, config->context, &full->net, err));
     full->grad = sh_alloc_aligned(full->net->layout.n * sizeof(float));
     if (!full->grad) {
         status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for gradients");
@@ -55,9 +56,7 @@ void sh_full_destroy(sh_full **full)
 sh_status sh_full_from_model(const sh_model *model, sh_full **out, sh_error *err)
 {
     sh_full *full = NULL;
-    SH_TRY(tr_model_check(model, err));
-    SH_TRY(full_create(&model->config, &full, err));
-    tr_net_dequantize(full->net, model);
+    SH_TRY(full_create(&model->config, model, &full, err));
     full->keys = model->gguf;
     *out = full;
     return SH_OK;
@@ -73,7 +72,7 @@ static void randomize(tr_net *net, uint64_t seed)
         sh_rng_init(&rng, seed, i, PURPOSE_WEIGHTS);
         for (size_t j = 0; j < t.rows * t.row; j++)
             net->weights[t.at + j] =
-                t.is_norm ? 1.0f : (to_residual ? out_std : INIT_STD) * sh_rng_normal(&rng);
+                t.is_vector ? 1.0f : (to_residual ? out_std : INIT_STD) * sh_rng_normal(&rng);
     }
 }
 
@@ -83,7 +82,7 @@ sh_status sh_full_random(const sh_model_config *config, const char *vocab_gguf, 
     sh_status status = SH_OK;
     sh_full *full = NULL;
     size_t n_tokens = 0;
-    SH_GOTO(full_create(config, &full, err));
+    SH_GOTO(full_create(config, NULL, &full, err));
     SH_GOTO(sh_gguf_open(vocab_gguf, &full->owned, err));
     full->keys = full->owned;
     SH_GOTO(sh_gguf_get_array_count(full->keys, "tokenizer.ggml.tokens", &n_tokens, err));
@@ -123,16 +122,19 @@ sh_status sh_full_train(sh_full *full, const sh_train_data *data, const sh_train
                         sh_train_result *result, sh_error *err)
 {
     SH_TRY(tr_data_check(&full->net->config, data, err));
-    return tr_train(
+    full->net->bf16 = options->bf16;
+    const sh_status status = tr_train(
         &(tr_trainee){.net = full->net, .params = full->net->weights, .mode = TR_GRAD_FULL}, data,
         options, result, err);
+    full->net->bf16 = false;
+    return status;
 }
 
 sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data, unsigned threads,
                            double *mean_nll, sh_error *err)
 {
     SH_TRY(tr_data_check(&full->net->config, data, err));
-    return tr_evaluate(full->net, data, threads, mean_nll, err);
+    return tr_evaluate(full->net, data, &(sh_train_limits){.threads = threads}, mean_nll, err);
 }
 
 /* ---- GGUF ---- */
@@ -188,7 +190,7 @@ static sh_status add_tensor(const sh_full *full, const tr_tensor *t, sh_type typ
 {
     const uint64_t ne[2] = {t->row, t->rows};
     const float *values = full->net->weights + t->at;
-    if (t->is_norm)
+    if (t->is_vector)
         return sh_gguf_writer_add_tensor(w, t->name, SH_TYPE_F32, ne, 1, values, err);
     size_t row_bytes = sh_type_row_bytes(type, t->row);
     for (size_t r = 0; r < t->rows; r++)
@@ -211,10 +213,10 @@ sh_status sh_full_save(const sh_full *full, sh_type type, const char *path, sh_e
     for (size_t i = 0; i < tr_tensor_count(full->net); i++) {
         tr_tensor t = tr_tensor_at(full->net, i);
         size_t row_bytes = sh_type_row_bytes(type, t.row);
-        if (!t.is_norm && row_bytes == 0)
+        if (!t.is_vector && row_bytes == 0)
             return sh_fail(err, SH_ERR_INVALID, "%s: rows of %zu values do not fit %s", t.name,
                            t.row, info->name);
-        total += t.is_norm ? 0 : t.rows * row_bytes;
+        total += t.is_vector ? 0 : t.rows * row_bytes;
     }
     bytes = sh_alloc_aligned(total);
     if (!bytes) {
@@ -227,7 +229,7 @@ sh_status sh_full_save(const sh_full *full, sh_type type, const char *path, sh_e
     for (size_t i = 0; i < tr_tensor_count(full->net); i++) {
         tr_tensor t = tr_tensor_at(full->net, i);
         SH_GOTO(add_tensor(full, &t, type, bytes + total, w, err));
-        total += t.is_norm ? 0 : t.rows * sh_type_row_bytes(type, t.row);
+        total += t.is_vector ? 0 : t.rows * sh_type_row_bytes(type, t.row);
     }
     SH_GOTO(sh_gguf_writer_save(w, path, err));
 cleanup:

@@ -93,19 +93,21 @@ CLONES double tr_sum_squares(const float *x, size_t n)
     return s;
 }
 
-CLONES float tr_rmsnorm(const float *restrict x, const float *restrict w, float eps, size_t n,
-                        float *restrict y)
+CLONES float tr_rms_scale(const float *x, float eps, size_t n)
 {
-    float r = 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
+    return 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
+}
+
+CLONES void tr_rmsnorm(const float *restrict x, const float *restrict w, float r, size_t n,
+                       float *restrict y)
+{
     for (size_t i = 0; i < n; i++)
         y[i] = x[i] * r * w[i];
-    return r;
 }
 
 /* With y_i = x_i r w_i and dr/dx_j = -r^3 x_j / n:
- * dx_j = r w_j dy_j - x_j r^3 / n * sum_i(dy_i w_i x_i). */
-CLONES void tr_rmsnorm_backward(float *restrict dx, const float *restrict dy,
-                                const float *restrict x, const float *restrict w, float r, size_t n)
+ * dx_j = r w_j dy_j - x_j r^3 / n * sum_i(dy_i w_i x_i). Returns the factor of x_j. */
+INLINE float rms_along(const float *dy, const float *x, const float *w, float r, size_t n)
 {
     lanes sum = {0};
     size_t i = 0;
@@ -114,9 +116,23 @@ CLONES void tr_rmsnorm_backward(float *restrict dx, const float *restrict dy,
     float s = lanes_sum(&sum);
     for (; i < n; i++)
         s += dy[i] * w[i] * x[i];
-    float along = r * r * r / (float)n * s;
+    return r * r * r / (float)n * s;
+}
+
+CLONES void tr_rmsnorm_backward(float *restrict dx, const float *restrict dy,
+                                const float *restrict x, const float *restrict w, float r, size_t n)
+{
+    const float along = rms_along(dy, x, w, r, n);
     for (size_t j = 0; j < n; j++)
         dx[j] += r * w[j] * dy[j] - along * x[j];
+}
+
+CLONES void tr_rmsnorm_backward_in_place(float *restrict dy, const float *restrict x,
+                                         const float *restrict w, float r, size_t n)
+{
+    const float along = rms_along(dy, x, w, r, n);
+    for (size_t j = 0; j < n; j++)
+        dy[j] = r * w[j] * dy[j] - along * x[j];
 }
 
 CLONES void tr_rmsnorm_backward_weight(float *restrict dw, const float *restrict dy,
@@ -126,10 +142,19 @@ CLONES void tr_rmsnorm_backward_weight(float *restrict dw, const float *restrict
         dw[i] += dy[i] * x[i] * r;
 }
 
-CLONES void tr_rope(float *restrict x, const float *restrict cosines, const float *restrict sines,
-                    size_t half, size_t heads, float direction)
+CLONES void tr_rope(float *restrict x, const tr_angles *angles, size_t heads, float direction)
 {
+    const float *restrict cosines = angles->cosines, *restrict sines = angles->sines;
+    const size_t half = angles->half;
     for (size_t h = 0; h < heads; h++, x += 2 * half) {
+        if (angles->halves) {
+            for (size_t i = 0; i < half; i++) {
+                float a = x[i], b = x[half + i], c = cosines[i], s = direction * sines[i];
+                x[i] = a * c - b * s;
+                x[half + i] = a * s + b * c;
+            }
+            continue;
+        }
         for (size_t i = 0; i < half; i++) {
             float a = x[2 * i], b = x[2 * i + 1], c = cosines[i], s = direction * sines[i];
             x[2 * i] = a * c - b * s;
@@ -228,22 +253,136 @@ CLONES double tr_cross_entropy(float *z, size_t n, size_t target, float scale)
     return log((double)sum) - of_target;
 }
 
-CLONES void tr_fold_row(float *out, const float *w, const float *b, const float *a, size_t rank,
-                        size_t n)
+/* ---- products with a short side ---- */
+
+#define AT(p) (*(const lanes *)(p))
+
+/* rows x of stride ld times `ranks` rows of p. */
+INLINE void dots_block(const tr_skinny *s, const float *x, const float *p, float *narrow,
+                       size_t rows, size_t ranks)
+{
+    lanes sums[4][4];
+    size_t j = 0;
+    for (size_t r = 0; r < rows; r++)
+        for (size_t k = 0; k < ranks; k++)
+            sums[r][k] = (lanes){0};
+    for (; j + LANES <= s->n; j += LANES)
+        for (size_t r = 0; r < rows; r++)
+            for (size_t k = 0; k < ranks; k++)
+                sums[r][k] += AT(x + r * s->ld + j) * AT(p + k * s->n + j);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t k = 0; k < ranks; k++) {
+            float sum = lanes_sum(&sums[r][k]);
+            for (size_t i = j; i < s->n; i++)
+                sum += x[r * s->ld + i] * p[k * s->n + i];
+            narrow[r * s->ld_narrow + k] = sum;
+        }
+}
+
+CLONES void tr_dots(const tr_skinny *s, const float *wide, const float *p, float *narrow)
+{
+    for (size_t i = 0; i < s->rows;) {
+        const size_t rows = s->rows - i >= 4 ? 4 : 1;
+        const float *x = wide + i * s->ld;
+        float *out = narrow + i * s->ld_narrow;
+        size_t k = 0;
+        for (; k + 4 <= s->rank; k += 4)
+            if (rows == 4)
+                dots_block(s, x, p + k * s->n, out + k, 4, 4);
+            else
+                dots_block(s, x, p + k * s->n, out + k, 1, 4);
+        for (; k < s->rank; k++)
+            if (rows == 4)
+                dots_block(s, x, p + k * s->n, out + k, 4, 1);
+            else
+                dots_block(s, x, p + k * s->n, out + k, 1, 1);
+        i += rows;
+    }
+}
+
+/* `vectors` vectors of columns of `rows` rows. */
+INLINE void rank_add_block(const tr_skinny *s, float *y, const float *narrow, const float *p,
+                           size_t rows, size_t vectors)
+{
+    lanes sums[4][2];
+    for (size_t r = 0; r < rows; r++)
+        for (size_t v = 0; v < vectors; v++)
+            sums[r][v] = AT(y + r * s->ld + v * LANES);
+    for (size_t k = 0; k < s->rank; k++)
+        for (size_t r = 0; r < rows; r++)
+            for (size_t v = 0; v < vectors; v++)
+                sums[r][v] += narrow[r * s->ld_narrow + k] * AT(p + k * s->n + v * LANES);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t v = 0; v < vectors; v++)
+            *(lanes *)(y + r * s->ld + v * LANES) = sums[r][v];
+}
+
+INLINE void rank_add_rows(const tr_skinny *s, float *y, const float *narrow, const float *p,
+                          size_t rows)
+{
+    size_t j = 0;
+    for (; j + 2 * LANES <= s->n; j += 2 * LANES)
+        rank_add_block(s, y + j, narrow, p + j, rows, 2);
+    for (; j + LANES <= s->n; j += LANES)
+        rank_add_block(s, y + j, narrow, p + j, rows, 1);
+    for (; j < s->n; j++)
+        for (size_t r = 0; r < rows; r++) {
+            float sum = y[r * s->ld + j];
+            for (size_t k = 0; k < s->rank; k++)
+                sum += narrow[r * s->ld_narrow + k] * p[k * s->n + j];
+            y[r * s->ld + j] = sum;
+        }
+}
+
+CLONES void tr_rank_add(const tr_skinny *s, float *wide, const float *narrow, const float *p)
 {
     size_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        lanes sum = *(const lanes *)(w + i);
-        for (size_t k = 0; k < rank; k++)
-            sum += b[k] * *(const lanes *)(a + k * n + i);
-        *(lanes *)(out + i) = sum;
-    }
-    for (; i < n; i++) {
-        float sum = w[i];
-        for (size_t k = 0; k < rank; k++)
-            sum += b[k] * a[k * n + i];
-        out[i] = sum;
-    }
+    for (; i + 4 <= s->rows; i += 4)
+        rank_add_rows(s, wide + i * s->ld, narrow + i * s->ld_narrow, p, 4);
+    for (; i < s->rows; i++)
+        rank_add_rows(s, wide + i * s->ld, narrow + i * s->ld_narrow, p, 1);
+}
+
+INLINE void outer_block(const tr_skinny *s, const float *x, const float *narrow, float *p,
+                        size_t ranks, size_t vectors)
+{
+    lanes sums[4][4];
+    for (size_t k = 0; k < ranks; k++)
+        for (size_t v = 0; v < vectors; v++)
+            sums[k][v] = (lanes){0};
+    for (size_t i = 0; i < s->rows; i++)
+        for (size_t k = 0; k < ranks; k++)
+            for (size_t v = 0; v < vectors; v++)
+                sums[k][v] += narrow[i * s->ld_narrow + k] * AT(x + i * s->ld + v * LANES);
+    for (size_t k = 0; k < ranks; k++)
+        for (size_t v = 0; v < vectors; v++)
+            *(lanes *)(p + k * s->n + v * LANES) = sums[k][v];
+}
+
+INLINE void outer_ranks(const tr_skinny *s, const float *wide, const float *narrow, float *p,
+                        size_t ranks)
+{
+    size_t j = 0;
+    for (; j + 4 * LANES <= s->n; j += 4 * LANES)
+        outer_block(s, wide + j, narrow, p + j, ranks, 4);
+    for (; j + LANES <= s->n; j += LANES)
+        outer_block(s, wide + j, narrow, p + j, ranks, 1);
+    for (; j < s->n; j++)
+        for (size_t k = 0; k < ranks; k++) {
+            float sum = 0;
+            for (size_t i = 0; i < s->rows; i++)
+                sum += narrow[i * s->ld_narrow + k] * wide[i * s->ld + j];
+            p[k * s->n + j] = sum;
+        }
+}
+
+CLONES void tr_outer(const tr_skinny *s, const float *wide, const float *narrow, float *p)
+{
+    size_t k = 0;
+    for (; k + 4 <= s->rank; k += 4)
+        outer_ranks(s, wide, narrow + k, p + k * s->n, 4);
+    for (; k < s->rank; k++)
+        outer_ranks(s, wide, narrow + k, p + k * s->n, 1);
 }
 
 CLONES void tr_adamw_update(const tr_adamw *c, float *restrict p, const float *restrict g,

@@ -19,18 +19,24 @@ void tr_add(float *y, const float *x, size_t n);
 void tr_scale(float *y, float s, size_t n);
 double tr_sum_squares(const float *x, size_t n);
 
-/* RMSNorm: y = x * r * w, r = 1 / sqrt(mean(x^2) + eps), which is returned. */
-float tr_rmsnorm(const float *x, const float *w, float eps, size_t n, float *y);
-/* dx += what dy gives for x; r as returned by the forward pass. */
+/* RMSNorm: y = x * r * w, r = 1 / sqrt(mean(x^2) + eps). */
+float tr_rms_scale(const float *x, float eps, size_t n);
+void tr_rmsnorm(const float *x, const float *w, float r, size_t n, float *y);
+/* dx += what dy gives for x; and with dy replaced by it. */
 void tr_rmsnorm_backward(float *dx, const float *dy, const float *x, const float *w, float r,
                          size_t n);
+void tr_rmsnorm_backward_in_place(float *dy, const float *x, const float *w, float r, size_t n);
 /* dw += dy * x * r */
 void tr_rmsnorm_backward_weight(float *dw, const float *dy, const float *x, float r, size_t n);
 
-/* RoPE on adjacent pairs of `heads` heads of 2 * half values: (a, b) -> (a c - b s, a s + b c).
- * direction 1 turns forward, -1 back, which is the gradient. */
-void tr_rope(float *x, const float *cosines, const float *sines, size_t half, size_t heads,
-             float direction);
+/* RoPE on pairs of `heads` heads of 2 * half values: (a, b) -> (a c - b s, a s + b c). */
+typedef struct {
+    const float *cosines, *sines; /* [half] */
+    size_t half;
+    bool halves; /* pairs are (j, j + half); else (2j, 2j + 1) */
+} tr_angles;
+/* direction 1 turns forward, -1 back, which is the gradient. */
+void tr_rope(float *x, const tr_angles *angles, size_t heads, float direction);
 
 /* x[0, n) = softmax(x[0, n)), x[n, width) = 0. */
 void tr_softmax(float *x, size_t n, size_t width);
@@ -45,8 +51,14 @@ void tr_swiglu_backward(float *gate, float *up, const float *dh, size_t n);
 /* Returns -ln softmax(z)[target]; z becomes scale * (softmax(z) - onehot(target)). */
 double tr_cross_entropy(float *z, size_t n, size_t target, float scale);
 
-/* out = w + sum over k of b[k] * a[k, :], a is [rank, n]. out may be w. */
-void tr_fold_row(float *out, const float *w, const float *b, const float *a, size_t rank, size_t n);
+/* Products of wide [rows, n] (row stride ld), narrow [rows, rank] (row stride ld_narrow) and
+ * p [rank, n]. Each value is summed in an order that depends on n alone, or on rank, or on rows. */
+typedef struct {
+    size_t rows, n, ld, rank, ld_narrow;
+} tr_skinny;
+void tr_dots(const tr_skinny *s, const float *wide, const float *p, float *narrow); /* = wide·pᵀ */
+void tr_rank_add(const tr_skinny *s, float *wide, const float *narrow, const float *p); /* += n·p */
+void tr_outer(const tr_skinny *s, const float *wide, const float *narrow, float *p); /* = nᵀ·wide */
 
 /* One AdamW update of n values (Loshchilov & Hutter 2019, as PyTorch's torch.optim.AdamW). */
 typedef struct {

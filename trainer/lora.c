@@ -57,37 +57,31 @@ static sh_status adapter_check(const sh_model *base, const sh_adapter *adapter, 
     return SH_OK;
 }
 
-/* The float network of a base, with an adapter (may be NULL) laid out and folded in; *lora (may be
- * NULL) is its flat vector, the caller's to free. */
+/* The network of a base, with an adapter (may be NULL) laid out and in use; *lora is its flat
+ * vector, the caller's to free. memory_max: of sh_train_options. */
 static sh_status net_open(const sh_model *base, const sh_adapter *adapter,
-                          const sh_train_data *data, float **lora, tr_net **out, sh_error *err)
+                          const sh_train_data *data, uint64_t memory_max, float **lora,
+                          tr_net **out, sh_error *err)
 {
     sh_status status = SH_OK;
     tr_net *net = NULL;
-    float *flat = NULL;
-    SH_GOTO(tr_model_check(base, err));
+    const uint64_t copy = memory_max == 0 ? TR_COPY_BYTES : SH_MIN(TR_COPY_BYTES, memory_max / 4);
     SH_GOTO(tr_data_check(&base->config, data, err));
-    SH_GOTO(tr_net_create(&base->config, data->length - 1, &net, err));
-    tr_net_dequantize(net, base);
+    SH_GOTO(tr_net_create(&base->config, base, copy, data->length - 1, &net, err));
     if (adapter) {
         SH_GOTO(adapter_check(base, adapter, err));
-        SH_GOTO(tr_net_attach(net, adapter, lora != NULL, err));
-        flat = sh_alloc_aligned(net->n_lora * sizeof(*flat));
-        if (!flat) {
+        SH_GOTO(tr_net_attach(net, adapter, err));
+        *lora = sh_alloc_aligned(net->n_lora * sizeof(**lora));
+        if (!*lora) {
             status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for an adapter");
             goto cleanup;
         }
-        tr_lora_gather(net, adapter, flat);
-        tr_net_fold(net, flat);
-    }
-    if (lora) {
-        *lora = flat;
-        flat = NULL;
+        tr_lora_gather(net, adapter, *lora);
+        tr_net_use(net, *lora);
     }
     *out = net;
     net = NULL;
 cleanup:
-    free(flat);
     tr_net_destroy(&net);
     return status;
 }
@@ -98,7 +92,8 @@ sh_status sh_lora_train(const sh_model *base, sh_adapter *adapter, const sh_trai
     sh_status status = SH_OK;
     tr_net *net = NULL;
     float *lora = NULL;
-    SH_GOTO(net_open(base, adapter, data, &lora, &net, err));
+    SH_GOTO(net_open(base, adapter, data, options->memory_max, &lora, &net, err));
+    net->bf16 = options->bf16;
     SH_GOTO(tr_train(&(tr_trainee){.net = net, .params = lora, .mode = TR_GRAD_LORA}, data, options,
                      result, err));
     tr_lora_scatter(net, lora, adapter);
@@ -109,14 +104,17 @@ cleanup:
 }
 
 sh_status sh_train_evaluate(const sh_model *base, const sh_adapter *adapter,
-                            const sh_train_data *data, unsigned threads, double *mean_nll,
-                            sh_error *err)
+                            const sh_train_data *data, const sh_train_limits *limits,
+                            double *mean_nll, sh_error *err)
 {
     sh_status status = SH_OK;
     tr_net *net = NULL;
-    SH_GOTO(net_open(base, adapter, data, NULL, &net, err));
-    SH_GOTO(tr_evaluate(net, data, threads, mean_nll, err));
+    float *lora = NULL;
+    const sh_train_limits none = {0}, *l = limits ? limits : &none;
+    SH_GOTO(net_open(base, adapter, data, l->memory_max, &lora, &net, err));
+    SH_GOTO(tr_evaluate(net, data, l, mean_nll, err));
 cleanup:
+    free(lora);
     tr_net_destroy(&net);
     return status;
 }
@@ -126,7 +124,7 @@ sh_status sh_lora_gradient(const sh_model *base, const sh_adapter *adapter,
 {
     sh_status status = SH_OK;
     tr_net *net = NULL;
-    float *lora = NULL;
+    float *lora = NULL, *values = NULL;
     SH_GOTO(adapter_check(base, adapter, err));
     SH_GOTO(adapter_check(base, grad, err));
     for (size_t i = 0; i < (size_t)grad->n_layers * SH_LAYER_MATRICES; i++) {
@@ -136,10 +134,16 @@ sh_status sh_lora_gradient(const sh_model *base, const sh_adapter *adapter,
             goto cleanup;
         }
     }
-    SH_GOTO(net_open(base, adapter, data, &lora, &net, err));
-    SH_GOTO(tr_gradient(net, data, TR_GRAD_LORA, lora, loss, err)); /* lora is folded in: reused */
-    tr_lora_scatter(net, lora, grad);
+    SH_GOTO(net_open(base, adapter, data, 0, &lora, &net, err));
+    values = sh_alloc_aligned(net->n_lora * sizeof(*values));
+    if (!values) {
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a gradient");
+        goto cleanup;
+    }
+    SH_GOTO(tr_gradient(net, data, TR_GRAD_LORA, values, loss, err));
+    tr_lora_scatter(net, values, grad);
 cleanup:
+    free(values);
     free(lora);
     tr_net_destroy(&net);
     return status;

@@ -1,6 +1,4 @@
-/*
- * Shapes, weights and memory of the float network, and LoRA's effective matrices.
- */
+/* The network's layout: groups, tensors, where weights are read, LoRA's places. */
 #include "trainer/network.h"
 
 #include <math.h>
@@ -8,17 +6,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "trainer/kernels.h"
-
 #define ALIGN_FLOATS 16 /* every tensor starts on a cache line */
-#define BORDER_STEP  8
+#define TILE_STEP    32 /* what bf16 products work on at once */
 
 static size_t align_up(size_t n, size_t step)
 {
     return (n + step - 1) / step * step;
 }
 
-static void groups_init(const sh_model_config *c, tr_group groups[TR_GROUPS])
+static void groups_init(const sh_model_config *c, tr_group groups[TR_MATRICES])
 {
     size_t q = (size_t)c->n_heads * c->head_size, kv = (size_t)c->n_kv_heads * c->head_size;
     size_t ffn = c->ffn, width = c->width;
@@ -36,6 +32,8 @@ static void groups_init(const sh_model_config *c, tr_group groups[TR_GROUPS])
                                     .part_at = {0, ffn, 2 * ffn}};
     groups[TR_DOWN] = (tr_group){
         .in = ffn, .out = width, .first = SH_FFN_DOWN, .n_parts = 1, .part_at = {0, width}};
+    groups[TR_HEAD] =
+        (tr_group){.in = width, .out = c->vocab, .n_parts = 1, .part_at = {0, c->vocab}};
 }
 
 static size_t place(size_t *at, size_t n)
@@ -45,16 +43,23 @@ static size_t place(size_t *at, size_t n)
     return here;
 }
 
-static void layout_init(const sh_model_config *c, const tr_group groups[TR_GROUPS], tr_layout *l)
+static void layout_init(const sh_model_config *c, const tr_group groups[TR_MATRICES], tr_layout *l)
 {
-    size_t width = c->width, table = (size_t)c->vocab * width, at = 0;
+    const size_t width = c->width, table = (size_t)c->vocab * width;
+    const size_t *qkv = groups[TR_QKV].part_at;
+    size_t at = 0;
     l->embd = place(&at, table);
     l->output = c->tied_output ? l->embd : place(&at, table);
     l->output_norm = place(&at, width);
     l->layers = at;
+    l->vector_n[TR_ATTN_NORM] = l->vector_n[TR_FFN_NORM] = width;
+    if (c->arch == SH_ARCH_QWEN3)
+        l->vector_n[TR_Q_NORM] = l->vector_n[TR_K_NORM] = c->head_size;
+    for (size_t p = 0; p < 3 && c->arch == SH_ARCH_QWEN2; p++)
+        l->vector_n[TR_Q_BIAS + p] = qkv[p + 1] - qkv[p];
     at = 0;
-    l->attn_norm = place(&at, width);
-    l->ffn_norm = place(&at, width);
+    for (size_t v = 0; v < TR_VECTORS; v++)
+        l->vector[v] = place(&at, l->vector_n[v]);
     for (size_t g = 0; g < TR_GROUPS; g++)
         l->group[g] = place(&at, groups[g].in * groups[g].out);
     l->layer_stride = at;
@@ -93,7 +98,10 @@ sh_status tr_net_reserve_positions(tr_net *net, size_t positions, sh_error *err)
 {
     if (positions <= net->rope_n)
         return SH_OK;
-    size_t half = net->config.head_size / 2;
+    const sh_model_config *c = &net->config;
+    const double *frequency = net->model ? net->model->rope_frequency : NULL;
+    const double magnitude = net->model ? (double)net->model->rope_magnitude : 1;
+    size_t half = c->head_size / 2;
     float *cosines = sh_calloc(positions * half, sizeof(*cosines));
     float *sines = sh_calloc(positions * half, sizeof(*sines));
     if (!cosines || !sines) {
@@ -101,12 +109,12 @@ sh_status tr_net_reserve_positions(tr_net *net, size_t positions, sh_error *err)
         free(sines);
         return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu positions", positions);
     }
-    for (size_t t = 0; t < positions; t++) {
-        for (size_t i = 0; i < half; i++) {
-            double power = -2.0 * (double)i / (double)net->config.head_size;
-            double angle = (double)t * pow((double)net->config.rope_base, power);
-            cosines[t * half + i] = (float)cos(angle);
-            sines[t * half + i] = (float)sin(angle);
+    for (size_t i = 0; i < half; i++) {
+        const double power = -2.0 * (double)i / (double)c->head_size;
+        const double f = frequency ? frequency[i] : pow((double)c->rope_base, power);
+        for (size_t t = 0; t < positions; t++) {
+            cosines[t * half + i] = (float)(cos((double)t * f) * magnitude);
+            sines[t * half + i] = (float)(sin((double)t * f) * magnitude);
         }
     }
     free(net->rope_cos);
@@ -117,8 +125,123 @@ sh_status tr_net_reserve_positions(tr_net *net, size_t positions, sh_error *err)
     return SH_OK;
 }
 
-sh_status tr_net_create(const sh_model_config *config, size_t positions, tr_net **out,
-                        sh_error *err)
+/* ---- where weights are read ---- */
+
+static void dequantize(const sh_matrix *m, size_t first, size_t n, float *out)
+{
+    const size_t row_bytes = sh_type_row_bytes(m->type, m->in);
+    for (size_t o = first; o < first + n; o++, out += m->in)
+        sh_row_dequantize(m->type, (const uint8_t *)m->data + o * row_bytes, out, m->in);
+}
+
+static const float *matrix_rows(const sh_matrix *m, size_t first, size_t n, float *tile)
+{
+    if (m->type == SH_TYPE_F32)
+        return (const float *)m->data + first * m->in;
+    dequantize(m, first, n, tile);
+    return tile;
+}
+
+const float *tr_group_rows(const tr_net *net, size_t layer, size_t g, size_t first, size_t n,
+                           float *tile)
+{
+    const tr_group *group = &net->groups[g];
+    if (net->weights)
+        return net->weights + first * group->in +
+               (g == TR_HEAD
+                    ? net->layout.output
+                    : net->layout.layers + layer * net->layout.layer_stride + net->layout.group[g]);
+    if (g == TR_HEAD)
+        return matrix_rows(&net->model->output, first, n, tile);
+    const sh_matrix *m = &net->model->layers[layer].m[group->first];
+    float *to = tile;
+    for (size_t p = 0; p < group->n_parts; p++) {
+        const size_t from = SH_MAX(first, group->part_at[p]);
+        const size_t end = SH_MIN(first + n, group->part_at[p + 1]);
+        if (from >= end)
+            continue;
+        if (end - from == n)
+            return matrix_rows(&m[p], from - group->part_at[p], n, tile);
+        dequantize(&m[p], from - group->part_at[p], end - from, to);
+        to += (end - from) * group->in;
+    }
+    return tile;
+}
+
+void tr_embedding(const tr_net *net, int32_t token, float *out)
+{
+    const size_t width = net->config.width;
+    if (net->weights)
+        memcpy(out, net->weights + net->layout.embd + (size_t)token * width, width * sizeof(*out));
+    else
+        dequantize(&net->model->token_embd, (size_t)token, 1, out);
+}
+
+static const float *model_vector(const sh_layer *l, size_t which)
+{
+    switch (which) {
+    case TR_ATTN_NORM:
+        return l->attn_norm;
+    case TR_FFN_NORM:
+        return l->ffn_norm;
+    case TR_Q_NORM:
+        return l->q_norm;
+    case TR_K_NORM:
+        return l->k_norm;
+    default:
+        return l->bias[SH_ATTN_Q + (which - TR_Q_BIAS)];
+    }
+}
+
+const float *tr_vector(const tr_net *net, size_t layer, size_t which)
+{
+    const tr_layout *l = &net->layout;
+    if (l->vector_n[which] == 0)
+        return NULL;
+    if (net->weights)
+        return net->weights + l->layers + layer * l->layer_stride + l->vector[which];
+    return model_vector(&net->model->layers[layer], which);
+}
+
+const float *tr_output_norm(const tr_net *net)
+{
+    return net->weights ? net->weights + net->layout.output_norm : net->model->output_norm;
+}
+
+size_t tr_tile_rows(const tr_net *net, size_t g)
+{
+    const tr_group *group = &net->groups[g];
+    if (net->weights && !net->bf16)
+        return group->out;
+    const size_t rows = net->tile_floats / group->in / TILE_STEP * TILE_STEP;
+    return SH_MIN(SH_MAX(rows, (size_t)TILE_STEP), group->out);
+}
+
+static void copy_model(tr_net *net)
+{
+    const tr_layout *l = &net->layout;
+    const sh_model *model = net->model;
+    dequantize(&model->token_embd, 0, model->token_embd.out, net->weights + l->embd);
+    if (!net->config.tied_output)
+        dequantize(&model->output, 0, model->output.out, net->weights + l->output);
+    memcpy(net->weights + l->output_norm, model->output_norm, net->config.width * sizeof(float));
+    for (size_t i = 0; i < net->config.n_layers; i++) {
+        float *layer = net->weights + l->layers + i * l->layer_stride;
+        for (size_t v = 0; v < TR_VECTORS; v++)
+            if (l->vector_n[v] > 0)
+                memcpy(layer + l->vector[v], model_vector(&model->layers[i], v),
+                       l->vector_n[v] * sizeof(float));
+        for (size_t g = 0; g < TR_GROUPS; g++)
+            for (size_t p = 0; p < net->groups[g].n_parts; p++) {
+                const sh_matrix *m = &model->layers[i].m[net->groups[g].first + p];
+                dequantize(m, 0, m->out,
+                           layer + l->group[g] + net->groups[g].part_at[p] * net->groups[g].in);
+            }
+    }
+}
+
+sh_status tr_net_create(const sh_model_config *config, const sh_model *model, uint64_t copy_bytes,
+                        size_t positions, tr_net **out, sh_error *err)
 {
     SH_TRY(config_check(config, err));
     sh_status status = SH_OK;
@@ -126,12 +249,18 @@ sh_status tr_net_create(const sh_model_config *config, size_t positions, tr_net 
     if (!net)
         return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a network");
     net->config = *config;
+    net->model = model;
+    net->tile_floats = TR_TILE_FLOATS;
     groups_init(config, net->groups);
     layout_init(config, net->groups, &net->layout);
-    net->weights = sh_alloc_aligned(net->layout.n * sizeof(float));
-    if (!net->weights) {
-        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu weights", net->layout.n);
-        goto cleanup;
+    if (!model || net->layout.n * sizeof(float) <= copy_bytes) {
+        net->weights = sh_alloc_aligned(net->layout.n * sizeof(float));
+        if (!net->weights) {
+            status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu weights", net->layout.n);
+            goto cleanup;
+        }
+        if (model)
+            copy_model(net);
     }
     SH_GOTO(tr_net_reserve_positions(net, positions, err));
     *out = net;
@@ -147,12 +276,14 @@ void tr_net_destroy(tr_net **net)
         return;
     free((*net)->weights);
     free((*net)->lora);
-    free((*net)->effective);
+    free((*net)->b_turned);
     free((*net)->rope_cos);
     free((*net)->rope_sin);
     free(*net);
     *net = NULL;
 }
+
+/* ---- tensors ---- */
 
 void tr_matrix_group(size_t matrix, size_t *group, size_t *part)
 {
@@ -166,25 +297,27 @@ void tr_matrix_group(size_t matrix, size_t *group, size_t *part)
     *part = of[matrix][1];
 }
 
-size_t tr_matrix_at(const tr_net *net, size_t layer, size_t matrix)
-{
-    size_t g, part;
-    tr_matrix_group(matrix, &g, &part);
-    return net->layout.layers + layer * net->layout.layer_stride + net->layout.group[g] +
-           net->groups[g].part_at[part] * net->groups[g].in;
-}
-
 /* Tensors outside the layers: token_embd, output (unless tied), output_norm. */
 static size_t head_tensors(const tr_net *net)
 {
     return net->config.tied_output ? 2 : 3;
 }
 
-#define LAYER_TENSORS (SH_LAYER_MATRICES + 2) /* two norms */
+static const char *const vector_names[TR_VECTORS] = {
+    "attn_norm.weight", "ffn_norm.weight", "attn_q_norm.weight", "attn_k_norm.weight",
+    "attn_q.bias",      "attn_k.bias",     "attn_v.bias"};
+
+static size_t layer_tensors(const tr_net *net)
+{
+    size_t n = SH_LAYER_MATRICES;
+    for (size_t v = 0; v < TR_VECTORS; v++)
+        n += net->layout.vector_n[v] > 0;
+    return n;
+}
 
 size_t tr_tensor_count(const tr_net *net)
 {
-    return head_tensors(net) + net->config.n_layers * LAYER_TENSORS;
+    return head_tensors(net) + net->config.n_layers * layer_tensors(net);
 }
 
 static tr_tensor head_tensor(const tr_net *net, size_t i)
@@ -195,7 +328,7 @@ static tr_tensor head_tensor(const tr_net *net, size_t i)
                            .at = net->layout.output_norm,
                            .rows = 1,
                            .row = c->width,
-                           .is_norm = true};
+                           .is_vector = true};
     if (i == 0)
         return (tr_tensor){
             .name = "token_embd.weight", .at = net->layout.embd, .rows = c->vocab, .row = c->width};
@@ -207,67 +340,38 @@ tr_tensor tr_tensor_at(const tr_net *net, size_t i)
 {
     if (i < head_tensors(net))
         return head_tensor(net, i);
-    size_t layer = (i - head_tensors(net)) / LAYER_TENSORS;
-    size_t within = (i - head_tensors(net)) % LAYER_TENSORS;
     const tr_layout *l = &net->layout;
-    tr_tensor t = {.rows = 1, .row = net->config.width, .is_norm = true};
-    if (within >= SH_LAYER_MATRICES) {
-        bool first = within == SH_LAYER_MATRICES;
-        t.at = l->layers + layer * l->layer_stride + (first ? l->attn_norm : l->ffn_norm);
-        snprintf(t.name, sizeof(t.name), "blk.%zu.%s.weight", layer,
-                 first ? "attn_norm" : "ffn_norm");
+    const size_t layer = (i - head_tensors(net)) / layer_tensors(net);
+    size_t within = (i - head_tensors(net)) % layer_tensors(net);
+    const size_t at = l->layers + layer * l->layer_stride;
+    tr_tensor t = {0};
+    if (within < SH_LAYER_MATRICES) {
+        size_t g, part;
+        tr_matrix_group(within, &g, &part);
+        const tr_group *group = &net->groups[g];
+        t.at = at + l->group[g] + group->part_at[part] * group->in;
+        t.rows = group->part_at[part + 1] - group->part_at[part];
+        t.row = group->in;
+        snprintf(t.name, sizeof(t.name), "blk.%zu.%s.weight", layer, sh_layer_matrix_names[within]);
         return t;
     }
-    size_t g, part;
-    tr_matrix_group(within, &g, &part);
-    t.is_norm = false;
-    t.at = tr_matrix_at(net, layer, within);
-    t.rows = net->groups[g].part_at[part + 1] - net->groups[g].part_at[part];
-    t.row = net->groups[g].in;
-    snprintf(t.name, sizeof(t.name), "blk.%zu.%s.weight", layer, sh_layer_matrix_names[within]);
+    size_t v = 0;
+    for (within -= SH_LAYER_MATRICES;; v++)
+        if (l->vector_n[v] > 0 && within-- == 0)
+            break;
+    t.at = at + l->vector[v];
+    t.rows = 1;
+    t.row = l->vector_n[v];
+    t.is_vector = true;
+    snprintf(t.name, sizeof(t.name), "blk.%zu.%s", layer, vector_names[v]);
     return t;
 }
 
-static void dequantize(const sh_matrix *m, float *out)
-{
-    size_t row_bytes = sh_type_row_bytes(m->type, m->in);
-    for (size_t o = 0; o < m->out; o++)
-        sh_row_dequantize(m->type, (const uint8_t *)m->data + o * row_bytes,
-                          out + o * (size_t)m->in, m->in);
-}
+/* ---- LoRA ---- */
 
-sh_status tr_model_check(const sh_model *model, sh_error *err)
+sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, sh_error *err)
 {
-    if (sh_model_is_plain_llama(model))
-        return SH_OK;
-    return sh_fail(err, SH_ERR_UNSUPPORTED,
-                   "%s: cannot train: its architecture is %s%s; only llama without biases and "
-                   "scaled RoPE is trained",
-                   model->gguf != NULL ? sh_gguf_path(model->gguf) : "the model",
-                   sh_arch_name(model->config.arch),
-                   model->config.arch == SH_ARCH_LLAMA ? " with biases or scaled RoPE" : "");
-}
-
-void tr_net_dequantize(tr_net *net, const sh_model *model)
-{
-    const tr_layout *l = &net->layout;
-    size_t norm_bytes = net->config.width * sizeof(float);
-    dequantize(&model->token_embd, net->weights + l->embd);
-    if (!net->config.tied_output)
-        dequantize(&model->output, net->weights + l->output);
-    memcpy(net->weights + l->output_norm, model->output_norm, norm_bytes);
-    for (size_t i = 0; i < net->config.n_layers; i++) {
-        float *layer = net->weights + l->layers + i * l->layer_stride;
-        memcpy(layer + l->attn_norm, model->layers[i].attn_norm, norm_bytes);
-        memcpy(layer + l->ffn_norm, model->layers[i].ffn_norm, norm_bytes);
-        for (size_t m = 0; m < SH_LAYER_MATRICES; m++)
-            dequantize(&model->layers[i].m[m], net->weights + tr_matrix_at(net, i, m));
-    }
-}
-
-sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, bool trainable, sh_error *err)
-{
-    size_t n_layers = net->config.n_layers, at = 0, most[TR_GROUPS] = {0};
+    size_t n_layers = net->config.n_layers, at = 0, turned = 0;
     tr_lora *lora = sh_calloc(n_layers * TR_GROUPS, sizeof(*lora));
     if (!lora)
         return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for an adapter's layout");
@@ -282,61 +386,39 @@ sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, bool trainable, 
             lora[i].total += lora[i].rank[p];
         }
         lora[i].a = place(&at, lora[i].total * group->in);
-        for (size_t p = 0; p < group->n_parts; p++)
-            lora[i].b[p] =
-                place(&at, (group->part_at[p + 1] - group->part_at[p]) * lora[i].rank[p]);
-        most[i % TR_GROUPS] = SH_MAX(most[i % TR_GROUPS], lora[i].total);
+        for (size_t p = 0; p < group->n_parts; p++) {
+            const size_t n = (group->part_at[p + 1] - group->part_at[p]) * lora[i].rank[p];
+            lora[i].b[p] = place(&at, n);
+            lora[i].bt[p] = place(&turned, n);
+        }
+        net->rank_total = SH_MAX(net->rank_total, lora[i].total);
     }
-    size_t stride = 0;
-    for (size_t g = 0; g < TR_GROUPS; g++) {
-        net->border[g] = trainable ? align_up(most[g], BORDER_STEP) : 0;
-        net->effective_at[g] = place(&stride, (net->groups[g].in + net->border[g]) *
-                                                  (net->groups[g].out + net->border[g]));
-    }
-    net->effective = sh_alloc_aligned(n_layers * stride * sizeof(float));
-    if (!net->effective) {
+    net->b_turned = sh_alloc_aligned(SH_MAX(turned, (size_t)1) * sizeof(float));
+    if (!net->b_turned) {
         free(lora);
-        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for effective weights");
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for an adapter");
     }
-    net->effective_stride = stride;
     net->lora = lora;
     net->n_lora = at;
+    net->n_turned = turned;
     return SH_OK;
 }
 
-static void fold_group(const tr_net *net, const float *lora, size_t layer, size_t g)
+void tr_net_use(tr_net *net, const float *lora)
 {
-    const tr_group *group = &net->groups[g];
-    const tr_lora *l = &net->lora[layer * TR_GROUPS + g];
-    size_t border = net->border[g], ld = group->in + border;
-    float *out = net->effective + layer * net->effective_stride + net->effective_at[g];
-    const float *w =
-        net->weights + net->layout.layers + layer * net->layout.layer_stride + net->layout.group[g];
-    const float *a = lora + l->a;
-    float scaled[SH_LORA_RANK_MAX];
-    for (size_t p = 0; p < group->n_parts; p++) {
-        size_t rank = l->rank[p];
-        for (size_t o = group->part_at[p]; o < group->part_at[p + 1]; o++) {
-            const float *b = lora + l->b[p] + (o - group->part_at[p]) * rank;
-            for (size_t k = 0; k < rank; k++)
-                scaled[k] = l->scale[p] * b[k];
-            tr_fold_row(out + o * ld, w + o * group->in, scaled, a + l->at[p] * group->in, rank,
-                        group->in);
-            if (border > 0) {
-                memset(out + o * ld + group->in, 0, border * sizeof(float));
-                memcpy(out + o * ld + group->in + l->at[p], scaled, rank * sizeof(float));
-            }
+    net->lora_values = lora;
+    for (size_t i = 0; i < net->config.n_layers * (size_t)TR_GROUPS; i++) {
+        const tr_group *group = &net->groups[i % TR_GROUPS];
+        const tr_lora *l = &net->lora[i];
+        for (size_t p = 0; p < group->n_parts; p++) {
+            const size_t out = group->part_at[p + 1] - group->part_at[p], rank = l->rank[p];
+            const float *b = lora + l->b[p];
+            float *bt = net->b_turned + l->bt[p];
+            for (size_t o = 0; o < out; o++)
+                for (size_t k = 0; k < rank; k++)
+                    bt[k * out + o] = l->scale[p] * b[o * rank + k];
         }
     }
-    for (size_t k = 0; k < SH_MIN(l->total, border); k++)
-        memcpy(out + (group->out + k) * ld, a + k * group->in, group->in * sizeof(float));
-}
-
-void tr_net_fold(tr_net *net, const float *lora)
-{
-    for (size_t layer = 0; layer < net->config.n_layers; layer++)
-        for (size_t g = 0; g < TR_GROUPS; g++)
-            fold_group(net, lora, layer, g);
 }
 
 /* Where pair i of an adapter lies in the flat vector; false when it is not adapted. */

@@ -2,29 +2,42 @@
  * The trainer's float network: a Llama-family decoder with its forward and backward pass over a
  * micro-batch of whole sequences. Internal to trainer/.
  *
- * Matrices that read the same input are one GEMM: Q, K, V stacked, gate and up stacked. With LoRA
- * the effective matrix W + scale * B·A is formed once a step, bordered so that the low-rank
- * products come out of the same GEMMs, since products with a side of 8 or 16 run at a third of
- * the speed:
+ * Matrices that read the same input are one group: Q, K, V stacked, gate and up stacked. The
+ * weights of a frozen base stay in its file's types; a tile of rows at a time becomes floats, in a
+ * scratch that stays in a core's cache (tr_group_rows). Those of a model that is trained whole, and
+ * of a base so small that a copy costs little, lie in F32.
  *
- *            in        border
- *     out  [ W + sBA |  sB  ]     y | u  = x · [first `in` columns]ᵀ    u = x·Aᵀ
- *     border [  A    |  -   ]     dx | du = dy · [first `out` rows]     du = dy·sB
+ * LoRA stays beside W (with s = alpha / rank, or alpha / sqrt(rank)):
  *
- * and then dA = duᵀ·x, dB = s dyᵀ·u. sB is block diagonal over the stacked matrices.
+ *     u = x·Aᵀ     y  = x·Wᵀ + u·(sB)ᵀ
+ *     du = dy·sB   dx = dy·W + du·A      dA = duᵀ·x     dB = s dyᵀ·u
  *
- * Memory: all weights in F32, twice with LoRA. Right for models of up to some hundred million
- * parameters; tr_net_dequantize is the one place to change for a tile at a time.
+ * Memory of a micro-batch: what tr_acts says, of every layer that is kept; the others are run once
+ * more in the backward pass from their input, with the same bits (gradient checkpointing: Chen et
+ * al. 2016, arXiv:1604.06174).
  * Threads: a tr_net is read-only in tr_forward and tr_backward; a tr_work belongs to one thread.
  */
 #ifndef SH_TRAINER_NETWORK_H
 #define SH_TRAINER_NETWORK_H
 
+#include "shared/math/bf16.h"
 #include "trainer/trainer.h"
 
-enum { TR_QKV, TR_ATTN_OUTPUT, TR_GATE_UP, TR_DOWN, TR_GROUPS };
+enum {
+    TR_QKV,
+    TR_ATTN_OUTPUT,
+    TR_GATE_UP,
+    TR_DOWN,
+    TR_GROUPS,
+    TR_HEAD = TR_GROUPS, /* the output matrix, of no layer */
+    TR_MATRICES
+};
 #define TR_PARTS_MAX   3
 #define TR_QUERY_BLOCK 64 /* queries of attention done together */
+#define TR_TILE_FLOATS                                                                             \
+    (128u << 10)                  /* of dequantized weights: half of a small second-level cache    \
+                                   */
+#define TR_COPY_BYTES (64u << 20) /* a frozen base of at most this in F32 is copied */
 
 /* Matrices [out_p, in] stacked along their rows. */
 typedef struct {
@@ -37,103 +50,140 @@ typedef struct {
 typedef struct {
     size_t rank[TR_PARTS_MAX], at[TR_PARTS_MAX]; /* ranks of the parts, rows of theirs in A */
     float scale[TR_PARTS_MAX];
-    size_t total;           /* sum of the ranks; 0: nothing adapted */
-    size_t a;               /* A of all parts, [total, in] */
-    size_t b[TR_PARTS_MAX]; /* [out_p, rank_p] */
+    size_t total;            /* sum of the ranks; 0: nothing adapted */
+    size_t a;                /* A of all parts, [total, in] */
+    size_t b[TR_PARTS_MAX];  /* [out_p, rank_p] */
+    size_t bt[TR_PARTS_MAX]; /* (sB)ᵀ [rank_p, out_p], in tr_net's b_turned */
 } tr_lora;
+
+/* Vectors of a layer. */
+enum {
+    TR_ATTN_NORM,
+    TR_FFN_NORM,
+    TR_Q_NORM, /* of a head, all heads share it; qwen3 */
+    TR_K_NORM,
+    TR_Q_BIAS, /* qwen2 */
+    TR_K_BIAS,
+    TR_V_BIAS,
+    TR_VECTORS
+};
 
 /* Where tensors lie in a flat vector of weights or gradients, in floats. */
 typedef struct {
     size_t embd, output, output_norm; /* output == embd when tied */
     size_t layers, layer_stride;
-    size_t attn_norm, ffn_norm, group[TR_GROUPS]; /* within a layer */
+    size_t vector[TR_VECTORS], vector_n[TR_VECTORS]; /* within a layer; vector_n 0: not there */
+    size_t group[TR_GROUPS];                         /* after the vectors */
     size_t n;
 } tr_layout;
 
 typedef struct {
     sh_model_config config;
-    tr_group groups[TR_GROUPS];
+    tr_group groups[TR_MATRICES];
     tr_layout layout;
-    float *weights; /* layout.n */
+    const sh_model *model; /* borrowed; where weights are read when `weights` is NULL */
+    float *weights;        /* layout.n */
+    size_t tile_floats;    /* TR_TILE_FLOATS */
+    bool bf16;             /* products with weights round their operands (math/bf16.h) */
 
-    tr_lora *lora;            /* [n_layers * TR_GROUPS]; NULL: no adapter */
-    size_t n_lora;            /* floats of the flat LoRA vector */
-    size_t border[TR_GROUPS]; /* columns and rows beside W in effective; multiple of 8 */
-    float *effective;         /* NULL: weights are used as they are */
-    size_t effective_at[TR_GROUPS], effective_stride; /* offsets in a layer, floats a layer */
+    tr_lora *lora;     /* [n_layers * TR_GROUPS]; NULL: no adapter */
+    size_t n_lora;     /* floats of the flat LoRA vector */
+    size_t rank_total; /* the largest of tr_lora's totals */
+    const float *lora_values;
+    float *b_turned;
+    size_t n_turned;
 
     float *rope_cos, *rope_sin; /* [rope_n, head_size / 2] */
     size_t rope_n;
 } tr_net;
 
-/* A net of config's shape with zero weights, for sequences of up to `positions` inputs. */
-SH_MUST_USE sh_status tr_net_create(const sh_model_config *config, size_t positions, tr_net **out,
+/* A net of config's shape for sequences of up to `positions` inputs. model NULL: with zero weights
+ * of its own. Else the model's, which must outlive it: in place, or a copy in F32 where that takes
+ * at most copy_bytes. */
+SH_MUST_USE sh_status tr_net_create(const sh_model_config *config, const sh_model *model,
+                                    uint64_t copy_bytes, size_t positions, tr_net **out,
                                     sh_error *err);
 void tr_net_destroy(tr_net **net);
-/* SH_ERR_UNSUPPORTED unless the network computes what the model does. */
-SH_MUST_USE sh_status tr_model_check(const sh_model *model, sh_error *err);
-/* weights from a model of the same shape. */
-void tr_net_dequantize(tr_net *net, const sh_model *model);
 /* Lengthens the table of angles; only when no thread uses the net. */
 SH_MUST_USE sh_status tr_net_reserve_positions(tr_net *net, size_t positions, sh_error *err);
+
+/* Rows [first, first + n) of a group's stacked matrix, [n, in]: in place, or made in tile, which
+ * has room for tr_tile_rows of them. */
+const float *tr_group_rows(const tr_net *net, size_t layer, size_t g, size_t first, size_t n,
+                           float *tile);
+void tr_embedding(const tr_net *net, int32_t token, float *out);
+/* A layer's vector; NULL: the model has none. */
+const float *tr_vector(const tr_net *net, size_t layer, size_t which);
+const float *tr_output_norm(const tr_net *net);
+/* Rows of a group that are worked on at once: all of them when they need not be made. */
+size_t tr_tile_rows(const tr_net *net, size_t g);
 
 /* The tensors of a vector of tr_layout, in the order of a GGUF file. */
 typedef struct {
     char name[SH_GGUF_NAME_MAX]; /* "blk.0.attn_q.weight" */
     size_t at, rows, row;        /* [rows, row] values from `at` on; a norm has one row */
-    bool is_norm;
+    bool is_vector;              /* norms and biases */
 } tr_tensor;
 size_t tr_tensor_count(const tr_net *net);
 tr_tensor tr_tensor_at(const tr_net *net, size_t i);
 
-/* Where the matrix SH_ATTN_Q.. of a layer begins in a vector of tr_layout. */
-size_t tr_matrix_at(const tr_net *net, size_t layer, size_t matrix);
 /* Which group and part a matrix (SH_ATTN_Q..) is. */
 void tr_matrix_group(size_t matrix, size_t *group, size_t *part);
 
-/* Lays out the LoRA parameters of an adapter whose shapes were checked. trainable: make room for
- * the border of the gradients; otherwise only for W + scale * B·A. */
-SH_MUST_USE sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, bool trainable,
-                                    sh_error *err);
-/* effective from weights and the flat LoRA vector. */
-void tr_net_fold(tr_net *net, const float *lora);
+/* Lays out the LoRA parameters of an adapter whose shapes were checked. */
+SH_MUST_USE sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, sh_error *err);
+/* The passes take the LoRA values from this flat vector; to be called after each change of it. */
+void tr_net_use(tr_net *net, const float *lora);
 /* The flat LoRA vector from an adapter's pairs, and back. */
 void tr_lora_gather(const tr_net *net, const sh_adapter *adapter, float *lora);
 void tr_lora_scatter(const tr_net *net, const float *lora, sh_adapter *adapter);
 
-/* What a layer keeps for its backward pass. M rows = sequences * positions. */
+/* What a layer keeps for its backward pass. M rows = sequences * positions. The norms' outputs, the
+ * attention's weights and silu(gate) * up are cheap: they are made again. */
 typedef struct {
-    float *x;        /* [M, width + border of down]: input; the border is u of the layer before */
-    float *attn_in;  /* [M, width]: after the norm */
-    float *qkv;      /* [M, q + 2 kv + border], Q and K turned */
-    float *p;        /* [sequences, heads, T, T]: attention, rows of causal length */
-    float *attn_out; /* [M, q] */
-    float *mid;      /* [M, width + border]: after attention */
-    float *ffn_in;   /* [M, width] */
-    float *gate_up;  /* [M, 2 ffn + border] */
-    float *h;        /* [M, ffn] */
-    float *r1, *r2;  /* [M]: of the two norms */
+    float *x;            /* [M, width]: input */
+    float *qk;           /* [M, q + kv] before the norms of heads; NULL without them */
+    float *qkv;          /* [M, q + 2 kv], Q and K turned */
+    float *attn_out;     /* [M, q] */
+    float *mid;          /* [M, width]: after attention */
+    float *gate_up;      /* [M, 2 ffn] */
+    float *u[TR_GROUPS]; /* [M, rank_total], of which a group's ranks are used */
+    float *r1, *r2;      /* [M]: of the two norms */
 } tr_acts;
 
+/* Sizes of a micro-batch's memory. */
 typedef struct {
-    size_t sequences_max, positions, logit_rows; /* capacity; rows of logits at a time */
+    size_t sequences, positions;
+    size_t logit_rows; /* rows whose logits are held at a time */
+    size_t kept;       /* layers, the last ones, whose tr_acts are all kept */
+    bool backward;
+} tr_work_shape;
+
+typedef struct {
+    tr_work_shape shape;
     tr_acts *acts; /* [n_layers + 1]; the last has x alone. All the same without `backward` */
     float *final_in, *final_r; /* [M, width]: rows with a target after the last norm; [M] */
     float *logits;             /* [logit_rows, vocab] */
-    uint32_t *rows;            /* [M]: rows with a target */
-    int32_t *targets;          /* [M] */
+    float *tile;               /* of weights */
+    sh_bf16 *a16, *b16;        /* operands of a product with a tile, rounded; NULL without bf16 */
+    float *narrow, *wide;      /* [M, the widest in]: inputs of groups; [M, ffn] */
+    float *p, *dp;             /* [attention block, T] */
     float *dx;                 /* [M, width] */
-    float *dnarrow;            /* [M, the widest in + border] */
+    float *dnarrow;            /* [M, the widest in] */
     float *dwide;              /* [M, the widest of q + 2 kv and 2 ffn] */
-    float *dp;                 /* [attention block, T] */
-    size_t ld_x, ld_mid, ld_qkv, ld_gate_up, ld_narrow;
+    float *du;                 /* [M, rank_total] */
+    float *turned;             /* [the largest rank, the widest out] */
+    uint32_t *rows;            /* [M]: rows with a target */
+    uint32_t *begins;          /* [M]: position in its sequence where the row's document begins */
+    int32_t *targets;          /* [M] */
+    const int32_t **inputs;    /* [sequences] */
     size_t n_sequences, n_targets; /* of the micro-batch last given to tr_forward */
-    const int32_t **inputs;        /* [sequences_max] */
     float *block;
 } tr_work;
 
-SH_MUST_USE sh_status tr_work_create(const tr_net *net, size_t sequences_max, size_t positions,
-                                     bool backward, tr_work **out, sh_error *err);
+size_t tr_work_bytes(const tr_net *net, const tr_work_shape *shape);
+SH_MUST_USE sh_status tr_work_create(const tr_net *net, const tr_work_shape *shape, tr_work **out,
+                                     sh_error *err);
 void tr_work_destroy(tr_work **work);
 
 /* Runs sequences index[0, n) of data up to the last layer's output. */
@@ -150,14 +200,31 @@ typedef struct {
  * scale * sum. */
 double tr_backward(const tr_net *net, tr_work *work, float scale, const tr_grads *grads);
 
-/* attention.c: all heads of sequence s; o [T, q] and p from qkv, and dqkv from do. */
+/* attention.c: all heads of sequence s; o [T, q] from qkv, and dqkv from do. */
 void tr_attention(const tr_net *net, const tr_work *work, const tr_acts *acts, size_t s);
-typedef struct {
-    const float *dout; /* [M, q] with leading dimension ld_out */
-    size_t ld_out;
-    float *dqkv; /* [M, q + 2 kv], dense */
-} tr_attention_grads;
+/* dout [M, q], dqkv [M, q + 2 kv] */
 void tr_attention_backward(const tr_net *net, const tr_work *work, const tr_acts *acts,
-                           const tr_attention_grads *grads, size_t s);
+                           const float *dout, float *dqkv, size_t s);
+
+/* product.c: y [rows, out] = x·Wᵀ, and dx [rows, in] = dy·W, with W in tiles of rows. */
+typedef struct {
+    size_t layer, g, rows;
+} tr_place;
+void tr_weights_forward(const tr_net *net, tr_work *work, const tr_place *at, const float *x,
+                        float *y);
+void tr_weights_backward(const tr_net *net, tr_work *work, const tr_place *at, const float *dy,
+                         float *dx);
+
+/* group.c: a group of a layer with its LoRA. */
+typedef struct {
+    tr_place at;
+    const float *x; /* [rows, in] */
+    float *u;       /* [rows, rank_total] */
+} tr_product;
+/* u = x·Aᵀ, and y [rows, out] = x·Wᵀ + u·(sB)ᵀ unless y is NULL. */
+void tr_group_forward(const tr_net *net, tr_work *work, const tr_product *p, float *y);
+/* From dy [rows, out]: the gradients of W and of A and B, and dx [rows, in] unless NULL. */
+void tr_group_backward(const tr_net *net, tr_work *work, const tr_product *p, const float *dy,
+                       float *dx, const tr_grads *grads);
 
 #endif

@@ -1,156 +1,15 @@
 /*
- * Forward and backward pass of a micro-batch, and the memory that they work in.
+ * Forward and backward pass of a micro-batch.
  */
-#include <stdlib.h>
 #include <string.h>
 
 #include "shared/math/blas.h"
 #include "trainer/kernels.h"
 #include "trainer/network.h"
 
-#define ALIGN_FLOATS     16
-#define LOGIT_FLOATS_MAX (1u << 20) /* logits held at a time, so that a large vocabulary fits */
-
-/* ---- memory ---- */
-
-/* With base NULL only counts: the same code measures and carves. */
-static float *carve(float *base, size_t *at, size_t n)
+static size_t rows_of(const tr_work *work)
 {
-    float *here = base ? base + *at : NULL;
-    *at += (n + ALIGN_FLOATS - 1) / ALIGN_FLOATS * ALIGN_FLOATS;
-    return here;
-}
-
-static void carve_layer(const tr_net *net, const tr_work *w, tr_acts *a, float *base, size_t *at)
-{
-    const sh_model_config *c = &net->config;
-    size_t rows = w->sequences_max * w->positions;
-    a->attn_in = carve(base, at, rows * c->width);
-    a->qkv = carve(base, at, rows * w->ld_qkv);
-    a->p = carve(base, at, rows * c->n_heads * w->positions);
-    a->attn_out = carve(base, at, rows * net->groups[TR_ATTN_OUTPUT].in);
-    a->mid = carve(base, at, rows * w->ld_mid);
-    a->ffn_in = carve(base, at, rows * c->width);
-    a->gate_up = carve(base, at, rows * w->ld_gate_up);
-    a->h = carve(base, at, rows * c->ffn);
-    a->r1 = carve(base, at, rows);
-    a->r2 = carve(base, at, rows);
-}
-
-static size_t carve_all(const tr_net *net, tr_work *w, bool backward, float *base)
-{
-    const sh_model_config *c = &net->config;
-    size_t rows = w->sequences_max * w->positions, at = 0, n_layers = c->n_layers;
-    for (size_t l = 0; l <= n_layers; l++) {
-        if (l > 0 && !backward) {
-            w->acts[l] = w->acts[0];
-            continue;
-        }
-        w->acts[l].x = carve(base, &at, rows * w->ld_x);
-        if (l < n_layers)
-            carve_layer(net, w, &w->acts[l], base, &at);
-    }
-    w->final_in = carve(base, &at, rows * c->width);
-    w->final_r = carve(base, &at, rows);
-    w->logits = carve(base, &at, w->logit_rows * c->vocab);
-    if (backward) {
-        size_t wide = SH_MAX(net->groups[TR_QKV].out, net->groups[TR_GATE_UP].out);
-        w->dx = carve(base, &at, rows * c->width);
-        w->dnarrow = carve(base, &at, rows * w->ld_narrow);
-        w->dwide = carve(base, &at, rows * wide);
-        w->dp = carve(base, &at, (size_t)TR_QUERY_BLOCK * w->positions);
-    }
-    return at;
-}
-
-sh_status tr_work_create(const tr_net *net, size_t sequences_max, size_t positions, bool backward,
-                         tr_work **out, sh_error *err)
-{
-    const tr_group *g = net->groups;
-    size_t rows = sequences_max * positions;
-    tr_work *w = sh_calloc(1, sizeof(*w));
-    if (!w)
-        goto no_memory;
-    w->sequences_max = sequences_max;
-    w->positions = positions;
-    w->logit_rows = SH_MIN(rows, SH_MAX((size_t)16, LOGIT_FLOATS_MAX / net->config.vocab));
-    w->ld_x = g[TR_DOWN].out + net->border[TR_DOWN];
-    w->ld_mid = g[TR_ATTN_OUTPUT].out + net->border[TR_ATTN_OUTPUT];
-    w->ld_qkv = g[TR_QKV].out + net->border[TR_QKV];
-    w->ld_gate_up = g[TR_GATE_UP].out + net->border[TR_GATE_UP];
-    for (size_t i = 0; i < TR_GROUPS; i++)
-        w->ld_narrow = SH_MAX(w->ld_narrow, g[i].in + net->border[i]);
-    w->acts = sh_calloc((size_t)net->config.n_layers + 1, sizeof(*w->acts));
-    w->rows = sh_calloc(rows, sizeof(*w->rows));
-    w->targets = sh_calloc(rows, sizeof(*w->targets));
-    w->inputs = sh_calloc(sequences_max, sizeof(*w->inputs));
-    if (!w->acts || !w->rows || !w->targets || !w->inputs)
-        goto no_memory;
-    w->block = sh_alloc_aligned(carve_all(net, w, backward, NULL) * sizeof(float));
-    if (!w->block)
-        goto no_memory;
-    carve_all(net, w, backward, w->block);
-    *out = w;
-    return SH_OK;
-no_memory:
-    tr_work_destroy(&w);
-    return sh_fail(err, SH_ERR_NO_MEMORY,
-                   "no memory for the activations of %zu sequences of %zu tokens", sequences_max,
-                   positions);
-}
-
-void tr_work_destroy(tr_work **work)
-{
-    if (!*work)
-        return;
-    free((*work)->acts);
-    free((*work)->rows);
-    free((*work)->targets);
-    free((void *)(*work)->inputs);
-    free((*work)->block);
-    free(*work);
-    *work = NULL;
-}
-
-/* ---- the matrices of a layer ---- */
-
-typedef struct {
-    const float *w; /* [out + border, in + border] */
-    size_t ld, in, out, border;
-} matrix_view;
-
-static matrix_view matrix_of(const tr_net *net, size_t layer, size_t g)
-{
-    const tr_group *group = &net->groups[g];
-    matrix_view v = {.in = group->in, .out = group->out, .border = net->border[g]};
-    v.ld = v.in + v.border;
-    v.w = net->effective ? net->effective + layer * net->effective_stride + net->effective_at[g]
-                         : net->weights + net->layout.layers + layer * net->layout.layer_stride +
-                               net->layout.group[g];
-    return v;
-}
-
-static const float *norm_of(const tr_net *net, size_t layer, size_t which)
-{
-    return net->weights + net->layout.layers + layer * net->layout.layer_stride + which;
-}
-
-/* y [rows, out + border] = x [rows, in] · Wᵀ */
-static void group_forward(const tr_net *net, size_t layer, size_t g, const float *x, float *y,
-                          size_t rows)
-{
-    matrix_view m = matrix_of(net, layer, g);
-    sh_sgemm(&(sh_gemm){.trans_b = true,
-                        .m = rows,
-                        .n = m.out + m.border,
-                        .k = m.in,
-                        .alpha = 1.0f,
-                        .a = x,
-                        .lda = m.in,
-                        .b = m.w,
-                        .ldb = m.ld,
-                        .c = y,
-                        .ldc = m.out + m.border});
+    return work->n_sequences * work->shape.positions;
 }
 
 /* ---- forward ---- */
@@ -158,18 +17,20 @@ static void group_forward(const tr_net *net, size_t layer, size_t g, const float
 static void embed(const tr_net *net, tr_work *work, const sh_train_data *data,
                   const uint32_t *index, size_t n)
 {
-    size_t t = work->positions, width = net->config.width;
+    const size_t t = work->shape.positions, width = net->config.width;
     work->n_sequences = n;
     work->n_targets = 0;
     for (size_t s = 0; s < n; s++) {
-        size_t at = (size_t)index[s] * data->length;
+        const size_t at = (size_t)index[s] * data->length;
         const int32_t *tokens = data->tokens + at;
+        uint32_t begin = 0;
         work->inputs[s] = tokens;
         for (size_t i = 0; i < t; i++) {
-            memcpy(work->acts[0].x + (s * t + i) * work->ld_x,
-                   net->weights + net->layout.embd + (size_t)tokens[i] * width,
-                   width * sizeof(float));
-            if (!data->mask || data->mask[at + i + 1]) {
+            tr_embedding(net, tokens[i], work->acts[0].x + (s * t + i) * width);
+            if (data->mask && data->mask[at + i] & SH_TRAIN_BEGINS)
+                begin = (uint32_t)i;
+            work->begins[s * t + i] = begin;
+            if (!data->mask || data->mask[at + i + 1] & SH_TRAIN_TARGET) {
                 work->rows[work->n_targets] = (uint32_t)(s * t + i);
                 work->targets[work->n_targets++] = tokens[i + 1];
             }
@@ -177,148 +38,122 @@ static void embed(const tr_net *net, tr_work *work, const sh_train_data *data,
     }
 }
 
-static void layer_forward(const tr_net *net, tr_work *work, size_t layer)
+static void add_bias(const tr_net *net, size_t layer, float *qkv, size_t rows)
+{
+    const tr_group *group = &net->groups[TR_QKV];
+    for (size_t p = 0; p < group->n_parts; p++) {
+        const float *bias = tr_vector(net, layer, TR_Q_BIAS + p);
+        for (size_t i = 0; bias && i < rows; i++)
+            tr_add(qkv + i * group->out + group->part_at[p], bias,
+                   group->part_at[p + 1] - group->part_at[p]);
+    }
+}
+
+/* The norms of the heads of q and k; what they were before goes to acts->qk. */
+static void norm_heads(const tr_net *net, size_t layer, const tr_acts *a, size_t rows)
+{
+    const size_t size = net->config.head_size, heads = net->config.n_heads;
+    const size_t all = heads + net->config.n_kv_heads, out = net->groups[TR_QKV].out;
+    for (size_t i = 0; a->qk && i < rows; i++) {
+        float *x = a->qkv + i * out, *before = a->qk + i * all * size;
+        memcpy(before, x, all * size * sizeof(*x));
+        for (size_t h = 0; h < all; h++) {
+            const float *w = tr_vector(net, layer, h < heads ? TR_Q_NORM : TR_K_NORM);
+            const float r = tr_rms_scale(before + h * size, net->config.norm_eps, size);
+            tr_rmsnorm(before + h * size, w, r, size, x + h * size);
+        }
+    }
+}
+
+static void turn(const tr_net *net, const tr_work *work, float *qkv, float direction)
+{
+    const sh_model_config *c = &net->config;
+    const size_t half = c->head_size / 2, out = net->groups[TR_QKV].out;
+    for (size_t i = 0; i < rows_of(work); i++) {
+        const size_t t = i % work->shape.positions;
+        const tr_angles angles = {net->rope_cos + t * half, net->rope_sin + t * half, half,
+                                  c->rope_halves};
+        tr_rope(qkv + i * out, &angles, c->n_heads + c->n_kv_heads, direction);
+    }
+}
+
+static void norm_rows(const float *x, const float *w, const float *r, size_t rows, size_t width,
+                      float *y)
+{
+    for (size_t i = 0; i < rows; i++)
+        tr_rmsnorm(x + i * width, w, r[i], width, y + i * width);
+}
+
+/* next NULL: what the layer gives on is there already. */
+static void layer_forward(const tr_net *net, tr_work *work, size_t layer, float *next)
 {
     const sh_model_config *c = &net->config;
     const tr_acts *a = &work->acts[layer];
-    float *next = work->acts[layer + 1].x;
-    size_t rows = work->n_sequences * work->positions, width = c->width, half = c->head_size / 2;
+    const size_t rows = rows_of(work), width = c->width, ffn = c->ffn;
     for (size_t i = 0; i < rows; i++)
-        a->r1[i] = tr_rmsnorm(a->x + i * work->ld_x, norm_of(net, layer, net->layout.attn_norm),
-                              c->norm_eps, width, a->attn_in + i * width);
-    group_forward(net, layer, TR_QKV, a->attn_in, a->qkv, rows);
-    for (size_t i = 0; i < rows; i++) {
-        size_t t = i % work->positions;
-        tr_rope(a->qkv + i * work->ld_qkv, net->rope_cos + t * half, net->rope_sin + t * half, half,
-                c->n_heads + c->n_kv_heads, 1.0f);
-    }
+        a->r1[i] = tr_rms_scale(a->x + i * width, c->norm_eps, width);
+    norm_rows(a->x, tr_vector(net, layer, TR_ATTN_NORM), a->r1, rows, width, work->narrow);
+    tr_product p = {.at = {layer, TR_QKV, rows}, .x = work->narrow, .u = a->u[TR_QKV]};
+    tr_group_forward(net, work, &p, a->qkv);
+    add_bias(net, layer, a->qkv, rows);
+    norm_heads(net, layer, a, rows);
+    turn(net, work, a->qkv, 1.0f);
     for (size_t s = 0; s < work->n_sequences; s++)
         tr_attention(net, work, a, s);
-    group_forward(net, layer, TR_ATTN_OUTPUT, a->attn_out, a->mid, rows);
-    for (size_t i = 0; i < rows; i++) {
-        float *mid = a->mid + i * work->ld_mid;
-        tr_add(mid, a->x + i * work->ld_x, width);
-        a->r2[i] = tr_rmsnorm(mid, norm_of(net, layer, net->layout.ffn_norm), c->norm_eps, width,
-                              a->ffn_in + i * width);
-    }
-    group_forward(net, layer, TR_GATE_UP, a->ffn_in, a->gate_up, rows);
-    for (size_t i = 0; i < rows; i++) {
-        const float *gate = a->gate_up + i * work->ld_gate_up;
-        tr_swiglu(gate, gate + c->ffn, c->ffn, a->h + i * c->ffn);
-    }
-    group_forward(net, layer, TR_DOWN, a->h, next, rows);
+    p = (tr_product){
+        .at = {layer, TR_ATTN_OUTPUT, rows}, .x = a->attn_out, .u = a->u[TR_ATTN_OUTPUT]};
+    tr_group_forward(net, work, &p, a->mid);
+    tr_add(a->mid, a->x, rows * width);
     for (size_t i = 0; i < rows; i++)
-        tr_add(next + i * work->ld_x, a->mid + i * work->ld_mid, width);
+        a->r2[i] = tr_rms_scale(a->mid + i * width, c->norm_eps, width);
+    norm_rows(a->mid, tr_vector(net, layer, TR_FFN_NORM), a->r2, rows, width, work->narrow);
+    p = (tr_product){.at = {layer, TR_GATE_UP, rows}, .x = work->narrow, .u = a->u[TR_GATE_UP]};
+    tr_group_forward(net, work, &p, a->gate_up);
+    for (size_t i = 0; i < rows; i++)
+        tr_swiglu(a->gate_up + i * 2 * ffn, a->gate_up + i * 2 * ffn + ffn, ffn,
+                  work->wide + i * ffn);
+    p = (tr_product){.at = {layer, TR_DOWN, rows}, .x = work->wide, .u = a->u[TR_DOWN]};
+    tr_group_forward(net, work, &p, next);
+    if (next)
+        tr_add(next, a->mid, rows * width);
 }
 
 void tr_forward(const tr_net *net, tr_work *work, const sh_train_data *data, const uint32_t *index,
                 size_t n)
 {
-    SH_ASSERT(n <= work->sequences_max && data->length == work->positions + 1 &&
-              work->positions <= net->rope_n);
+    SH_ASSERT(n <= work->shape.sequences && data->length == work->shape.positions + 1 &&
+              work->shape.positions <= net->rope_n);
     embed(net, work, data, index, n);
     for (size_t l = 0; l < net->config.n_layers; l++)
-        layer_forward(net, work, l);
+        layer_forward(net, work, l, work->acts[l + 1].x);
 }
 
 /* ---- backward ---- */
 
-/* Gradients of one group. x [rows, in] is its input, u [rows, border] with ld_u its low-rank
- * product, dy [rows, out] dense. dx | du [rows, in + border] is written. */
-typedef struct {
-    const float *x, *u, *dy;
-    float *dx;
-    size_t ld_u, rows;
-    bool need_dx; /* false: only du */
-} group_pass;
-
-static void lora_grads(const tr_net *net, size_t layer, size_t g, const group_pass *s, float *grad)
+static float *vector_grad(const tr_net *net, size_t layer, size_t which, const tr_grads *grads)
 {
-    const tr_group *group = &net->groups[g];
-    const tr_lora *l = &net->lora[layer * TR_GROUPS + g];
-    size_t ld = group->in + net->border[g];
-    if (l->total == 0)
-        return;
-    sh_sgemm(&(sh_gemm){.trans_a = true,
-                        .m = l->total,
-                        .n = group->in,
-                        .k = s->rows,
-                        .alpha = 1.0f,
-                        .a = s->dx + group->in,
-                        .lda = ld,
-                        .b = s->x,
-                        .ldb = group->in,
-                        .c = grad + l->a,
-                        .ldc = group->in});
-    for (size_t p = 0; p < group->n_parts; p++) {
-        size_t out = group->part_at[p + 1] - group->part_at[p];
-        if (l->rank[p] == 0)
-            continue;
-        sh_sgemm(&(sh_gemm){.trans_a = true,
-                            .m = out,
-                            .n = l->rank[p],
-                            .k = s->rows,
-                            .alpha = l->scale[p],
-                            .a = s->dy + group->part_at[p],
-                            .lda = group->out,
-                            .b = s->u + l->at[p],
-                            .ldb = s->ld_u,
-                            .c = grad + l->b[p],
-                            .ldc = l->rank[p]});
-    }
+    const tr_layout *l = &net->layout;
+    if (!grads->weights || l->vector_n[which] == 0)
+        return NULL;
+    float *at = grads->weights + l->layers + layer * l->layer_stride + l->vector[which];
+    memset(at, 0, l->vector_n[which] * sizeof(*at));
+    return at;
 }
 
-static void group_backward(const tr_net *net, size_t layer, size_t g, const group_pass *s,
-                           const tr_grads *grads)
-{
-    matrix_view m = matrix_of(net, layer, g);
-    size_t skip = s->need_dx ? 0 : m.in, columns = m.in + m.border - skip;
-    if (columns > 0)
-        sh_sgemm(&(sh_gemm){.m = s->rows,
-                            .n = columns,
-                            .k = m.out,
-                            .alpha = 1.0f,
-                            .a = s->dy,
-                            .lda = m.out,
-                            .b = m.w + skip,
-                            .ldb = m.ld,
-                            .c = s->dx + skip,
-                            .ldc = m.ld});
-    if (grads->lora)
-        lora_grads(net, layer, g, s, grads->lora);
-    if (grads->weights)
-        sh_sgemm(&(sh_gemm){.trans_a = true,
-                            .m = m.out,
-                            .n = m.in,
-                            .k = s->rows,
-                            .alpha = 1.0f,
-                            .a = s->dy,
-                            .lda = m.out,
-                            .b = s->x,
-                            .ldb = m.in,
-                            .c = grads->weights + net->layout.layers +
-                                 layer * net->layout.layer_stride + net->layout.group[g],
-                            .ldc = m.in});
-}
-
-/* dx += gradient through the norm whose input rows were x; dy rows have leading dimension ld_dy. */
+/* dx += gradient through the norm whose input rows were x. */
 typedef struct {
     const float *x, *r, *dy;
-    size_t ld_x, ld_dy, layer, which; /* which: offset of the norm in the layer */
+    size_t layer, which;
 } norm_pass;
 
 static void norm_backward(const tr_net *net, tr_work *work, const norm_pass *s,
                           const tr_grads *grads)
 {
-    size_t rows = work->n_sequences * work->positions, width = net->config.width;
-    const float *w = norm_of(net, s->layer, s->which);
-    float *dw = NULL;
-    if (grads->weights) {
-        dw = grads->weights + (w - net->weights);
-        memset(dw, 0, width * sizeof(*dw));
-    }
+    const size_t rows = rows_of(work), width = net->config.width;
+    const float *w = tr_vector(net, s->layer, s->which);
+    float *dw = vector_grad(net, s->layer, s->which, grads);
     for (size_t i = 0; i < rows; i++) {
-        const float *x = s->x + i * s->ld_x, *dy = s->dy + i * s->ld_dy;
+        const float *x = s->x + i * width, *dy = s->dy + i * width;
         tr_rmsnorm_backward(work->dx + i * width, dy, x, w, s->r[i], width);
         if (dw)
             tr_rmsnorm_backward_weight(dw, dy, x, s->r[i], width);
@@ -328,123 +163,102 @@ static void norm_backward(const tr_net *net, tr_work *work, const norm_pass *s,
 static void ffn_backward(const tr_net *net, tr_work *work, size_t layer, const tr_grads *grads)
 {
     const tr_acts *a = &work->acts[layer];
-    size_t rows = work->n_sequences * work->positions, width = net->config.width;
-    size_t ffn = net->config.ffn, ld_h = ffn + net->border[TR_DOWN];
-    group_backward(net, layer, TR_DOWN,
-                   &(group_pass){.x = a->h,
-                                 .u = work->acts[layer + 1].x + width,
-                                 .ld_u = work->ld_x,
-                                 .dy = work->dx,
-                                 .dx = work->dnarrow,
-                                 .rows = rows,
-                                 .need_dx = true},
-                   grads);
+    const size_t rows = rows_of(work), width = net->config.width, ffn = net->config.ffn;
+    for (size_t i = 0; i < rows; i++)
+        tr_swiglu(a->gate_up + i * 2 * ffn, a->gate_up + i * 2 * ffn + ffn, ffn,
+                  work->wide + i * ffn);
+    tr_product p = {.at = {layer, TR_DOWN, rows}, .x = work->wide, .u = a->u[TR_DOWN]};
+    tr_group_backward(net, work, &p, work->dx, work->dnarrow, grads);
     for (size_t i = 0; i < rows; i++) {
         float *d = work->dwide + i * 2 * ffn;
-        memcpy(d, a->gate_up + i * work->ld_gate_up, 2 * ffn * sizeof(*d));
-        tr_swiglu_backward(d, d + ffn, work->dnarrow + i * ld_h, ffn);
+        memcpy(d, a->gate_up + i * 2 * ffn, 2 * ffn * sizeof(*d));
+        tr_swiglu_backward(d, d + ffn, work->dnarrow + i * ffn, ffn);
     }
-    group_backward(net, layer, TR_GATE_UP,
-                   &(group_pass){.x = a->ffn_in,
-                                 .u = a->gate_up + 2 * ffn,
-                                 .ld_u = work->ld_gate_up,
-                                 .dy = work->dwide,
-                                 .dx = work->dnarrow,
-                                 .rows = rows,
-                                 .need_dx = true},
-                   grads);
-    norm_backward(net, work,
-                  &(norm_pass){.x = a->mid,
-                               .ld_x = work->ld_mid,
-                               .r = a->r2,
-                               .dy = work->dnarrow,
-                               .ld_dy = width + net->border[TR_GATE_UP],
-                               .layer = layer,
-                               .which = net->layout.ffn_norm},
-                  grads);
+    norm_rows(a->mid, tr_vector(net, layer, TR_FFN_NORM), a->r2, rows, width, work->narrow);
+    p = (tr_product){.at = {layer, TR_GATE_UP, rows}, .x = work->narrow, .u = a->u[TR_GATE_UP]};
+    tr_group_backward(net, work, &p, work->dwide, work->dnarrow, grads);
+    norm_backward(net, work, &(norm_pass){a->mid, a->r2, work->dnarrow, layer, TR_FFN_NORM}, grads);
+}
+
+/* From the gradient of the heads after their norms to that before them, in place. */
+static void heads_backward(const tr_net *net, size_t layer, const tr_acts *a, float *dqkv,
+                           size_t rows, const tr_grads *grads)
+{
+    const size_t size = net->config.head_size, heads = net->config.n_heads;
+    const size_t all = heads + net->config.n_kv_heads, out = net->groups[TR_QKV].out;
+    float *dw[] = {vector_grad(net, layer, TR_Q_NORM, grads),
+                   vector_grad(net, layer, TR_K_NORM, grads)};
+    for (size_t i = 0; a->qk && i < rows; i++) {
+        for (size_t h = 0; h < all; h++) {
+            const size_t is_k = h >= heads;
+            const float *x = a->qk + (i * all + h) * size;
+            const float *w = tr_vector(net, layer, TR_Q_NORM + is_k);
+            const float r = tr_rms_scale(x, net->config.norm_eps, size);
+            float *dy = dqkv + i * out + h * size;
+            if (dw[is_k])
+                tr_rmsnorm_backward_weight(dw[is_k], dy, x, r, size);
+            tr_rmsnorm_backward_in_place(dy, x, w, r, size);
+        }
+    }
+}
+
+static void bias_backward(const tr_net *net, size_t layer, const float *dqkv, size_t rows,
+                          const tr_grads *grads)
+{
+    const tr_group *group = &net->groups[TR_QKV];
+    for (size_t p = 0; p < group->n_parts; p++) {
+        float *db = vector_grad(net, layer, TR_Q_BIAS + p, grads);
+        for (size_t i = 0; db && i < rows; i++)
+            tr_add(db, dqkv + i * group->out + group->part_at[p],
+                   group->part_at[p + 1] - group->part_at[p]);
+    }
 }
 
 /* need_dx false: the layer's own input needs no gradient (a frozen embedding is below). */
 static void attention_part_backward(const tr_net *net, tr_work *work, size_t layer, bool need_dx,
                                     const tr_grads *grads)
 {
-    const sh_model_config *c = &net->config;
     const tr_acts *a = &work->acts[layer];
-    size_t rows = work->n_sequences * work->positions, width = c->width, half = c->head_size / 2;
-    size_t q = net->groups[TR_ATTN_OUTPUT].in, qkv = net->groups[TR_QKV].out;
-    group_backward(net, layer, TR_ATTN_OUTPUT,
-                   &(group_pass){.x = a->attn_out,
-                                 .u = a->mid + width,
-                                 .ld_u = work->ld_mid,
-                                 .dy = work->dx,
-                                 .dx = work->dnarrow,
-                                 .rows = rows,
-                                 .need_dx = true},
-                   grads);
+    const size_t rows = rows_of(work), width = net->config.width;
+    tr_product p = {
+        .at = {layer, TR_ATTN_OUTPUT, rows}, .x = a->attn_out, .u = a->u[TR_ATTN_OUTPUT]};
+    tr_group_backward(net, work, &p, work->dx, work->dnarrow, grads);
     for (size_t s = 0; s < work->n_sequences; s++)
-        tr_attention_backward(net, work, a,
-                              &(tr_attention_grads){.dout = work->dnarrow,
-                                                    .ld_out = q + net->border[TR_ATTN_OUTPUT],
-                                                    .dqkv = work->dwide},
-                              s);
-    for (size_t i = 0; i < rows; i++) {
-        size_t t = i % work->positions;
-        tr_rope(work->dwide + i * qkv, net->rope_cos + t * half, net->rope_sin + t * half, half,
-                c->n_heads + c->n_kv_heads, -1.0f);
-    }
-    group_backward(net, layer, TR_QKV,
-                   &(group_pass){.x = a->attn_in,
-                                 .u = a->qkv + qkv,
-                                 .ld_u = work->ld_qkv,
-                                 .dy = work->dwide,
-                                 .dx = work->dnarrow,
-                                 .rows = rows,
-                                 .need_dx = need_dx},
-                   grads);
+        tr_attention_backward(net, work, a, work->dnarrow, work->dwide, s);
+    turn(net, work, work->dwide, -1.0f);
+    heads_backward(net, layer, a, work->dwide, rows, grads);
+    bias_backward(net, layer, work->dwide, rows, grads);
+    norm_rows(a->x, tr_vector(net, layer, TR_ATTN_NORM), a->r1, rows, width, work->narrow);
+    p = (tr_product){.at = {layer, TR_QKV, rows}, .x = work->narrow, .u = a->u[TR_QKV]};
+    tr_group_backward(net, work, &p, work->dwide, need_dx ? work->dnarrow : NULL, grads);
     if (need_dx)
-        norm_backward(net, work,
-                      &(norm_pass){.x = a->x,
-                                   .ld_x = work->ld_x,
-                                   .r = a->r1,
-                                   .dy = work->dnarrow,
-                                   .ld_dy = width + net->border[TR_QKV],
-                                   .layer = layer,
-                                   .which = net->layout.attn_norm},
+        norm_backward(net, work, &(norm_pass){a->x, a->r1, work->dnarrow, layer, TR_ATTN_NORM},
                       grads);
 }
 
-/* The last norm, the output matrix and the loss, on rows that have a target only. With grads,
- * final_in becomes its own gradient. */
+/* ---- the last norm, the output matrix and the loss ---- */
+
+/* On rows that have a target only. With grads, final_in becomes its own gradient. */
 static double head(const tr_net *net, tr_work *work, float scale, const tr_grads *grads)
 {
     const sh_model_config *c = &net->config;
-    size_t width = c->width, vocab = c->vocab;
-    const float *x = work->acts[c->n_layers].x, *output = net->weights + net->layout.output;
+    const size_t width = c->width, vocab = c->vocab;
+    const float *x = work->acts[c->n_layers].x, *norm = tr_output_norm(net);
     double loss = 0;
-    for (size_t i = 0; i < work->n_targets; i++)
-        work->final_r[i] =
-            tr_rmsnorm(x + work->rows[i] * work->ld_x, net->weights + net->layout.output_norm,
-                       c->norm_eps, width, work->final_in + i * width);
-    for (size_t at = 0; at < work->n_targets; at += work->logit_rows) {
-        size_t rows = SH_MIN(work->logit_rows, work->n_targets - at);
+    for (size_t i = 0; i < work->n_targets; i++) {
+        const float *row = x + work->rows[i] * width;
+        work->final_r[i] = tr_rms_scale(row, c->norm_eps, width);
+        tr_rmsnorm(row, norm, work->final_r[i], width, work->final_in + i * width);
+    }
+    for (size_t at = 0; at < work->n_targets; at += work->shape.logit_rows) {
+        const size_t rows = SH_MIN(work->shape.logit_rows, work->n_targets - at);
         float *in = work->final_in + at * width;
-        sh_sgemm(&(sh_gemm){.trans_b = true,
-                            .m = rows,
-                            .n = vocab,
-                            .k = width,
-                            .alpha = 1.0f,
-                            .a = in,
-                            .lda = width,
-                            .b = output,
-                            .ldb = width,
-                            .c = work->logits,
-                            .ldc = vocab});
+        const tr_place place = {.g = TR_HEAD, .rows = rows};
+        tr_weights_forward(net, work, &place, in, work->logits);
         for (size_t i = 0; i < rows; i++)
             loss += tr_cross_entropy(work->logits + i * vocab, vocab, (size_t)work->targets[at + i],
                                      scale);
-        if (!grads)
-            continue;
-        if (grads->weights)
+        if (grads && grads->weights)
             sh_sgemm(&(sh_gemm){.trans_a = true,
                                 .m = vocab,
                                 .n = width,
@@ -457,30 +271,21 @@ static double head(const tr_net *net, tr_work *work, float scale, const tr_grads
                                 .ldb = width,
                                 .c = grads->weights + net->layout.output,
                                 .ldc = width});
-        sh_sgemm(&(sh_gemm){.m = rows,
-                            .n = width,
-                            .k = vocab,
-                            .alpha = 1.0f,
-                            .a = work->logits,
-                            .lda = vocab,
-                            .b = output,
-                            .ldb = width,
-                            .c = in,
-                            .ldc = width});
+        if (grads)
+            tr_weights_backward(net, work, &place, work->logits, in);
     }
     return loss;
 }
 
 static void final_norm_backward(const tr_net *net, tr_work *work, const tr_grads *grads)
 {
-    size_t width = net->config.width, rows = work->n_sequences * work->positions;
-    const float *x = work->acts[net->config.n_layers].x;
-    const float *w = net->weights + net->layout.output_norm;
-    memset(work->dx, 0, rows * width * sizeof(float));
+    const size_t width = net->config.width;
+    const float *x = work->acts[net->config.n_layers].x, *w = tr_output_norm(net);
+    memset(work->dx, 0, rows_of(work) * width * sizeof(float));
     if (grads->weights)
         memset(grads->weights + net->layout.output_norm, 0, width * sizeof(float));
     for (size_t i = 0; i < work->n_targets; i++) {
-        const float *dy = work->final_in + i * width, *row = x + work->rows[i] * work->ld_x;
+        const float *dy = work->final_in + i * width, *row = x + work->rows[i] * width;
         tr_rmsnorm_backward(work->dx + work->rows[i] * width, dy, row, w, work->final_r[i], width);
         if (grads->weights)
             tr_rmsnorm_backward_weight(grads->weights + net->layout.output_norm, dy, row,
@@ -490,11 +295,11 @@ static void final_norm_backward(const tr_net *net, tr_work *work, const tr_grads
 
 static void embedding_backward(const tr_net *net, tr_work *work, float *grad)
 {
-    size_t width = net->config.width;
+    const size_t width = net->config.width, positions = work->shape.positions;
     for (size_t s = 0; s < work->n_sequences; s++)
-        for (size_t t = 0; t < work->positions; t++)
+        for (size_t t = 0; t < positions; t++)
             tr_add(grad + (size_t)work->inputs[s][t] * width,
-                   work->dx + (s * work->positions + t) * width, width);
+                   work->dx + (s * positions + t) * width, width);
 }
 
 double tr_backward(const tr_net *net, tr_work *work, float scale, const tr_grads *grads)
@@ -506,11 +311,14 @@ double tr_backward(const tr_net *net, tr_work *work, float scale, const tr_grads
             memset(grads->lora, 0, net->n_lora * sizeof(float));
         return 0;
     }
-    double loss = head(net, work, scale, grads);
+    const double loss = head(net, work, scale, grads);
     if (!grads)
         return loss;
     final_norm_backward(net, work, grads);
-    for (size_t l = net->config.n_layers; l-- > 0;) {
+    const size_t n_layers = net->config.n_layers;
+    for (size_t l = n_layers; l-- > 0;) {
+        if (l < n_layers - work->shape.kept)
+            layer_forward(net, work, l, NULL);
         ffn_backward(net, work, l, grads);
         attention_part_backward(net, work, l, l > 0 || grads->weights, grads);
     }

@@ -95,6 +95,7 @@ static sh_train_options train_options(const sh_round_options *o, size_t n_sequen
                               .warmup = o->warmup,
                               .shuffle_seed = o->shuffle_seed,
                               .threads = o->threads,
+                              .memory_max = o->memory_max,
                               .progress = o->progress ? on_step : NULL,
                               .progress_arg = p};
 }
@@ -107,6 +108,7 @@ sh_status sh_round_train(const sh_model *base, const sh_snapshot *snapshot,
     sh_adapter *adapter = NULL;
     sh_round_result r = {0};
     sh_train_result trained = {0};
+    const sh_train_limits limits = {o->threads, o->memory_max};
     progress steps;
     sh_buf_init(&r.update, UPDATE_BYTES_MAX);
     sh_status status = SH_OK;
@@ -121,11 +123,11 @@ sh_status sh_round_train(const sh_model *base, const sh_snapshot *snapshot,
     }
     SH_GOTO(sh_lora_initialize(&base->config, o->a_seed, o->rank, o->alpha, &adapter, err));
     if (held.n_targets)
-        SH_GOTO(sh_train_evaluate(base, NULL, &held_data, o->threads, &r.heldout_before, err));
+        SH_GOTO(sh_train_evaluate(base, NULL, &held_data, &limits, &r.heldout_before, err));
     sh_train_options to = train_options(o, data.n, &steps);
     SH_GOTO(sh_lora_train(base, adapter, &data, &to, &trained, err));
     if (held.n_targets)
-        SH_GOTO(sh_train_evaluate(base, adapter, &held_data, o->threads, &r.heldout_after, err));
+        SH_GOTO(sh_train_evaluate(base, adapter, &held_data, &limits, &r.heldout_after, err));
     else /* no text was held out yet: the training loss is all there is to judge by */
         r.heldout_before = trained.loss_first, r.heldout_after = trained.loss_last;
     r.samples = train.n_targets;

@@ -13,6 +13,7 @@
 #include "shared/base/file.h"
 #include "shared/base/json.h"
 #include "shared/base/log.h"
+#include "shared/base/memory.h"
 #include "shared/math/blas.h"
 #include "trainer/snapshot.h"
 
@@ -67,8 +68,8 @@ static const sh_option table[] = {
                 "run when nobody else wants the processor or the disk"),
     SH_OPT_INT(
         round_options, memory_max, 0, "memory-max", "BYTES", 0, 0, 1ll << 50,
-        "fail rather than take more memory for the training (neither the mapped model nor what "
-        "the program has at its start is counted; needs --threads 1); 0: no limit"),
+        "work in so much memory, slower, and fail rather than take more (neither the mapped model "
+        "nor what the program has at its start is counted; needs --threads 1); 0: no limit"),
     SH_OPT_INT(round_options, parent, 0, "parent", "PID", 0, 0, INT32_MAX,
                "die with this process, which must be the one that started the program; 0: none"),
 };
@@ -180,30 +181,16 @@ static sh_status reserve_blas(sh_error *err)
     return SH_OK;
 }
 
-/* Bytes that RLIMIT_DATA counts now, and the stack. */
-static sh_status data_now(uint64_t *out, sh_error *err)
-{
-    uint8_t *text = NULL;
-    size_t n = 0;
-    unsigned long long pages = 0;
-    SH_TRY(sh_file_read("/proc/self/statm", 4096, &text, &n, err));
-    bool good = sscanf((const char *)text, "%*u %*u %*u %*u %*u %llu", &pages) == 1;
-    free(text);
-    if (!good)
-        return sh_fail(err, SH_ERR_IO, "--memory-max: /proc/self/statm cannot be read");
-    *out = pages * (uint64_t)sysconf(_SC_PAGESIZE);
-    return SH_OK;
-}
-
 /* Data, not address space: a mapped model costs no memory of its own, and libraries reserve
  * addresses that they never touch. */
 static sh_status limit_memory(int64_t bytes, sh_error *err)
 {
-    uint64_t now = 0;
     if (bytes == 0)
         return SH_OK;
     SH_TRY(reserve_blas(err));
-    SH_TRY(data_now(&now, err));
+    const uint64_t now = sh_memory_now().data;
+    if (now == 0)
+        return sh_fail(err, SH_ERR_IO, "--memory-max: /proc/self/statm cannot be read");
     const struct rlimit limit = {now + (rlim_t)bytes, now + (rlim_t)bytes};
     if (setrlimit(RLIMIT_DATA, &limit) != 0)
         return sh_fail(err, SH_ERR_IO, "--memory-max: %s", strerror(errno));
@@ -241,6 +228,12 @@ static sh_status save_result(const round_options *o, const sh_round_result *r, s
     return status;
 }
 
+/* The rest is for what is not planned: samples, the update, the allocator's own. */
+static uint64_t plan_bytes(int64_t memory_max)
+{
+    return (uint64_t)memory_max / 4 * 3;
+}
+
 static sh_status make_options(round_options *o, sh_round_options *out, sh_error *err)
 {
     *out = (sh_round_options){.rank = (uint32_t)o->rank,
@@ -255,6 +248,7 @@ static sh_status make_options(round_options *o, sh_round_options *out, sh_error 
                               .warmup = (uint32_t)o->warmup,
                               .tokens_min = (uint32_t)o->tokens_min,
                               .threads = (unsigned)o->threads,
+                              .memory_max = plan_bytes(o->memory_max),
                               .heldout = o->heldout,
                               .progress = on_step,
                               .progress_arg = o};

@@ -13,7 +13,9 @@
 #include "shared/base/file.h"
 #include "shared/base/json.h"
 #include "shared/base/log.h"
+#include "shared/base/memory.h"
 #include "shared/base/option.h"
+#include "shared/math/bf16.h"
 #include "shared/math/blas.h"
 #include "trainer/round_main.h"
 #include "trainer/trainer.h"
@@ -28,9 +30,9 @@
 /* What `lora` and `full` share. */
 typedef struct {
     const char *data, *heldout, *out;
-    int64_t batch, context, steps, warmup, seed, threads, save_every;
+    int64_t batch, context, steps, warmup, seed, threads, save_every, memory_max;
     double lr, lr_final, clip, weight_decay;
-    bool json;
+    bool bf16, json;
 } common_options;
 
 typedef struct {
@@ -73,6 +75,11 @@ typedef struct {
                     "decoupled weight decay"),                                                     \
         SH_OPT_INT(T, common.seed, 's', "seed", "N", 1, 1, INT32_MAX, "order of the data"),        \
         SH_OPT_INT(T, common.threads, 't', "threads", "N", 1, 1, 256, "worker threads"),           \
+        SH_OPT_FLAG(T, common.bf16, 0, "bf16",                                                     \
+                    "round the operands of products with weights to bf16: faster where the "       \
+                    "processor has instructions for it"),                                          \
+        SH_OPT_INT(T, common.memory_max, 0, "memory-max", "BYTES", 0, 0, 1ll << 50,                \
+                   "stay below so much resident memory, slower; 0: no limit"),                     \
         SH_OPT_INT(T, common.save_every, 0, "save-every", "N", 200, 0, 100000000,                  \
                    "steps between saves of an unfinished model (full only); 0: at the end"),       \
         SH_OPT_FLAG(T, common.json, 0, "json", "print one JSON object")
@@ -304,9 +311,41 @@ static sh_train_options train_options(const common_options *o, progress_state *p
         .warmup = (uint32_t)o->warmup,
         .shuffle_seed = (uint64_t)o->seed,
         .threads = (unsigned)o->threads,
+        .bf16 = o->bf16,
         .progress = on_step,
         .progress_arg = progress,
     };
+}
+
+/* ---- memory ---- */
+
+#define BLAS_BYTES  (24u << 20) /* of a thread that calls OpenBLAS: its packed panels */
+#define OTHER_BYTES (16u << 20) /* the allocator's own, stacks, what else is read meanwhile */
+
+/* What of --memory-max is left for the training: the pages of the model's file will be resident,
+ * and so is what the process has now. */
+static sh_status training_memory(const common_options *o, uint64_t file_bytes, uint64_t *out,
+                                 sh_error *err)
+{
+    const uint64_t taken =
+        sh_memory_now().resident + file_bytes + OTHER_BYTES + (uint64_t)o->threads * BLAS_BYTES;
+    *out = 0;
+    if (o->memory_max == 0)
+        return SH_OK;
+    if (taken >= (uint64_t)o->memory_max)
+        return sh_fail(err, SH_ERR_LIMIT,
+                       "--memory-max %lld: the program, the base's file and OpenBLAS alone take "
+                       "%llu bytes",
+                       (long long)o->memory_max, (unsigned long long)taken);
+    *out = (uint64_t)o->memory_max - taken;
+    return SH_OK;
+}
+
+static void warn_of_blas(void)
+{
+    const char *advice = sh_blas_advice();
+    if (advice)
+        fprintf(stderr, "%s: %s\n", PROGRAM, advice);
 }
 
 /* ---- results ---- */
@@ -326,9 +365,11 @@ static void print_report(const report *r)
         printf("loss %.4f -> %.4f, ", r->result->loss_first, r->result->loss_last);
         if (o->heldout)
             printf("held-out %.4f, ", r->heldout);
-        printf("%.0f tokens/s, wrote %s\n", rate, o->out);
+        printf("%.0f tokens/s, %.0f MB at most, %s, wrote %s\n", rate,
+               (double)sh_memory_now().peak / 1e6, sh_blas_core(), o->out);
         return;
     }
+    const sh_tile_plan *plan = &r->result->plan;
     json_t *j = json_object();
     sh_json_set(j, "out", json_string(o->out));
     sh_json_set(j, "steps", json_integer(o->steps));
@@ -344,6 +385,13 @@ static void print_report(const report *r)
     sh_json_set(j, "seconds", sh_json_number(r->result->seconds));
     sh_json_set(j, "tokens_per_s", sh_json_number(rate));
     sh_json_set(j, "blas_core", json_string(sh_blas_core()));
+    sh_json_set(j, "bf16", o->bf16 ? json_string(sh_bf16_level()) : json_false());
+    sh_json_set(j, "peak_rss_bytes", json_integer((json_int_t)sh_memory_now().peak));
+    sh_json_set(j, "plan",
+                json_pack("{s:i, s:i, s:i, s:i, s:I}", "threads", (int)plan->threads,
+                          "micro_sequences", (int)plan->micro_sequences, "kept_layers",
+                          (int)plan->kept_layers, "logit_rows", (int)plan->logit_rows, "bytes",
+                          (json_int_t)plan->bytes));
     json_dumpf(j, stdout, JSON_INDENT(2));
     putchar('\n');
     json_decref(j);
@@ -379,12 +427,14 @@ static sh_status run_lora(int argc, char **argv, sh_error *err)
     }
     SH_GOTO(sh_lora_initialize(&model->config, (uint64_t)o.a_seed, (uint32_t)o.rank, (float)o.alpha,
                                &adapter, err));
+    warn_of_blas();
     progress_state progress = progress_start(&o.common);
     sh_train_options options = train_options(&o.common, &progress);
+    SH_GOTO(training_memory(&o.common, model->file_bytes, &options.memory_max, err));
+    const sh_train_limits limits = {options.threads, options.memory_max};
     SH_GOTO(sh_lora_train(model, adapter, &data, &options, &result, err));
     if (o.common.heldout)
-        SH_GOTO(sh_train_evaluate(model, adapter, &heldout_data, (unsigned)o.common.threads,
-                                  &heldout_loss, err));
+        SH_GOTO(sh_train_evaluate(model, adapter, &heldout_data, &limits, &heldout_loss, err));
     sh_buf_init(&encoded, SIZE_MAX);
     SH_GOTO(sh_adapter_encode(adapter, &encoded, err));
     SH_GOTO(sh_file_write_atomic(o.common.out, encoded.data, encoded.len, err));
@@ -435,11 +485,13 @@ static sh_status full_train_and_save(const full_options *o, sh_full *full,
 {
     sh_type type;
     SH_TRY(sh_type_parse(o->type, &type, err));
+    warn_of_blas();
     progress_state progress = progress_start(&o->common);
     progress.full = full;
     progress.type = type;
     sh_train_options options = train_options(&o->common, &progress);
     options.shuffle_seed = 0; /* the sequences are in a random order already */
+    SH_TRY(training_memory(&o->common, 0, &options.memory_max, err));
     sh_status status = sh_full_train(full, data, &options, result, err);
     if (progress.save_status != SH_OK) {
         if (err)
@@ -524,7 +576,8 @@ static sh_status run_eval(int argc, char **argv, sh_error *err)
         SH_GOTO(sh_adapter_open(o.adapter, &model->config, &adapter, err));
     SH_GOTO(text_load(model->tokenizer, o.data, &t, err));
     SH_GOTO(chunks_in_order(o.data, &t, (size_t)o.context, &data, err));
-    SH_GOTO(sh_train_evaluate(model, adapter, &data, (unsigned)o.threads, &nll, err));
+    SH_GOTO(sh_train_evaluate(model, adapter, &data,
+                              &(sh_train_limits){.threads = (unsigned)o.threads}, &nll, err));
     if (o.json) {
         json_t *j = json_object();
         sh_json_set(j, "mean_nll", sh_json_number(nll));

@@ -50,7 +50,8 @@ typedef struct {
     uint32_t batch, context, passes_milli, steps_max, warmup;
     uint32_t tokens_min;
     unsigned threads;
-    bool heldout; /* hold sessions out and report their loss; else train on everything */
+    uint64_t memory_max; /* as in sh_train_options */
+    bool heldout;        /* hold sessions out and report their loss; else train on everything */
     bool (*progress)(void *arg, uint32_t step, uint32_t steps, double loss); /* may be NULL */
     void *progress_arg;
 } sh_round_options;

@@ -79,6 +79,34 @@ static bool find_not_finite(const float *x, size_t n, size_t *at)
     return false;
 }
 
+/* The first weight that is not finite, if any is. */
+static void name_weight(const tr_net *net, char *out, size_t bytes)
+{
+    size_t at, most = net->config.width;
+    if (net->weights) {
+        if (find_not_finite(net->weights, net->layout.n, &at))
+            name_full(net, at, out, bytes);
+        return;
+    }
+    for (size_t g = 0; g < TR_GROUPS; g++)
+        most = SH_MAX(most, net->groups[g].in);
+    float *row = sh_calloc(most, sizeof(*row));
+    for (size_t i = 0; row && i < (size_t)net->config.n_layers * SH_LAYER_MATRICES; i++) {
+        const sh_matrix *m = &net->model->layers[i / SH_LAYER_MATRICES].m[i % SH_LAYER_MATRICES];
+        for (uint32_t o = 0; o < m->out; o++) {
+            sh_row_dequantize(m->type,
+                              (const uint8_t *)m->data + o * sh_type_row_bytes(m->type, m->in), row,
+                              m->in);
+            if (find_not_finite(row, m->in, &at)) {
+                snprintf(out, bytes, "%s.weight", m->name);
+                goto done;
+            }
+        }
+    }
+done:
+    free(row);
+}
+
 #define TENSOR_NAME_BYTES (SH_GGUF_NAME_MAX + 16)
 
 /* The loss is not finite: a parameter may be, or a weight of the base. */
@@ -88,8 +116,8 @@ static sh_status loss_not_finite(const tr_trainee *t, size_t n, uint32_t step, s
     size_t at;
     if (t->mode == TR_GRAD_LORA && find_not_finite(t->params, n, &at))
         name_lora(t->net, at, name, sizeof(name));
-    else if (find_not_finite(t->net->weights, t->net->layout.n, &at))
-        name_full(t->net, at, name, sizeof(name));
+    else
+        name_weight(t->net, name, sizeof(name));
     return sh_fail(err, SH_ERR_INVALID,
                    "training: the loss is not finite at step %u (%s is not finite); a lower "
                    "learning rate or clipping may help",
@@ -209,11 +237,28 @@ static void loop_release(loop *l)
     free(l->optimizer.v);
 }
 
+/* For the batcher, after weights, parameters, their gradient and the optimizer's two moments. */
+static sh_status memory_left(const tr_trainee *t, size_t n, uint64_t memory_max, uint64_t *out,
+                             sh_error *err)
+{
+    const uint64_t weights = t->net->weights ? t->net->layout.n : 0;
+    const uint64_t lora = t->mode == TR_GRAD_LORA ? n + t->net->n_turned : 0;
+    const uint64_t taken = (weights + lora + 3ull * n) * sizeof(float);
+    if (memory_max > 0 && taken >= memory_max)
+        return sh_fail(err, SH_ERR_LIMIT,
+                       "training: weights and optimizer take %llu bytes, the memory limit is %llu",
+                       (unsigned long long)taken, (unsigned long long)memory_max);
+    *out = memory_max > 0 ? memory_max - taken : 0;
+    return SH_OK;
+}
+
 /* On error the caller releases what there is. */
 static sh_status loop_init(loop *l, const tr_trainee *t, const sh_train_data *data,
                            const sh_train_options *options, sh_error *err)
 {
     size_t n = t->mode == TR_GRAD_FULL ? t->net->layout.n : t->net->n_lora;
+    uint64_t left = 0;
+    SH_TRY(memory_left(t, n, options->memory_max, &left, err));
     l->n_batch = SH_MIN((size_t)options->batch, data->n);
     l->batch = sh_calloc(l->n_batch, sizeof(*l->batch));
     l->sampler = (sampler){.order = sh_calloc(data->n, sizeof(*l->sampler.order)),
@@ -231,7 +276,8 @@ static sh_status loop_init(loop *l, const tr_trainee *t, const sh_train_data *da
                                                    .data = data,
                                                    .mode = t->mode,
                                                    .batch = l->n_batch,
-                                                   .threads = options->threads},
+                                                   .threads = options->threads,
+                                                   .memory_max = left},
                              &l->batcher, err);
 }
 
@@ -244,9 +290,10 @@ sh_status tr_train(const tr_trainee *t, const sh_train_data *data, const sh_trai
     double start = seconds_now();
     SH_GOTO(options_check(options, err));
     SH_GOTO(loop_init(&l, t, data, options, err));
+    r.plan = tr_batcher_plan(l.batcher);
     for (uint32_t step = 0; step < options->steps; step++) {
         if (t->mode == TR_GRAD_LORA)
-            tr_net_fold(t->net, t->params);
+            tr_net_use(t->net, t->params);
         sampler_next(&l.sampler, l.batch, l.n_batch);
         tr_batch_loss sum = tr_batcher_run(l.batcher, l.batch, l.n_batch, l.optimizer.grad);
         /* A batch that is masked out whole teaches nothing, but counts as a step. */

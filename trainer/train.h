@@ -2,17 +2,20 @@
  * Gradients of whole batches, and the training loop that LoRA and full training share. Internal
  * to trainer/.
  *
- * A batch is cut into micro-batches whose size depends on the sequence length alone; workers take
- * them in waves and their gradients are added in micro-batch order, so the sum does not depend on
- * the number of workers.
+ * A batch is cut into micro-batches; workers take them in waves and their gradients are added in
+ * micro-batch order, so the sum does not depend on the number of workers. How large a micro-batch
+ * is, and what of it is kept, is the plan (sh_tile_plan), which depends on the sequence length,
+ * the batch and the memory that there is.
  */
 #ifndef SH_TRAINER_TRAIN_H
 #define SH_TRAINER_TRAIN_H
 
 #include "trainer/network.h"
 
-#define TR_MICRO_ROWS  256 /* positions of a micro-batch, or one sequence if that is longer */
-#define TR_THREADS_MAX 256
+#define TR_MICRO_ROWS   256 /* positions of a micro-batch, or one sequence if that is longer */
+#define TR_LOGIT_FLOATS (16u << 20) /* logits of a micro-batch that are held at a time */
+#define TR_LOGIT_ROWS   16          /* at least, if memory is short; the product is slow then */
+#define TR_THREADS_MAX  256
 
 typedef enum { TR_LOSS_ONLY, TR_GRAD_LORA, TR_GRAD_FULL } tr_mode;
 
@@ -24,10 +27,13 @@ typedef struct {
     tr_mode mode;
     size_t batch; /* sequences a call of tr_batcher_run, at most */
     unsigned threads;
+    uint64_t memory_max; /* bytes for what the batcher allocates; 0: no limit */
 } tr_batcher_options;
+/* SH_ERR_LIMIT: memory_max is too small, with what it would have to be. */
 SH_MUST_USE sh_status tr_batcher_create(const tr_batcher_options *options, tr_batcher **out,
                                         sh_error *err);
 void tr_batcher_destroy(tr_batcher **batcher);
+sh_tile_plan tr_batcher_plan(const tr_batcher *batcher);
 typedef struct {
     double loss_sum;
     uint64_t n_targets;
@@ -40,9 +46,9 @@ tr_batch_loss tr_batcher_run(tr_batcher *batcher, const uint32_t *index, size_t 
 SH_MUST_USE sh_status tr_data_check(const sh_model_config *config, const sh_train_data *data,
                                     sh_error *err);
 
-/* Mean loss over all of data; net as it stands (folded). */
-SH_MUST_USE sh_status tr_evaluate(const tr_net *net, const sh_train_data *data, unsigned threads,
-                                  double *mean_nll, sh_error *err);
+/* Mean loss over all of data; net as it stands. */
+SH_MUST_USE sh_status tr_evaluate(const tr_net *net, const sh_train_data *data,
+                                  const sh_train_limits *limits, double *mean_nll, sh_error *err);
 /* Loss and gradient of all of data as one batch. */
 SH_MUST_USE sh_status tr_gradient(const tr_net *net, const sh_train_data *data, tr_mode mode,
                                   float *grad, double *loss, sh_error *err);

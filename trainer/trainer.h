@@ -16,11 +16,16 @@
 
 #define SH_LORA_RANK_MAX 1024
 
-/* Sequences of one length T + 1: inputs [0, T), targets [1, T]. mask[i] != 0: token i is a target
- * (mask NULL: all are). tokens and mask are [n, length], length = T + 1, row-major. */
+/* Bits of a mask. */
+enum {
+    SH_TRAIN_TARGET = 1, /* its likelihood is learnt */
+    SH_TRAIN_BEGINS = 2  /* a document begins here: it and what follows sees nothing before it */
+};
+/* Sequences of one length T + 1: inputs [0, T), targets [1, T]. tokens and mask are [n, length],
+ * length = T + 1, row-major. mask NULL: every token is a target, of one document. */
 typedef struct {
     const int32_t *tokens;
-    const uint8_t *mask;
+    const uint8_t *mask; /* SH_TRAIN_ bits */
     size_t n;
     uint32_t length;
 } sh_train_data;
@@ -37,12 +42,27 @@ typedef struct {
     float lr_final;        /* linear decay from lr to lr * lr_final over the steps (1: constant) */
     uint64_t shuffle_seed; /* 0: the order of the data, pass after pass */
     unsigned threads;      /* 0: 1 */
+    bool bf16;             /* products with the weights round their operands (math/bf16.h) */
+    uint64_t memory_max;   /* bytes that the training may allocate; the base's file is not counted,
+                              nor what OpenBLAS takes. 0: no limit */
     /* Called after each step; a false return cancels (SH_ERR_CANCELLED). May be NULL. */
     bool (*progress)(void *arg, uint32_t step, double loss);
     void *progress_arg;
 } sh_train_options;
 
+/* How the batches were worked on. Results are the same bits for any number of threads and kept
+ * layers; other numbers of sequences and of logits at a time add in another order (losses agree to
+ * 1e-6). */
 typedef struct {
+    unsigned threads;         /* that worked at once, each on a micro-batch */
+    uint32_t micro_sequences; /* sequences of a micro-batch */
+    uint32_t kept_layers;     /* the others ran twice (gradient checkpointing) */
+    uint32_t logit_rows;      /* positions whose logits were held at a time */
+    uint64_t bytes;           /* of activations and of the workers' gradients */
+} sh_tile_plan;
+
+typedef struct {
+    sh_tile_plan plan;
     double loss_first, loss_last; /* of a batch, before its update */
     uint64_t tokens_seen;         /* target tokens */
     double seconds;               /* CPU-independent callers ignore this */
@@ -58,9 +78,14 @@ SH_MUST_USE sh_status sh_lora_initialize(const sh_model_config *config, uint64_t
 SH_MUST_USE sh_status sh_lora_train(const sh_model *base, sh_adapter *adapter,
                                     const sh_train_data *data, const sh_train_options *options,
                                     sh_train_result *result, sh_error *err);
-/* Mean NLL over the targets of data. adapter may be NULL. Float forward pass of the trainer. */
+typedef struct {
+    unsigned threads;    /* 0: 1 */
+    uint64_t memory_max; /* as in sh_train_options */
+} sh_train_limits;
+/* Mean NLL over the targets of data. adapter and limits may be NULL. Float forward pass of the
+ * trainer. */
 SH_MUST_USE sh_status sh_train_evaluate(const sh_model *base, const sh_adapter *adapter,
-                                        const sh_train_data *data, unsigned threads,
+                                        const sh_train_data *data, const sh_train_limits *limits,
                                         double *mean_nll, sh_error *err);
 
 /* One batch's loss and gradients, for tests and for optimizers of the caller's own:

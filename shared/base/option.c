@@ -139,16 +139,34 @@ static sh_status parse_flag(const char *text, bool *out)
     return SH_ERR_USAGE;
 }
 
+/* Of a number of bytes: "400M". 1: none. */
+static int64_t unit_of(const sh_option *option, const char *text)
+{
+    static const char units[] = "kMG";
+    const char *at = text[0] ? strchr(units, text[0]) : NULL;
+    if (at == NULL || text[1] != 0 || option->type != SH_OPTION_INT ||
+        strcmp(option->value, "BYTES") != 0)
+        return 1;
+    static const int64_t sizes[] = {1000, 1000000, 1000000000};
+    return sizes[at - units];
+}
+
 static sh_status parse_number(const sh_option *option, const char *text, sh_option_value *value)
 {
     char *end = NULL;
     errno = 0;
     /* strtod and strtoll also take leading blanks, "nan" and hexadecimal: we do not. */
-    if (!text[0] || text[strspn(text, "+-0123456789.eE")] != 0)
+    const size_t digits = strspn(text, "+-0123456789.eE");
+    const int64_t unit = unit_of(option, text + digits);
+    if (!text[0] || (text[digits] != 0 && unit == 1))
         return SH_ERR_USAGE;
     if (option->type == SH_OPTION_INT) {
         value->integer = strtoll(text, &end, 10);
-        value->real = (double)value->integer;
+        value->real = (double)value->integer * (double)unit;
+        if (unit > 1 && end == text + digits && fabs(value->real) < 0x1p62) {
+            value->integer *= unit;
+            end++;
+        }
     } else {
         value->real = strtod(text, &end);
     }

@@ -23,6 +23,8 @@
  * with commas (of a list option: each is an item); `key:` alone leaves the default. Tags, anchors,
  * a key given twice and a second document are errors, which name file and line.
  *
+ * A whole number whose placeholder is BYTES takes k, M and G, powers of 1000: "400M".
+ *
  * A default outside the option's range means "not set": it is kept, but not shown.
  *
  * Owner: strings that the parser stores live in args (sh_args_release frees them), as do those of

@@ -11,8 +11,10 @@
 #include <limits.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 #include "shared/base/buf.h"
+#include "shared/math/dispatch.h"
 
 /* Fortran LAPACK, as in https://netlib.org/lapack/explore-html. */
 void sgeqrf_(const int *m, const int *n, float *a, const int *lda, float *tau, float *work,
@@ -31,6 +33,22 @@ void sh_blas_init(void)
 const char *sh_blas_core(void)
 {
     return openblas_get_corename();
+}
+
+const char *sh_blas_advice(void)
+{
+#if SH_X86
+    static const char *const full[] = {"SkylakeX", "Cooperlake", "SapphireRapids", "Zen4", "Zen5"};
+    if (!__builtin_cpu_supports("avx512f"))
+        return NULL;
+    for (size_t i = 0; i < SH_COUNT(full); i++)
+        if (strcasecmp(sh_blas_core(), full[i]) == 0)
+            return NULL;
+    return "OpenBLAS does not use AVX-512 here, and runs at about half of what this processor can "
+           "do; unset OPENBLAS_CORETYPE if the environment has it";
+#else
+    return NULL;
+#endif
 }
 
 static bool fits_int(size_t n)

@@ -12,6 +12,10 @@ void sh_blas_init(void);
 /* The core that OpenBLAS chose ("SkylakeX", "Haswell", …); part of every result hash. */
 const char *sh_blas_core(void);
 
+/* NULL; or what to do when the core that was chosen leaves a good part of the processor unused, as
+ * OPENBLAS_CORETYPE in the environment can make it. */
+const char *sh_blas_advice(void);
+
 /* C [m, n] = alpha * op(A)·op(B) + beta * C, row-major, with leading dimensions. */
 typedef struct {
     bool trans_a, trans_b;

@@ -53,6 +53,37 @@ sh_model_config small_config(bool tied)
                              .tied_output = tied};
 }
 
+sh_model_config small_config_of(sh_arch arch)
+{
+    sh_model_config c = small_config(true);
+    c.arch = arch;
+    c.rope_halves = true;
+    c.rope_scaling = SH_ROPE_YARN;
+    return c;
+}
+
+/* What an architecture has beside the matrices. */
+static void add_vectors(sh_model *model, uint64_t seed)
+{
+    const sh_model_config *c = &model->config;
+    for (uint32_t l = 0; l < c->n_layers; l++) {
+        sh_layer *layer = &model->layers[l];
+        for (uint32_t p = SH_ATTN_Q; c->arch == SH_ARCH_QWEN2 && p <= SH_ATTN_V; p++)
+            layer->bias[p] =
+                random_floats(layer->m[p].out, 0.0f, 0.3f, seed, 100 * (l + 1) + 60 + p);
+        if (c->arch == SH_ARCH_QWEN3) {
+            layer->q_norm = random_floats(c->head_size, 1.0f, 0.2f, seed, 100 * (l + 1) + 70);
+            layer->k_norm = random_floats(c->head_size, 1.0f, 0.2f, seed, 100 * (l + 1) + 71);
+        }
+    }
+    if (c->rope_scaling == SH_ROPE_PLAIN)
+        return;
+    model->rope_magnitude = 1.25f;
+    model->rope_frequency = must(sh_calloc(c->head_size / 2, sizeof(double)));
+    for (uint32_t i = 0; i < c->head_size / 2; i++)
+        model->rope_frequency[i] = 0.7 / (1 + i);
+}
+
 sh_model *small_model(const sh_model_config *c, sh_type type, uint64_t seed)
 {
     uint32_t q = c->n_heads * c->head_size, kv = c->n_kv_heads * c->head_size;
@@ -74,6 +105,7 @@ sh_model *small_model(const sh_model_config *c, sh_type type, uint64_t seed)
         model->layers[l].attn_norm = random_floats(c->width, 1.0f, 0.2f, seed, 100 * (l + 1) + 50);
         model->layers[l].ffn_norm = random_floats(c->width, 1.0f, 0.2f, seed, 100 * (l + 1) + 51);
     }
+    add_vectors(model, seed);
     return model;
 }
 
@@ -85,7 +117,12 @@ void small_model_free(sh_model **model)
             free((void *)m->layers[l].m[i].data);
         free((void *)m->layers[l].attn_norm);
         free((void *)m->layers[l].ffn_norm);
+        for (uint32_t i = 0; i < SH_LAYER_MATRICES; i++)
+            free((void *)m->layers[l].bias[i]);
+        free((void *)m->layers[l].q_norm);
+        free((void *)m->layers[l].k_norm);
     }
+    free(m->rope_frequency);
     if (!m->config.tied_output)
         free((void *)m->output.data);
     free((void *)m->token_embd.data);
@@ -167,39 +204,68 @@ static double *add_matrix(reference *r, size_t *at, const char *name, const sh_m
     return values;
 }
 
-static double *add_norm(reference *r, size_t *at, const char *name, const float *w)
+static double *add_vector(reference *r, size_t *at, const char *name, const float *w, size_t n)
 {
-    double *values = add_tensor(r, at, name, r->config.width);
-    for (size_t i = 0; i < r->config.width; i++)
+    if (!w)
+        return NULL;
+    double *values = add_tensor(r, at, name, n);
+    for (size_t i = 0; i < n; i++)
         values[i] = (double)w[i];
     return values;
+}
+
+static double *add_layer_vector(reference *r, size_t *at, size_t layer, const char *name,
+                                const float *w, size_t n)
+{
+    char whole[64];
+    snprintf(whole, sizeof(whole), "blk.%zu.%.40s", layer, name);
+    return add_vector(r, at, whole, w, n);
+}
+
+static void add_layer(reference *r, size_t *at, const sh_model *model, size_t l)
+{
+    const sh_layer *from = &model->layers[l];
+    const size_t width = r->config.width, head = r->config.head_size;
+    char name[64];
+    for (size_t m = 0; m < SH_LAYER_MATRICES; m++) {
+        snprintf(name, sizeof(name), "blk.%zu.%s.weight", l, sh_layer_matrix_names[m]);
+        r->layers[l].m[m] = add_matrix(r, at, name, &from->m[m]);
+    }
+    r->layers[l].attn_norm = add_layer_vector(r, at, l, "attn_norm.weight", from->attn_norm, width);
+    r->layers[l].ffn_norm = add_layer_vector(r, at, l, "ffn_norm.weight", from->ffn_norm, width);
+    r->layers[l].head_norm[0] =
+        add_layer_vector(r, at, l, "attn_q_norm.weight", from->q_norm, head);
+    r->layers[l].head_norm[1] =
+        add_layer_vector(r, at, l, "attn_k_norm.weight", from->k_norm, head);
+    for (size_t p = 0; p < 3; p++) {
+        snprintf(name, sizeof(name), "%s.bias", sh_layer_matrix_names[SH_ATTN_Q + p]);
+        r->layers[l].bias[p] =
+            add_layer_vector(r, at, l, name, from->bias[SH_ATTN_Q + p], from->m[SH_ATTN_Q + p].out);
+    }
 }
 
 void reference_init(reference *r, const sh_model *model)
 {
     const sh_model_config *c = &model->config;
     size_t at = 0, q = (size_t)c->n_heads * c->head_size;
-    char name[64];
     memset(r, 0, sizeof(*r));
     r->config = *c;
-    SH_ASSERT(c->n_layers <= SH_COUNT(r->layers));
-    r->block = must(sh_calloc(2 * (size_t)c->vocab * c->width + c->width +
-                                  c->n_layers * c->width * (4 * q + 3 * (size_t)c->ffn + 2),
-                              sizeof(double)));
+    r->magnitude = (double)model->rope_magnitude;
+    for (size_t i = 0; i < c->head_size / 2; i++)
+        r->frequency[i] = model->rope_frequency
+                              ? model->rope_frequency[i]
+                              : pow((double)c->rope_base, -2.0 * (double)i / c->head_size);
+    SH_ASSERT(c->n_layers <= SH_COUNT(r->layers) && c->head_size / 2 <= SH_COUNT(r->frequency));
+    r->block = must(sh_calloc(
+        2 * (size_t)c->vocab * c->width + c->width +
+            c->n_layers * (c->width * (4 * q + 3 * (size_t)c->ffn + 2) + 3 * q + 2 * c->head_size),
+        sizeof(double)));
     r->token_embd = add_matrix(r, &at, "token_embd.weight", &model->token_embd);
     r->output =
         c->tied_output ? r->token_embd : add_matrix(r, &at, "output.weight", &model->output);
-    r->output_norm = add_norm(r, &at, "output_norm.weight", model->output_norm);
-    for (size_t l = 0; l < c->n_layers; l++) {
-        for (size_t m = 0; m < SH_LAYER_MATRICES; m++) {
-            snprintf(name, sizeof(name), "blk.%zu.%s.weight", l, sh_layer_matrix_names[m]);
-            r->layers[l].m[m] = add_matrix(r, &at, name, &model->layers[l].m[m]);
-        }
-        snprintf(name, sizeof(name), "blk.%zu.attn_norm.weight", l);
-        r->layers[l].attn_norm = add_norm(r, &at, name, model->layers[l].attn_norm);
-        snprintf(name, sizeof(name), "blk.%zu.ffn_norm.weight", l);
-        r->layers[l].ffn_norm = add_norm(r, &at, name, model->layers[l].ffn_norm);
-    }
+    r->output_norm = add_vector(r, &at, "output_norm.weight", model->output_norm, c->width);
+    for (size_t l = 0; l < c->n_layers; l++)
+        add_layer(r, &at, model, l);
 }
 
 void reference_adapt(reference *r, const sh_adapter *shape, double *const *a, double *const *b)
@@ -234,15 +300,22 @@ static void normalize(const double *x, const double *w, double eps, size_t n, do
         y[i] = x[i] / sqrt(s / (double)n + eps) * w[i];
 }
 
-static void turn(const sh_model_config *c, double *x, size_t heads, size_t position)
+/* The norm of each head where the model has one, then RoPE. */
+static void turn(const reference *r, double *x, size_t heads, const double *norm, size_t position)
 {
-    for (size_t h = 0; h < heads; h++) {
-        for (size_t i = 0; i < c->head_size / 2; i++) {
-            double *p = x + h * c->head_size + 2 * i, a = p[0], b = p[1];
-            double angle =
-                (double)position * pow((double)c->rope_base, -2.0 * (double)i / c->head_size);
-            p[0] = a * cos(angle) - b * sin(angle);
-            p[1] = a * sin(angle) + b * cos(angle);
+    const size_t size = r->config.head_size, half = size / 2;
+    for (size_t h = 0; h < heads; h++, x += size) {
+        double before[128];
+        SH_ASSERT(size <= SH_COUNT(before));
+        memcpy(before, x, size * sizeof(*x));
+        if (norm)
+            normalize(before, norm, (double)r->config.norm_eps, size, x);
+        for (size_t i = 0; i < half; i++) {
+            const size_t first = r->config.rope_halves ? i : 2 * i;
+            const size_t second = r->config.rope_halves ? half + i : 2 * i + 1;
+            const double a = x[first], b = x[second], angle = (double)position * r->frequency[i];
+            x[first] = r->magnitude * (a * cos(angle) - b * sin(angle));
+            x[second] = r->magnitude * (a * sin(angle) + b * cos(angle));
         }
     }
 }
@@ -262,22 +335,23 @@ static double softmax_nll(double *z, size_t n, size_t target)
 
 enum { MOST = 128 }; /* positions, and any dimension of a reference model */
 
-/* One position of one layer's attention; k and v hold positions 0..t of this layer. */
+/* One position of one layer's attention; k and v hold positions 0..t of this layer, of which those
+ * from `begin` on are seen. */
 static void attend(const sh_model_config *c, const double *q, double k[MOST][MOST],
-                   double v[MOST][MOST], size_t t, double *out)
+                   double v[MOST][MOST], size_t begin, size_t t, double *out)
 {
     double p[MOST];
     for (size_t h = 0; h < c->n_heads; h++) {
         size_t kv = h / (c->n_heads / c->n_kv_heads) * c->head_size;
-        for (size_t s = 0; s <= t; s++) {
+        for (size_t s = begin; s <= t; s++) {
             p[s] = 0;
             for (size_t i = 0; i < c->head_size; i++)
                 p[s] += q[h * c->head_size + i] * k[s][kv + i] / sqrt(c->head_size);
         }
-        softmax_nll(p, t + 1, 0);
+        softmax_nll(p + begin, t + 1 - begin, 0);
         for (size_t i = 0; i < c->head_size; i++) {
             out[h * c->head_size + i] = 0;
-            for (size_t s = 0; s <= t; s++)
+            for (size_t s = begin; s <= t; s++)
                 out[h * c->head_size + i] += p[s] * v[s][kv + i];
         }
     }
@@ -286,7 +360,8 @@ static void attend(const sh_model_config *c, const double *q, double k[MOST][MOS
 typedef double cache[8][MOST][MOST]; /* [layer][position][dimension] */
 
 /* Logits after token at position t, given the caches of the positions before. */
-static void step(const reference *r, int32_t token, size_t t, cache keys, cache values, double *z)
+static void step(const reference *r, int32_t token, size_t begin, size_t t, cache keys,
+                 cache values, double *z)
 {
     const sh_model_config *c = &r->config;
     size_t width = c->width, q_size = (size_t)c->n_heads * c->head_size;
@@ -299,9 +374,14 @@ static void step(const reference *r, int32_t token, size_t t, cache keys, cache 
         multiply(m[SH_ATTN_Q], q_size, width, n, q);
         multiply(m[SH_ATTN_K], kv_size, width, n, keys[l][t]);
         multiply(m[SH_ATTN_V], kv_size, width, n, values[l][t]);
-        turn(c, q, c->n_heads, t);
-        turn(c, keys[l][t], c->n_kv_heads, t);
-        attend(c, q, keys[l], values[l], t, o);
+        double *const rows[] = {q, keys[l][t], values[l][t]};
+        const size_t sizes[] = {q_size, kv_size, kv_size};
+        for (size_t p = 0; p < 3; p++)
+            for (size_t i = 0; r->layers[l].bias[p] && i < sizes[p]; i++)
+                rows[p][i] += r->layers[l].bias[p][i];
+        turn(r, q, c->n_heads, r->layers[l].head_norm[0], t);
+        turn(r, keys[l][t], c->n_kv_heads, r->layers[l].head_norm[1], t);
+        attend(c, q, keys[l], values[l], begin, t, o);
         multiply(m[SH_ATTN_OUTPUT], width, q_size, o, y);
         for (size_t i = 0; i < width; i++)
             x[i] += y[i];
@@ -325,9 +405,13 @@ double reference_loss(const reference *r, const sh_train_data *data)
     SH_ASSERT(data->length <= MOST && r->config.vocab <= MOST && r->config.ffn <= MOST);
     for (size_t s = 0; s < data->n; s++) {
         const int32_t *tokens = data->tokens + s * data->length;
+        size_t begin = 0;
         for (size_t t = 0; t + 1 < data->length; t++) {
-            step(r, tokens[t], t, *keys, *values, z);
-            if (data->mask && !data->mask[s * data->length + t + 1])
+            const uint8_t *mask = data->mask ? data->mask + s * data->length + t : NULL;
+            if (mask && mask[0] & SH_TRAIN_BEGINS)
+                begin = t;
+            step(r, tokens[t], begin, t, *keys, *values, z);
+            if (mask && !(mask[1] & SH_TRAIN_TARGET))
                 continue;
             loss += softmax_nll(z, r->config.vocab, (size_t)tokens[t + 1]);
             n++;

@@ -13,6 +13,9 @@ sh_model *small_model(const sh_model_config *config, sh_type type, uint64_t seed
 void small_model_free(sh_model **model);
 /* Dimensions of 12 to 20 with two layers; tied or not. */
 sh_model_config small_config(bool tied);
+/* The same with biases of q, k, v (qwen2) or norms of heads (qwen3), RoPE's pairs a half apart and
+ * its angles scaled. */
+sh_model_config small_config_of(sh_arch arch);
 /* Random A and B in all pairs. Pair i has rank ranks[i % n_ranks]; rank 0 leaves it out. */
 sh_adapter *small_adapter(const sh_model_config *config, const uint32_t *ranks, size_t n_ranks,
                           uint64_t seed);
@@ -28,7 +31,9 @@ typedef struct {
     double *token_embd, *output, *output_norm; /* output == token_embd when tied */
     struct {
         double *attn_norm, *ffn_norm, *m[SH_LAYER_MATRICES];
+        double *bias[3], *head_norm[2]; /* of q, k, v; of q and k; NULL: none */
     } layers[8];
+    double frequency[64], magnitude; /* of RoPE */
     struct {
         char name[64];
         double *values;

@@ -36,18 +36,17 @@ static void compare(reference *r, const sh_train_data *data, const char *name, d
         fail_msg("%s: gradients differ by %g, the largest is %g", name, worst, most);
 }
 
-static void check_full(bool tied, size_t n, uint32_t length, bool masked, size_t stride)
+static void check_full_model(const sh_model_config *config, const sh_train_data *data,
+                             size_t stride)
 {
-    sh_model_config config = small_config(tied);
-    sh_model *model = small_model(&config, SH_TYPE_F32, 7);
-    sh_train_data data = small_data(&config, n, length, masked, 11);
+    sh_model *model = small_model(config, SH_TYPE_F32, 7);
     sh_full *full = NULL;
     reference r;
     double loss = 0;
     reference_init(&r, model);
     must_be_ok(sh_full_from_model(model, &full, &err));
-    must_be_ok(sh_full_gradient(full, &data, &loss, &err));
-    double expected = reference_loss(&r, &data);
+    must_be_ok(sh_full_gradient(full, data, &loss, &err));
+    double expected = reference_loss(&r, data);
     if (!(fabs(loss - expected) <= 1e-6 * expected))
         fail_msg("loss is %.9g, expected %.9g", loss, expected);
     for (size_t i = 0; i < r.n_tensors; i++) {
@@ -55,12 +54,44 @@ static void check_full(bool tied, size_t n, uint32_t length, bool masked, size_t
         const float *grad = sh_full_grad(full, r.tensors[i].name, &count);
         if (!grad || count != r.tensors[i].n)
             fail_msg("%s: %zu values, expected %zu", r.tensors[i].name, count, r.tensors[i].n);
-        compare(&r, &data, r.tensors[i].name, r.tensors[i].values, grad, count, stride);
+        compare(&r, data, r.tensors[i].name, r.tensors[i].values, grad, count, stride);
     }
     reference_release(&r);
     sh_full_destroy(&full);
-    small_data_free(&data);
     small_model_free(&model);
+}
+
+static void check_full(bool tied, size_t n, uint32_t length, bool masked, size_t stride)
+{
+    const sh_model_config config = small_config(tied);
+    sh_train_data data = small_data(&config, n, length, masked, 11);
+    check_full_model(&config, &data, stride);
+    small_data_free(&data);
+}
+
+/* Biases, norms of heads, RoPE with its pairs a half apart and scaled. */
+static void test_full_architectures(void **state)
+{
+    (void)state;
+    for (sh_arch arch = SH_ARCH_QWEN2; arch <= SH_ARCH_QWEN3; arch++) {
+        const sh_model_config config = small_config_of(arch);
+        sh_train_data data = small_data(&config, 2, 7, false, 11);
+        check_full_model(&config, &data, 1);
+        small_data_free(&data);
+    }
+}
+
+/* Documents in one sequence, their borders at, before and behind a block of queries. */
+static void test_full_documents(void **state)
+{
+    (void)state;
+    static const uint32_t borders[] = {1, 2, 30, 64, 71, 90};
+    const sh_model_config config = small_config(true);
+    sh_train_data data = small_data(&config, 2, 91, true, 11);
+    for (size_t i = 0; i < SH_COUNT(borders); i++)
+        ((uint8_t *)(uintptr_t)data.mask)[(i % 2) * 91 + borders[i]] |= SH_TRAIN_BEGINS;
+    check_full_model(&config, &data, 37);
+    small_data_free(&data);
 }
 
 static void test_full_tied(void **state)
@@ -185,7 +216,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_full_tied),        cmocka_unit_test(test_full_untied_masked),
-        cmocka_unit_test(test_full_long),        cmocka_unit_test(test_lora),
+        cmocka_unit_test(test_full_long),        cmocka_unit_test(test_full_architectures),
+        cmocka_unit_test(test_full_documents),   cmocka_unit_test(test_lora),
         cmocka_unit_test(test_lora_mixed_ranks),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

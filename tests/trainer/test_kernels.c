@@ -98,35 +98,70 @@ static void test_rope_turns_back(void **state)
     enum { HALF = 5, HEADS = 3 };
     float x[2 * HALF * HEADS], y[2 * HALF * HEADS], c[HALF], s[HALF];
     fill(x, SH_COUNT(x), 1.0f, 1);
-    memcpy(y, x, sizeof(x));
     for (size_t i = 0; i < HALF; i++) {
         c[i] = cosf((float)i + 1.0f);
         s[i] = sinf((float)i + 1.0f);
     }
-    tr_rope(y, c, s, HALF, HEADS, 1.0f);
-    must_be_near((double)y[2], (double)(x[2] * c[1] - x[3] * s[1]), 1e-6);
-    must_be_near((double)y[3], (double)(x[2] * s[1] + x[3] * c[1]), 1e-6);
-    tr_rope(y, c, s, HALF, HEADS, -1.0f);
-    for (size_t i = 0; i < SH_COUNT(x); i++)
-        must_be_near((double)y[i], (double)x[i], 1e-6);
+    for (size_t halves = 0; halves < 2; halves++) {
+        const tr_angles angles = {c, s, HALF, halves == 1};
+        const size_t a = halves ? 1 : 2, b = halves ? 1 + HALF : 3; /* the second pair */
+        memcpy(y, x, sizeof(x));
+        tr_rope(y, &angles, HEADS, 1.0f);
+        must_be_near((double)y[a], (double)(x[a] * c[1] - x[b] * s[1]), 1e-6);
+        must_be_near((double)y[b], (double)(x[a] * s[1] + x[b] * c[1]), 1e-6);
+        tr_rope(y, &angles, HEADS, -1.0f);
+        for (size_t i = 0; i < SH_COUNT(x); i++)
+            must_be_near((double)y[i], (double)x[i], 1e-6);
+    }
 }
 
-static void test_fold_in_place(void **state)
+/* Every length of the ends of their loops, against plain sums in double. */
+static void check_skinny(size_t rows, size_t n, size_t rank)
+{
+    enum { LD = MOST + 3, LDN = 7 };
+    float wide[6 * LD], narrow[6 * LDN], p[LDN * MOST], dots[6 * LDN], outer[LDN * MOST];
+    float added[6 * LD];
+    const tr_skinny s = {rows, n, LD, rank, LDN};
+    fill(wide, SH_COUNT(wide), 1.0f, n);
+    fill(narrow, SH_COUNT(narrow), 1.0f, n + 1);
+    fill(p, SH_COUNT(p), 1.0f, n + 2);
+    memcpy(added, wide, sizeof(wide));
+    memcpy(dots, narrow, sizeof(narrow));
+    tr_dots(&s, wide, p, dots);
+    tr_rank_add(&s, added, narrow, p);
+    tr_outer(&s, wide, narrow, outer);
+    for (size_t i = 0; i < 6; i++) {
+        for (size_t k = 0; k < LDN; k++) {
+            double sum = 0;
+            for (size_t j = 0; j < n; j++)
+                sum += (double)wide[i * LD + j] * (double)p[k * n + j];
+            if (i < rows && k < rank)
+                must_be_near((double)dots[i * LDN + k], sum, 1e-4);
+            else
+                assert_true(dots[i * LDN + k] == narrow[i * LDN + k]);
+        }
+        for (size_t j = 0; j < LD; j++) {
+            double sum = (double)wide[i * LD + j];
+            for (size_t k = 0; i < rows && j < n && k < rank; k++)
+                sum += (double)narrow[i * LDN + k] * (double)p[k * n + j];
+            must_be_near((double)added[i * LD + j], sum, 1e-5);
+        }
+    }
+    for (size_t k = 0; k < rank; k++)
+        for (size_t j = 0; j < n; j++) {
+            double sum = 0;
+            for (size_t i = 0; i < rows; i++)
+                sum += (double)narrow[i * LDN + k] * (double)wide[i * LD + j];
+            must_be_near((double)outer[k * n + j], sum, 1e-5);
+        }
+}
+
+static void test_skinny(void **state)
 {
     (void)state;
-    for (size_t n = 1; n <= MOST; n++) {
-        float w[MOST], a[3 * MOST], b[3] = {0.5f, -2.0f, 3.0f}, out[MOST];
-        fill(w, n, 1.0f, n);
-        fill(a, 3 * n, 1.0f, n + 1);
-        tr_fold_row(out, w, b, a, 3, n);
-        tr_fold_row(w, w, b, a, 3, n);
-        assert_memory_equal(w, out, n * sizeof(*w));
-        fill(w, n, 1.0f, n);
-        for (size_t i = 0; i < n; i++)
-            must_be_near((double)out[i],
-                         (double)(w[i] + 0.5f * a[i] - 2.0f * a[n + i] + 3.0f * a[2 * n + i]),
-                         1e-5);
-    }
+    for (size_t n = 1; n <= MOST; n++)
+        for (size_t rows = 1; rows <= 6; rows++)
+            check_skinny(rows, n, 1 + (n + rows) % 6);
 }
 
 static void test_sums(void **state)
@@ -145,9 +180,9 @@ static void test_sums(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exp),           cmocka_unit_test(test_softmax_and_cross_entropy),
-        cmocka_unit_test(test_swiglu),        cmocka_unit_test(test_rope_turns_back),
-        cmocka_unit_test(test_fold_in_place), cmocka_unit_test(test_sums),
+        cmocka_unit_test(test_exp),    cmocka_unit_test(test_softmax_and_cross_entropy),
+        cmocka_unit_test(test_swiglu), cmocka_unit_test(test_rope_turns_back),
+        cmocka_unit_test(test_skinny), cmocka_unit_test(test_sums),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

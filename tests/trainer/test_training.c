@@ -15,6 +15,8 @@ static sh_error err;
 
 static const uint32_t rank_3[] = {3};
 
+enum { PLAN_SEQUENCES = 19 };
+
 typedef struct {
     sh_model_config config;
     sh_model *model;
@@ -77,8 +79,9 @@ static void test_lora_threads(void **state)
     }
     assert_false(same_adapter(trained[0], s.adapter));
     double one = 0, three = 0;
-    must_be_ok(sh_train_evaluate(s.model, trained[0], &s.data, 1, &one, &err));
-    must_be_ok(sh_train_evaluate(s.model, trained[0], &s.data, 3, &three, &err));
+    must_be_ok(sh_train_evaluate(s.model, trained[0], &s.data, NULL, &one, &err));
+    must_be_ok(sh_train_evaluate(s.model, trained[0], &s.data, &(sh_train_limits){.threads = 3},
+                                 &three, &err));
     if (one != three)
         fail_msg("evaluation: %.17g with one thread, %.17g with three", one, three);
     for (unsigned i = 0; i < 4; i++)
@@ -158,9 +161,9 @@ static void test_masks(void **state)
     whole.mask = NULL;
     changed.mask = mask;
     changed.tokens = tokens;
-    must_be_ok(sh_train_evaluate(s.model, NULL, &part, 1, &loss[0], &err));
-    must_be_ok(sh_train_evaluate(s.model, NULL, &other, 1, &loss[1], &err));
-    must_be_ok(sh_train_evaluate(s.model, NULL, &whole, 1, &loss[2], &err));
+    must_be_ok(sh_train_evaluate(s.model, NULL, &part, NULL, &loss[0], &err));
+    must_be_ok(sh_train_evaluate(s.model, NULL, &other, NULL, &loss[1], &err));
+    must_be_ok(sh_train_evaluate(s.model, NULL, &whole, NULL, &loss[2], &err));
     must_be_near((loss[0] * (double)counts[1] + loss[1] * (double)counts[0]) /
                      (double)(counts[0] + counts[1]),
                  loss[2], 1e-6);
@@ -373,6 +376,158 @@ static void test_quantized_base(void **state)
     small_model_free(&plain);
 }
 
+/* ---- plans ---- */
+
+static void must_say(const char *part)
+{
+    if (!strstr(err.text, part))
+        fail_msg("the error does not say '%s': %s", part, err.text);
+}
+
+typedef struct {
+    sh_model_config config;
+    sh_model *model;
+    sh_adapter *adapter;
+    sh_train_data data;
+    uint32_t index[PLAN_SEQUENCES];
+} plan_case;
+
+static plan_case plan_case_make(void)
+{
+    plan_case c = {.config = small_config(false)};
+    c.config.width = 32;
+    c.config.head_size = 8;
+    c.config.ffn = 64;
+    c.config.n_layers = 4;
+    c.model = small_model(&c.config, SH_TYPE_Q8_0, 41);
+    c.data = small_data(&c.config, PLAN_SEQUENCES, 33, true, 42);
+    c.adapter = small_adapter(&c.config, (const uint32_t[]){3, 5, 0, 2}, 4, 43);
+    for (uint32_t i = 0; i < PLAN_SEQUENCES; i++)
+        c.index[i] = i;
+    return c;
+}
+
+static void plan_case_release(plan_case *c)
+{
+    sh_adapter_destroy(&c->adapter);
+    small_data_free(&c->data);
+    small_model_free(&c->model);
+}
+
+typedef struct {
+    float *grad;
+    size_t n;
+    double loss;
+    sh_tile_plan plan;
+} plan_result;
+
+/* tile_floats 0: a copy of the weights in F32. */
+static sh_status plan_run(const plan_case *c, size_t tile_floats, unsigned threads,
+                          uint64_t memory_max, plan_result *out)
+{
+    tr_net *net = NULL;
+    tr_batcher *batcher = NULL;
+    must_be_ok(
+        tr_net_create(&c->config, c->model, tile_floats ? 0 : TR_COPY_BYTES, 32, &net, &err));
+    net->tile_floats = tile_floats;
+    must_be_ok(tr_net_attach(net, c->adapter, &err));
+    float *lora = sh_alloc_aligned(net->n_lora * sizeof(*lora));
+    assert_non_null(lora);
+    tr_lora_gather(net, c->adapter, lora);
+    tr_net_use(net, lora);
+    const tr_batcher_options o = {.net = net,
+                                  .data = &c->data,
+                                  .mode = TR_GRAD_LORA,
+                                  .batch = PLAN_SEQUENCES,
+                                  .threads = threads,
+                                  .memory_max = memory_max};
+    const sh_status status = tr_batcher_create(&o, &batcher, &err);
+    if (status == SH_OK) {
+        *out = (plan_result){.grad = sh_alloc_aligned(net->n_lora * sizeof(float)),
+                             .n = net->n_lora,
+                             .plan = tr_batcher_plan(batcher)};
+        assert_non_null(out->grad);
+        out->loss = tr_batcher_run(batcher, c->index, PLAN_SEQUENCES, out->grad).loss_sum;
+        tr_batcher_destroy(&batcher);
+    }
+    free(lora);
+    tr_net_destroy(&net);
+    return status;
+}
+
+/* Losses to 1e-6, gradients to 1e-5: such small random models amplify rounding. exact: the same
+ * bits. */
+static void must_agree(const plan_result *x, const plan_result *y, bool exact)
+{
+    double norm = 0, difference = 0;
+    assert_int_equal(x->n, y->n);
+    for (size_t i = 0; i < x->n; i++) {
+        const double a = (double)x->grad[i], b = (double)y->grad[i];
+        norm += a * a;
+        difference += (a - b) * (a - b);
+    }
+    must_be_near(sqrt(difference), 0, exact ? 0 : 1e-5 * sqrt(norm));
+    must_be_near(x->loss, y->loss, exact ? 0 : 1e-6 * x->loss);
+}
+
+/* Tiles of any size, and a copy, agree. */
+static void test_tiles(void **state)
+{
+    (void)state;
+    plan_case c = plan_case_make();
+    plan_result whole, tiles;
+    must_be_ok(plan_run(&c, 0, 1, 0, &whole));
+    for (size_t floats = 1; floats <= 4096; floats *= 8) { /* 16 rows at least */
+        must_be_ok(plan_run(&c, floats, 1, 0, &tiles));
+        must_agree(&whole, &tiles, false);
+        free(tiles.grad);
+    }
+    free(whole.grad);
+    plan_case_release(&c);
+}
+
+/* Ever less memory, down to what the refusal asks for: what is kept changes no bit, what is worked
+ * on together changes the order of sums. */
+static void test_memory(void **state)
+{
+    (void)state;
+    plan_case c = plan_case_make();
+    plan_result whole, less, same = {0}; /* the first of the same sizes */
+    must_be_ok(plan_run(&c, 512, 2, 0, &whole));
+    assert_int_equal(whole.plan.threads, 2);
+    assert_int_equal(whole.plan.kept_layers, c.config.n_layers);
+    uint64_t limit = whole.plan.bytes;
+    unsigned threads = 2, fewer_kept = 0;
+    uint32_t kept = c.config.n_layers;
+    sh_status status;
+    while ((status = plan_run(&c, 512, 2, --limit, &less)) == SH_OK) {
+        assert_true(less.plan.bytes <= limit);
+        must_agree(&whole, &less, false);
+        if (same.grad && same.plan.micro_sequences == less.plan.micro_sequences &&
+            same.plan.logit_rows == less.plan.logit_rows) {
+            must_agree(&same, &less, true);
+            fewer_kept += less.plan.kept_layers < same.plan.kept_layers;
+            free(less.grad);
+        } else {
+            free(same.grad);
+            same = less;
+        }
+        kept = SH_MIN(kept, less.plan.kept_layers);
+        threads = SH_MIN(threads, less.plan.threads);
+        limit = less.plan.bytes;
+    }
+    assert_int_equal(status, SH_ERR_LIMIT);
+    assert_int_equal(kept, 0);
+    assert_int_equal(threads, 1);
+    assert_true(fewer_kept > 0);
+    char needed[32];
+    snprintf(needed, sizeof(needed), "need %llu", (unsigned long long)(limit + 1));
+    must_say(needed);
+    free(same.grad);
+    free(whole.grad);
+    plan_case_release(&c);
+}
+
 /* ---- refusals ---- */
 
 static bool stop_at_two(void *arg, uint32_t step, double loss)
@@ -400,12 +555,6 @@ static void test_cancel(void **state)
     setup_release(&s);
 }
 
-static void must_say(const char *part)
-{
-    if (!strstr(err.text, part))
-        fail_msg("the error does not say '%s': %s", part, err.text);
-}
-
 static void test_not_finite(void **state)
 {
     (void)state;
@@ -413,10 +562,13 @@ static void test_not_finite(void **state)
     sh_train_options o = options_of(2, 3);
     sh_train_result result;
     sh_lora_pair *pair = &s.adapter->pairs[SH_LAYER_MATRICES + SH_ATTN_V];
-    /* With B = 0 the loss is finite, but x·Aᵀ is not, nor is the gradient of B. */
-    memset(pair->b, 0, (size_t)pair->rank * pair->out * sizeof(float));
+    /* With B = 0 the loss is finite; times such a scale the gradient of one B is not. */
+    s.adapter->alpha = 3e38f;
+    for (size_t i = 0; i < PAIRS; i++)
+        memset(s.adapter->pairs[i].b, 0,
+               (size_t)s.adapter->pairs[i].rank * s.adapter->pairs[i].out * sizeof(float));
     for (size_t i = 0; i < pair->in; i++)
-        pair->a[i] = i % 2 ? 3e38f : -3e38f;
+        pair->a[i] *= 1e6f;
     must_fail(sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err), SH_ERR_INVALID);
     must_say("blk.1.attn_v.weight.lora_b");
     must_say("step 1");
@@ -429,7 +581,7 @@ static void test_not_finite(void **state)
     must_fail(sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err), SH_ERR_INVALID);
     must_say("blk.1.ffn_up.weight is not finite");
     double nll = 0;
-    must_fail(sh_train_evaluate(s.model, NULL, &s.data, 1, &nll, &err), SH_ERR_INVALID);
+    must_fail(sh_train_evaluate(s.model, NULL, &s.data, NULL, &nll, &err), SH_ERR_INVALID);
 
     sh_full *full = NULL;
     must_be_ok(sh_full_from_model(s.model, &full, &err));
@@ -453,7 +605,8 @@ static void test_mismatch(void **state)
                              small_adapter(&deeper, rank_3, 1, 1)};
     for (size_t i = 0; i < 2; i++) {
         must_fail(sh_lora_train(s.model, others[i], &s.data, &o, &result, &err), SH_ERR_MISMATCH);
-        must_fail(sh_train_evaluate(s.model, others[i], &s.data, 1, &loss, &err), SH_ERR_MISMATCH);
+        must_fail(sh_train_evaluate(s.model, others[i], &s.data, NULL, &loss, &err),
+                  SH_ERR_MISMATCH);
         must_fail(sh_lora_gradient(s.model, s.adapter, &s.data, others[i], &loss, &err),
                   SH_ERR_MISMATCH);
         sh_adapter_destroy(&others[i]);
@@ -531,7 +684,8 @@ int main(void)
         cmocka_unit_test(test_order_of_data),  cmocka_unit_test(test_masks),
         cmocka_unit_test(test_empty_batch),    cmocka_unit_test(test_adamw),
         cmocka_unit_test(test_learning_rate),  cmocka_unit_test(test_initialize),
-        cmocka_unit_test(test_quantized_base), cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_quantized_base), cmocka_unit_test(test_tiles),
+        cmocka_unit_test(test_memory),         cmocka_unit_test(test_cancel),
         cmocka_unit_test(test_not_finite),     cmocka_unit_test(test_mismatch),
         cmocka_unit_test(test_bad_data),       cmocka_unit_test(test_no_memory),
     };
