@@ -78,9 +78,10 @@ static sh_status make_plan(planning *p, sh_error *err)
         else
             return sh_fail(err, SH_ERR_LIMIT,
                            "training: the memory limit leaves %llu bytes for activations, and "
-                           "sequences of %zu tokens need %llu",
+                           "sequences of %zu tokens need %llu: %llu more",
                            (unsigned long long)p->o->memory_max, positions,
-                           (unsigned long long)bytes_of(p));
+                           (unsigned long long)bytes_of(p),
+                           (unsigned long long)(bytes_of(p) - p->o->memory_max));
     }
 }
 
