@@ -396,3 +396,20 @@ CLONES void tr_adamw_update(const tr_adamw *c, float *restrict p, const float *r
         p[i] = p[i] * k.decay - k.step_size * step;
     }
 }
+
+CLONES void tr_sgd_update(const tr_sgd *c, float *restrict p, const float *restrict g,
+                          float *restrict m, size_t n)
+{
+    const tr_sgd k = *c;
+    for (size_t i = 0; i < n; i++) {
+        m[i] = k.momentum * m[i] + g[i];
+        p[i] = p[i] * k.decay - k.lr * m[i];
+    }
+}
+
+CLONES void tr_proximal(float *restrict g, const float *restrict p, const float *restrict start,
+                        float mu, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        g[i] += mu * (p[i] - start[i]);
+}

@@ -68,5 +68,12 @@ typedef struct {
     float decay;           /* 1 - lr * weight_decay */
 } tr_adamw;
 void tr_adamw_update(const tr_adamw *c, float *p, const float *g, float *m, float *v, size_t n);
+/* One of SGD: m = momentum m + g; p = decay p - lr m. */
+typedef struct {
+    float momentum, lr, decay;
+} tr_sgd;
+void tr_sgd_update(const tr_sgd *c, float *p, const float *g, float *m, size_t n);
+/* g += mu * (p - start) */
+void tr_proximal(float *g, const float *p, const float *start, float mu, size_t n);
 
 #endif

@@ -3,6 +3,7 @@
  * or does a node's round of training (round_main.c). Thin: everything is in trainer.h; here are
  * options, text in, progress and JSON out.
  */
+#include <math.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,6 +18,7 @@
 #include "shared/base/option.h"
 #include "shared/math/bf16.h"
 #include "shared/math/blas.h"
+#include "shared/model/convert.h"
 #include "trainer/round_main.h"
 #include "trainer/trainer.h"
 
@@ -31,15 +33,17 @@
 typedef struct {
     const char *data, *heldout, *out;
     int64_t batch, context, steps, warmup, seed, threads, save_every, memory_max;
-    double lr, lr_final, clip, weight_decay;
+    double lr, lr_final, clip, weight_decay, momentum;
+    const char *schedule, *optimizer;
     bool bf16, json;
 } common_options;
 
 typedef struct {
     common_options common;
-    const char *base;
+    const char *base, *start, *peft, *targets, *freeze;
     int64_t rank, a_seed;
-    double alpha;
+    double alpha, proximal;
+    bool rslora;
 } lora_options;
 
 typedef struct {
@@ -68,7 +72,11 @@ typedef struct {
                    "steps of linear warm-up"),                                                     \
         SH_OPT_REAL(T, common.lr, 0, "lr", "X", lr_default, 0, 1, "peak learning rate"),           \
         SH_OPT_REAL(T, common.lr_final, 0, "lr-final", "X", 0.05, 0, 1,                            \
-                    "share of the learning rate at the end (linear decay)"),                       \
+                    "share of the learning rate at the end"),                                      \
+        SH_OPT_STRING(T, common.schedule, 0, "schedule", "NAME", "linear",                         \
+                      "how it gets there: linear, cosine, constant"),                              \
+        SH_OPT_STRING(T, common.optimizer, 0, "optimizer", "NAME", "adamw", "adamw, sgd"),         \
+        SH_OPT_REAL(T, common.momentum, 0, "momentum", "X", 0.9, 0, 0.9999, "of sgd"),             \
         SH_OPT_REAL(T, common.clip, 0, "clip", "X", clip_default, 0, 1e9,                          \
                     "largest gradient norm; 0: no clipping"),                                      \
         SH_OPT_REAL(T, common.weight_decay, 0, "weight-decay", "X", 0, 0, 1,                       \
@@ -88,7 +96,18 @@ static const sh_option lora_table[] = {
     SH_OPT_STRING(lora_options, base, 'm', "base", "FILE", NULL, "GGUF model to adapt"),
     SH_OPT_INT(lora_options, rank, 'r', "rank", "N", 8, 1, SH_LORA_RANK_MAX, "rank of A and B"),
     SH_OPT_REAL(lora_options, alpha, 0, "alpha", "X", 16, 1e-6, 1e6, "scale is alpha / rank"),
+    SH_OPT_FLAG(lora_options, rslora, 0, "rslora", "scale is alpha / sqrt(rank)"),
+    SH_OPT_STRING(lora_options, targets, 0, "targets", "LIST", "q,k,v,o,gate,up,down",
+                  "matrices to adapt"),
     SH_OPT_INT(lora_options, a_seed, 0, "a-seed", "N", 1, 0, INT32_MAX, "first values of A"),
+    SH_OPT_STRING(lora_options, start, 0, "start", "ADAPTER", NULL,
+                  "begin with this adapter, GGUF or a PEFT folder, and its ranks"),
+    SH_OPT_STRING(lora_options, freeze, 0, "freeze", "NAME", "none",
+                  "a factor that is not trained: a, b, none"),
+    SH_OPT_REAL(lora_options, proximal, 0, "proximal", "X", 0, 0, 1e6,
+                "weight of half the squared distance to the start"),
+    SH_OPT_STRING(lora_options, peft, 0, "peft", "DIR", NULL,
+                  "write the adapter as a PEFT folder, too"),
     TRAIN_OPTIONS(lora_options, 5e-3, 1.0),
 };
 static const sh_command lora_command = {
@@ -96,7 +115,7 @@ static const sh_command lora_command = {
     "--base FILE --data TEXT --out ADAPTER.gguf",
     lora_table,
     SH_COUNT(lora_table),
-    "Trains a LoRA adapter on all seven matrices of every layer of a frozen, quantized base.",
+    "Trains a LoRA adapter beside the matrices of every layer of a frozen, quantized base.",
     PROGRAM " lora --base base-q8_0.gguf --data notes.txt --rank 8 --steps 200 --out a.gguf"};
 
 static const sh_option full_table[] = {
@@ -299,11 +318,35 @@ static progress_state progress_start(const common_options *o)
         .options = o, .start = seconds_now(), .terminal = isatty(STDERR_FILENO) == 1};
 }
 
-static sh_train_options train_options(const common_options *o, progress_state *progress)
+/* The index of a name in a list. */
+static sh_status choose(const char *key, const char *value, const char *const *names, size_t n,
+                        size_t *out, sh_error *err)
 {
-    return (sh_train_options){
+    char list[128] = "";
+    for (size_t i = 0, at = 0; i < n; i++) {
+        if (strcmp(names[i], value) == 0) {
+            *out = i;
+            return SH_OK;
+        }
+        at += (size_t)snprintf(list + at, sizeof list - at, "%s%s", i > 0 ? ", " : "", names[i]);
+    }
+    return sh_fail(err, SH_ERR_USAGE, "--%s: '%.40s' is none of %s", key, value, list);
+}
+
+static sh_status train_options(const common_options *o, progress_state *progress,
+                               sh_train_options *out, sh_error *err)
+{
+    static const char *const schedules[] = {"linear", "cosine", "constant"};
+    static const char *const optimizers[] = {"adamw", "sgd"};
+    size_t schedule = 0, optimizer = 0;
+    SH_TRY(choose("schedule", o->schedule, schedules, SH_COUNT(schedules), &schedule, err));
+    SH_TRY(choose("optimizer", o->optimizer, optimizers, SH_COUNT(optimizers), &optimizer, err));
+    *out = (sh_train_options){
         .lr = (float)o->lr,
+        .schedule = (sh_schedule)schedule,
         .lr_final = (float)o->lr_final,
+        .optimizer = (sh_optimizer)optimizer,
+        .momentum = (float)o->momentum,
         .clip = (float)o->clip,
         .weight_decay = (float)o->weight_decay,
         .batch = (uint32_t)o->batch,
@@ -315,6 +358,7 @@ static sh_train_options train_options(const common_options *o, progress_state *p
         .progress = on_step,
         .progress_arg = progress,
     };
+    return SH_OK;
 }
 
 /* ---- memory ---- */
@@ -399,6 +443,59 @@ static void print_report(const report *r)
 
 /* ---- lora ---- */
 
+static bool is_target(const char *list, const char *name)
+{
+    const size_t n = strlen(name);
+    for (const char *at = list; *at; at += strcspn(at, ","), at += *at == ',')
+        if (strncmp(at, name, n) == 0 && (at[n] == ',' || at[n] == 0))
+            return true;
+    return false;
+}
+
+/* Leaves the factors of the listed matrices alone. */
+static sh_status keep_targets(const char *list, sh_adapter *adapter, sh_error *err)
+{
+    static const char *const names[SH_LAYER_MATRICES] = {"q", "k", "v", "o", "gate", "up", "down"};
+    char name[32];
+    size_t which;
+    for (const char *at = list; *at; at += strcspn(at, ","), at += *at == ',') {
+        snprintf(name, sizeof name, "%.*s", (int)strcspn(at, ","), at);
+        SH_TRY(choose("targets", name, names, SH_COUNT(names), &which, err));
+    }
+    for (size_t i = 0; i < (size_t)adapter->n_layers * SH_LAYER_MATRICES; i++) {
+        sh_lora_pair *pair = &adapter->pairs[i];
+        if (is_target(list, names[i % SH_LAYER_MATRICES]))
+            continue;
+        free(pair->a);
+        free(pair->b);
+        *pair = (sh_lora_pair){.in = pair->in, .out = pair->out};
+    }
+    return SH_OK;
+}
+
+static sh_status first_adapter(const lora_options *o, const sh_model *model, sh_adapter **out,
+                               sh_error *err)
+{
+    if (o->start)
+        return sh_adapter_open_any(o->start, &model->config, out, err);
+    const double alpha = o->rslora ? o->alpha * sqrt((double)o->rank) : o->alpha;
+    SH_TRY(sh_lora_initialize(&model->config, (uint64_t)o->a_seed, (uint32_t)o->rank, (float)alpha,
+                              out, err));
+    return keep_targets(o->targets, *out, err);
+}
+
+static sh_status lora_train_options(const lora_options *o, progress_state *progress,
+                                    sh_train_options *out, sh_error *err)
+{
+    static const char *const factors[] = {"none", "a", "b"};
+    size_t freeze = 0;
+    SH_TRY(train_options(&o->common, progress, out, err));
+    SH_TRY(choose("freeze", o->freeze, factors, SH_COUNT(factors), &freeze, err));
+    out->freeze = (sh_freeze)freeze;
+    out->proximal = (float)o->proximal;
+    return SH_OK;
+}
+
 static sh_status run_lora(int argc, char **argv, sh_error *err)
 {
     sh_status status = SH_OK;
@@ -425,11 +522,11 @@ static sh_status run_lora(int argc, char **argv, sh_error *err)
         SH_GOTO(chunks_in_order(o.common.heldout, &heldout, (size_t)o.common.context, &heldout_data,
                                 err));
     }
-    SH_GOTO(sh_lora_initialize(&model->config, (uint64_t)o.a_seed, (uint32_t)o.rank, (float)o.alpha,
-                               &adapter, err));
+    SH_GOTO(first_adapter(&o, model, &adapter, err));
     warn_of_blas();
     progress_state progress = progress_start(&o.common);
-    sh_train_options options = train_options(&o.common, &progress);
+    sh_train_options options;
+    SH_GOTO(lora_train_options(&o, &progress, &options, err));
     SH_GOTO(training_memory(&o.common, model->file_bytes, &options.memory_max, err));
     const sh_train_limits limits = {options.threads, options.memory_max};
     SH_GOTO(sh_lora_train(model, adapter, &data, &options, &result, err));
@@ -438,6 +535,8 @@ static sh_status run_lora(int argc, char **argv, sh_error *err)
     sh_buf_init(&encoded, SIZE_MAX);
     SH_GOTO(sh_adapter_encode(adapter, &encoded, err));
     SH_GOTO(sh_file_write_atomic(o.common.out, encoded.data, encoded.len, err));
+    if (o.peft)
+        SH_GOTO(sh_adapter_save_peft(adapter, &model->config, o.peft, o.base, err));
     print_report(&(report){&o.common, &result, heldout_loss, train.n});
 cleanup:
     sh_buf_release(&encoded);
@@ -489,7 +588,8 @@ static sh_status full_train_and_save(const full_options *o, sh_full *full,
     progress_state progress = progress_start(&o->common);
     progress.full = full;
     progress.type = type;
-    sh_train_options options = train_options(&o->common, &progress);
+    sh_train_options options;
+    SH_TRY(train_options(&o->common, &progress, &options, err));
     options.shuffle_seed = 0; /* the sequences are in a random order already */
     SH_TRY(training_memory(&o->common, 0, &options.memory_max, err));
     sh_status status = sh_full_train(full, data, &options, result, err);

@@ -1,5 +1,5 @@
 /*
- * The training loop: order of the data, learning rate, clipping, AdamW.
+ * The training loop: order of the data, steps, and what is not finite by its name.
  */
 #include "trainer/train.h"
 
@@ -8,18 +8,9 @@
 #include <stdlib.h>
 #include <time.h>
 
-#include "trainer/kernels.h"
+#include "trainer/optimizer.h"
 
 #define PURPOSE_ORDER 0x74726f72u /* names this use of the generator */
-#define CLIP_EPSILON  1e-6        /* torch.nn.utils.clip_grad_norm_ */
-
-double tr_learning_rate(const sh_train_options *o, uint32_t step)
-{
-    if (step < o->warmup)
-        return (double)o->lr * (step + 1.0) / (double)o->warmup;
-    double left = (double)(o->steps - step) / (double)SH_MAX(1u, o->steps - o->warmup);
-    return (double)o->lr * ((double)o->lr_final + (1.0 - (double)o->lr_final) * left);
-}
 
 /* ---- order of the data ---- */
 
@@ -139,72 +130,19 @@ static sh_status grad_not_finite(const tr_trainee *t, const float *grad, size_t 
                    name, step);
 }
 
-/* ---- optimizer ---- */
-
-typedef struct {
-    float *grad, *m, *v;
-    size_t n;
-    uint32_t step; /* updates made */
-} optimizer;
-
-/* Matrices decay, norms do not: a norm's weight is a scale around 1. */
-static void update_full(const tr_net *net, const tr_adamw *c, float *p, const optimizer *o)
-{
-    const tr_layout *l = &net->layout;
-    tr_adamw no_decay = *c;
-    no_decay.decay = 1.0f;
-    tr_adamw_update(c, p, o->grad, o->m, o->v, l->output_norm);
-    size_t at = l->output_norm;
-    tr_adamw_update(&no_decay, p + at, o->grad + at, o->m + at, o->v + at, l->layers - at);
-    for (size_t i = 0; i < net->config.n_layers; i++) {
-        at = l->layers + i * l->layer_stride;
-        size_t norms = l->group[0], rest = at + norms;
-        tr_adamw_update(&no_decay, p + at, o->grad + at, o->m + at, o->v + at, norms);
-        tr_adamw_update(c, p + rest, o->grad + rest, o->m + rest, o->v + rest,
-                        l->layer_stride - norms);
-    }
-}
-
-static sh_status update(const tr_trainee *t, optimizer *o, const sh_train_options *options,
-                        sh_error *err)
-{
-    double norm = sqrt(tr_sum_squares(o->grad, o->n));
-    if (!isfinite(norm))
-        return grad_not_finite(t, o->grad, o->n, o->step + 1, err);
-    if (options->clip > 0 && norm > (double)options->clip)
-        tr_scale(o->grad, (float)((double)options->clip / (norm + CLIP_EPSILON)), o->n);
-    double beta1 = options->beta1 > 0 ? (double)options->beta1 : 0.9;
-    double beta2 = options->beta2 > 0 ? (double)options->beta2 : 0.999;
-    double lr = tr_learning_rate(options, o->step);
-    o->step++;
-    tr_adamw c = {
-        .beta1 = (float)beta1,
-        .beta2 = (float)beta2,
-        .eps = options->eps > 0 ? options->eps : 1e-8f,
-        .step_size = (float)(lr / (1.0 - pow(beta1, o->step))),
-        .sqrt_correction = (float)sqrt(1.0 - pow(beta2, o->step)),
-        .decay = (float)(1.0 - lr * (double)options->weight_decay),
-    };
-    if (t->mode == TR_GRAD_FULL)
-        update_full(t->net, &c, t->params, o);
-    else
-        tr_adamw_update(&c, t->params, o->grad, o->m, o->v, o->n);
-    return SH_OK;
-}
-
 /* ---- the loop ---- */
 
 static sh_status options_check(const sh_train_options *o, sh_error *err)
 {
-    const float reals[] = {o->lr,   o->beta1,        o->beta2,   o->eps,
-                           o->clip, o->weight_decay, o->lr_final};
+    const float reals[] = {o->lr,           o->beta1,    o->beta2,    o->eps,     o->clip,
+                           o->weight_decay, o->lr_final, o->momentum, o->proximal};
     for (size_t i = 0; i < SH_COUNT(reals); i++)
         if (!isfinite(reals[i]) || reals[i] < 0)
             return sh_fail(err, SH_ERR_INVALID,
-                           "training options: lr, betas, eps, clip, decay and lr_final must be "
-                           "finite and not negative");
-    if (o->beta1 >= 1 || o->beta2 >= 1)
-        return sh_fail(err, SH_ERR_INVALID, "training options: betas must be below 1");
+                           "training options: lr, betas, eps, clip, decay, lr_final, momentum and "
+                           "the proximal weight must be finite and not negative");
+    if (o->beta1 >= 1 || o->beta2 >= 1 || o->momentum >= 1)
+        return sh_fail(err, SH_ERR_INVALID, "training options: betas and momentum must be below 1");
     if (o->batch == 0 || o->steps == 0 || o->threads > TR_THREADS_MAX)
         return sh_fail(err, SH_ERR_INVALID,
                        "training options: need a batch, steps and at most %d threads",
@@ -224,7 +162,7 @@ typedef struct {
     uint32_t *batch; /* [n_batch] */
     size_t n_batch;
     sampler sampler;
-    optimizer optimizer;
+    tr_optimizer optimizer;
 } loop;
 
 static void loop_release(loop *l)
@@ -232,18 +170,17 @@ static void loop_release(loop *l)
     tr_batcher_destroy(&l->batcher);
     free(l->batch);
     free(l->sampler.order);
-    free(l->optimizer.grad);
-    free(l->optimizer.m);
-    free(l->optimizer.v);
+    tr_optimizer_release(&l->optimizer);
 }
 
-/* For the batcher, after weights, parameters, their gradient and the optimizer's two moments. */
-static sh_status memory_left(const tr_trainee *t, size_t n, uint64_t memory_max, uint64_t *out,
-                             sh_error *err)
+/* For the batcher, after weights, parameters and the optimizer. */
+static sh_status memory_left(const tr_trainee *t, size_t n, const sh_train_options *options,
+                             uint64_t *out, sh_error *err)
 {
+    const uint64_t memory_max = options->memory_max;
     const uint64_t weights = t->net->weights ? t->net->layout.n : 0;
     const uint64_t lora = t->mode == TR_GRAD_LORA ? n + t->net->n_turned : 0;
-    const uint64_t taken = (weights + lora + 3ull * n) * sizeof(float);
+    const uint64_t taken = (weights + lora + tr_optimizer_floats(options, n)) * sizeof(float);
     if (memory_max > 0 && taken >= memory_max)
         return sh_fail(err, SH_ERR_LIMIT,
                        "training: weights and optimizer take %llu bytes, the memory limit is %llu",
@@ -258,18 +195,16 @@ static sh_status loop_init(loop *l, const tr_trainee *t, const sh_train_data *da
 {
     size_t n = t->mode == TR_GRAD_FULL ? t->net->layout.n : t->net->n_lora;
     uint64_t left = 0;
-    SH_TRY(memory_left(t, n, options->memory_max, &left, err));
+    SH_TRY(memory_left(t, n, options, &left, err));
     l->n_batch = SH_MIN((size_t)options->batch, data->n);
     l->batch = sh_calloc(l->n_batch, sizeof(*l->batch));
     l->sampler = (sampler){.order = sh_calloc(data->n, sizeof(*l->sampler.order)),
                            .n = data->n,
                            .seed = options->shuffle_seed};
-    l->optimizer = (optimizer){.grad = sh_alloc_aligned(n * sizeof(float)),
-                               .m = sh_alloc_aligned(n * sizeof(float)),
-                               .v = sh_alloc_aligned(n * sizeof(float)),
-                               .n = n};
-    if (!l->batch || !l->sampler.order || !l->optimizer.grad || !l->optimizer.m || !l->optimizer.v)
-        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory to train %zu parameters", n);
+    if (!l->batch || !l->sampler.order)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu sequences", data->n);
+    SH_TRY(tr_optimizer_create(t->net, t->mode == TR_GRAD_FULL, options, t->params, &l->optimizer,
+                               err));
     for (size_t i = 0; i < data->n; i++)
         l->sampler.order[i] = (uint32_t)i;
     return tr_batcher_create(&(tr_batcher_options){.net = t->net,
@@ -302,7 +237,10 @@ sh_status tr_train(const tr_trainee *t, const sh_train_data *data, const sh_trai
             status = loss_not_finite(t, l.optimizer.n, step + 1, err);
             goto cleanup;
         }
-        SH_GOTO(update(t, &l.optimizer, options, err));
+        if (!tr_optimizer_step(&l.optimizer, t->params)) {
+            status = grad_not_finite(t, l.optimizer.grad, l.optimizer.n, step + 1, err);
+            goto cleanup;
+        }
         r.tokens_seen += sum.n_targets;
         r.loss_last = loss;
         if (step == 0)

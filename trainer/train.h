@@ -63,7 +63,4 @@ SH_MUST_USE sh_status tr_train(const tr_trainee *trainee, const sh_train_data *d
                                const sh_train_options *options, sh_train_result *result,
                                sh_error *err);
 
-/* Learning rate of a step (from 0): linear warm-up, then linear decay to lr * lr_final. */
-double tr_learning_rate(const sh_train_options *options, uint32_t step);
-
 #endif

@@ -30,6 +30,12 @@ typedef struct {
     uint32_t length;
 } sh_train_data;
 
+typedef enum { SH_SCHEDULE_LINEAR, SH_SCHEDULE_COSINE, SH_SCHEDULE_CONSTANT } sh_schedule;
+typedef enum { SH_ADAMW, SH_SGD } sh_optimizer;
+/* Of LoRA: A frozen is FFA-LoRA (Sun et al. 2024, arXiv:2403.12313); one and the other in turns, a
+ * round each, RoLoRA (Chen et al. 2024, arXiv:2409.02346). */
+typedef enum { SH_FREEZE_NONE, SH_FREEZE_A, SH_FREEZE_B } sh_freeze;
+
 typedef struct {
     uint64_t a_seed; /* A0 ~ normal / sqrt(in) from this alone: every node's is the same; B0 = 0 */
     uint32_t rank;
@@ -37,9 +43,14 @@ typedef struct {
     float lr, beta1, beta2, eps, weight_decay; /* 0 for betas, eps: 0.9, 0.999, 1e-8 */
     float clip;                                /* global gradient norm; 0: none */
     uint32_t batch;                            /* sequences a step */
-    uint32_t steps;        /* optimizer steps; the data is gone through in shuffled passes */
-    uint32_t warmup;       /* steps of linear warm-up */
-    float lr_final;        /* linear decay from lr to lr * lr_final over the steps (1: constant) */
+    uint32_t steps;       /* optimizer steps; the data is gone through in shuffled passes */
+    uint32_t warmup;      /* steps of linear warm-up */
+    sh_schedule schedule; /* how the learning rate goes from lr to lr * lr_final over the steps */
+    float lr_final;
+    sh_optimizer optimizer;
+    float momentum; /* of SGD */
+    float proximal; /* weight of half the squared distance to the start (FedProx); 0: none */
+    sh_freeze freeze;
     uint64_t shuffle_seed; /* 0: the order of the data, pass after pass */
     unsigned threads;      /* 0: 1 */
     bool bf16;             /* products with the weights round their operands (math/bf16.h) */

@@ -183,6 +183,60 @@ static void test_lora(void **state)
     json_decref(e);
 }
 
+static void expect_error(const char *arguments, int code, const char *text)
+{
+    uint8_t *line = NULL;
+    size_t n = 0;
+    unlink(path_of("result.json"));
+    must_exit(arguments, code);
+    must_be_ok(sh_file_read(path_of("stderr"), 1 << 20, &line, &n, &err));
+    if (!strstr((const char *)line, text))
+        fail_msg("'%s' says: %s", arguments, (const char *)line);
+    free(line);
+    assert_false(sh_file_exists(path_of("result.json")));
+}
+
+/* What is adapted, how it is scaled, where it begins and what of it is trained. */
+static void test_lora_options(void **state)
+{
+    (void)state;
+#define LORA "lora --base model.gguf --data text --rank 4 --alpha 8 --batch 4 --context 16 --json "
+    sh_model *model = NULL;
+    sh_adapter *first = NULL, *second = NULL;
+    json_decref(run_json(LORA "--steps 4 --targets q,down --rslora --schedule cosine "
+                              "--optimizer sgd --lr 0.5 --out first.gguf --peft peft"));
+    json_decref(run_json(LORA "--steps 4 --start peft --freeze a --schedule constant --proximal 2 "
+                              "--bf16 --memory-max 2G --out second.gguf"));
+    must_be_ok(sh_model_open(path_of("model.gguf"), &model, &err));
+    must_be_ok(sh_adapter_open(path_of("first.gguf"), &model->config, &first, &err));
+    must_be_ok(sh_adapter_open(path_of("second.gguf"), &model->config, &second, &err));
+    must_be_near((double)first->alpha / first->rank, 8 / sqrt(4), 1e-6);
+    for (size_t i = 0; i < (size_t)first->n_layers * SH_LAYER_MATRICES; i++) {
+        const sh_lora_pair *a = &first->pairs[i], *b = &second->pairs[i];
+        const size_t m = i % SH_LAYER_MATRICES;
+        assert_int_equal(a->a != NULL, m == SH_ATTN_Q || m == SH_FFN_DOWN);
+        assert_int_equal(b->a != NULL, a->a != NULL);
+        if (!a->a)
+            continue;
+        assert_memory_equal(a->a, b->a, (size_t)a->rank * a->in * sizeof(float));
+        assert_memory_not_equal(a->b, b->b, (size_t)a->rank * a->out * sizeof(float));
+    }
+    sh_adapter_destroy(&first);
+    sh_adapter_destroy(&second);
+    sh_model_close(&model);
+    static const char *const wrong[][2] = {
+        {LORA "--out x.gguf --targets q,x", "none of q, k, v, o, gate, up, down"},
+        {LORA "--out x.gguf --targets ''", "no matrix is adapted"},
+        {LORA "--out x.gguf --schedule warm", "linear, cosine, constant"},
+        {LORA "--out x.gguf --freeze c", "none, a, b"},
+        {LORA "--out x.gguf --memory-max 1M", "--memory-max"},
+        {LORA "--out x.gguf --memory-max 1X", "whole number"},
+    };
+    for (size_t i = 0; i < SH_COUNT(wrong); i++)
+        expect_error(wrong[i][0], 2, wrong[i][1]);
+#undef LORA
+}
+
 /* ---- a node's round ---- */
 
 static void make_snapshot(size_t n_sessions)
@@ -256,19 +310,6 @@ static void test_round(void **state)
     sh_round_result_release(&r);
     sh_snapshot_release(&s);
     sh_model_close(&model);
-}
-
-static void expect_error(const char *arguments, int code, const char *text)
-{
-    uint8_t *line = NULL;
-    size_t n = 0;
-    unlink(path_of("result.json"));
-    must_exit(arguments, code);
-    must_be_ok(sh_file_read(path_of("stderr"), 1 << 20, &line, &n, &err));
-    if (!strstr((const char *)line, text))
-        fail_msg("'%s' says: %s", arguments, (const char *)line);
-    free(line);
-    assert_false(sh_file_exists(path_of("result.json")));
 }
 
 static void test_round_errors(void **state)
@@ -352,6 +393,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_full_is_deterministic),
         cmocka_unit_test(test_other_architectures),
         cmocka_unit_test(test_lora),
+        cmocka_unit_test(test_lora_options),
         cmocka_unit_test(test_round),
         cmocka_unit_test(test_round_errors),
         cmocka_unit_test(test_round_memory),

@@ -9,6 +9,7 @@
 
 #include "tests/trainer/small.h"
 #include "tests/trainer/util.h"
+#include "trainer/optimizer.h"
 #include "trainer/train.h"
 
 static sh_error err;
@@ -201,90 +202,127 @@ static void test_empty_batch(void **state)
     setup_release(&s);
 }
 
-/* ---- AdamW by hand ---- */
+/* ---- optimizers by hand ---- */
 
 typedef struct {
-    double *p, *m, *v;
+    double *p, *m, *v, *start;
     const float *g;
     size_t n;
+    bool frozen;
 } hand_tensor;
+
+static double hand_gradient(const hand_tensor *t, const sh_train_options *o, size_t j)
+{
+    return t->frozen ? 0 : (double)t->g[j] + (double)o->proximal * (t->p[j] - t->start[j]);
+}
 
 static void hand_step(hand_tensor *t, size_t n_tensors, const sh_train_options *o, uint32_t step)
 {
     double norm = 0, lr = tr_learning_rate(o, step), k = (double)step + 1;
     for (size_t i = 0; i < n_tensors; i++)
         for (size_t j = 0; j < t[i].n; j++)
-            norm += (double)t[i].g[j] * (double)t[i].g[j];
+            norm += pow(hand_gradient(&t[i], o, j), 2);
     norm = sqrt(norm);
     double shrink = norm > (double)o->clip ? (double)o->clip / (norm + 1e-6) : 1;
     for (size_t i = 0; i < n_tensors; i++) {
-        for (size_t j = 0; j < t[i].n; j++) {
-            double g = shrink * (double)t[i].g[j];
-            t[i].m[j] = 0.9 * t[i].m[j] + 0.1 * g;
-            t[i].v[j] = 0.999 * t[i].v[j] + 0.001 * g * g;
-            double m = t[i].m[j] / (1 - pow(0.9, k)), v = t[i].v[j] / (1 - pow(0.999, k));
-            t[i].p[j] -= lr * (double)o->weight_decay * t[i].p[j];
-            t[i].p[j] -= lr * m / (sqrt(v) + 1e-8);
+        for (size_t j = 0; j < t[i].n && !t[i].frozen; j++) {
+            double g = shrink * hand_gradient(&t[i], o, j), change;
+            if (o->optimizer == SH_SGD) {
+                change = t[i].m[j] = (double)o->momentum * t[i].m[j] + g;
+            } else {
+                t[i].m[j] = 0.9 * t[i].m[j] + 0.1 * g;
+                t[i].v[j] = 0.999 * t[i].v[j] + 0.001 * g * g;
+                double m = t[i].m[j] / (1 - pow(0.9, k)), v = t[i].v[j] / (1 - pow(0.999, k));
+                change = m / (sqrt(v) + 1e-8);
+            }
+            t[i].p[j] -= lr * ((double)o->weight_decay * t[i].p[j] + change);
         }
     }
 }
 
 enum { PAIRS = 2 * SH_LAYER_MATRICES, TENSORS = 2 * PAIRS, HAND_STEPS = 6 };
 
-static hand_tensor hand_make(const float *p, const float *g, size_t n)
+static hand_tensor hand_make(const float *p, const float *g, size_t n, bool frozen)
 {
-    hand_tensor t = {.p = sh_calloc(n, sizeof(double)),
-                     .m = sh_calloc(n, sizeof(double)),
-                     .v = sh_calloc(n, sizeof(double)),
-                     .g = g,
-                     .n = n};
-    assert_true(t.p && t.m && t.v);
+    double *block = sh_calloc(4 * n, sizeof(*block));
+    assert_non_null(block);
+    hand_tensor t = {block, block + n, block + 2 * n, block + 3 * n, g, n, frozen};
     for (size_t i = 0; i < n; i++)
-        t.p[i] = (double)p[i];
+        t.p[i] = t.start[i] = (double)p[i];
     return t;
 }
 
-static void test_adamw(void **state)
+static void check_optimizer(const sh_train_options *o)
 {
-    (void)state;
     setup s = setup_make(4, 9, true);
     sh_adapter *mine = small_adapter(&s.config, rank_3, 1, 23);
     sh_adapter *grad = small_adapter(&s.config, rank_3, 1, 1);
     hand_tensor t[TENSORS];
-    sh_train_options o = options_of(4, HAND_STEPS);
     sh_train_result result;
-    o.warmup = 2;
-    o.lr_final = 0.1f;
-    o.clip = 0.05f;
-    o.weight_decay = 0.1f;
-    o.shuffle_seed = 0;
     for (size_t i = 0; i < PAIRS; i++) {
         const sh_lora_pair *p = &mine->pairs[i], *g = &grad->pairs[i];
-        t[2 * i] = hand_make(p->a, g->a, (size_t)p->rank * p->in);
-        t[2 * i + 1] = hand_make(p->b, g->b, (size_t)p->rank * p->out);
+        t[2 * i] = hand_make(p->a, g->a, (size_t)p->rank * p->in, o->freeze == SH_FREEZE_A);
+        t[2 * i + 1] = hand_make(p->b, g->b, (size_t)p->rank * p->out, o->freeze == SH_FREEZE_B);
     }
     for (uint32_t step = 0; step < HAND_STEPS; step++) {
         double loss;
         must_be_ok(sh_lora_gradient(s.model, mine, &s.data, grad, &loss, &err));
-        hand_step(t, TENSORS, &o, step);
+        hand_step(t, TENSORS, o, step);
         for (size_t i = 0; i < TENSORS; i++) {
             float *values = i % 2 ? mine->pairs[i / 2].b : mine->pairs[i / 2].a;
             for (size_t j = 0; j < t[i].n; j++)
                 values[j] = (float)t[i].p[j];
         }
     }
-    must_be_ok(sh_lora_train(s.model, s.adapter, &s.data, &o, &result, &err));
+    must_be_ok(sh_lora_train(s.model, s.adapter, &s.data, o, &result, &err));
     for (size_t i = 0; i < TENSORS; i++) {
         const float *values = i % 2 ? s.adapter->pairs[i / 2].b : s.adapter->pairs[i / 2].a;
         for (size_t j = 0; j < t[i].n; j++)
-            must_be_near((double)values[j], t[i].p[j], 2e-5);
+            must_be_near((double)values[j], t[i].p[j], t[i].frozen ? 0 : 2e-5);
         free(t[i].p);
-        free(t[i].m);
-        free(t[i].v);
     }
     sh_adapter_destroy(&mine);
     sh_adapter_destroy(&grad);
     setup_release(&s);
+}
+
+static sh_train_options hand_options(void)
+{
+    sh_train_options o = options_of(4, HAND_STEPS);
+    o.warmup = 2;
+    o.lr_final = 0.1f;
+    o.clip = 0.05f;
+    o.weight_decay = 0.1f;
+    o.shuffle_seed = 0;
+    return o;
+}
+
+static void test_optimizers(void **state)
+{
+    (void)state;
+    sh_train_options o = hand_options();
+    check_optimizer(&o);
+    o.proximal = 3;
+    o.schedule = SH_SCHEDULE_COSINE;
+    check_optimizer(&o);
+    o = hand_options();
+    o.optimizer = SH_SGD;
+    o.momentum = 0.8f;
+    o.lr = 0.3f;
+    check_optimizer(&o);
+}
+
+/* A frozen factor keeps its bits, and is not counted in the norm that is clipped. */
+static void test_freeze(void **state)
+{
+    (void)state;
+    for (sh_freeze freeze = SH_FREEZE_A; freeze <= SH_FREEZE_B; freeze++) {
+        sh_train_options o = hand_options();
+        o.freeze = freeze;
+        check_optimizer(&o);
+        o.optimizer = SH_SGD;
+        check_optimizer(&o);
+    }
 }
 
 static void test_learning_rate(void **state)
@@ -296,7 +334,12 @@ static void test_learning_rate(void **state)
     must_be_near(tr_learning_rate(&o, 4), 1.0, 1e-12);
     must_be_near(tr_learning_rate(&o, 9), 0.75, 1e-12);
     must_be_near(tr_learning_rate(&o, 13), 0.55, 1e-12);
-    o.lr_final = 1.0f;
+    o.schedule = SH_SCHEDULE_COSINE;
+    must_be_near(tr_learning_rate(&o, 4), 1.0, 1e-12);
+    must_be_near(tr_learning_rate(&o, 9), 0.75, 1e-12);
+    must_be_near(tr_learning_rate(&o, 13), 0.5 + 0.5 * 0.5 * (1 - cos(acos(-1.0) * 0.1)), 1e-12);
+    o.schedule = SH_SCHEDULE_CONSTANT;
+    must_be_near(tr_learning_rate(&o, 0), 0.25, 1e-12);
     must_be_near(tr_learning_rate(&o, 13), 1.0, 1e-12);
 }
 
@@ -713,15 +756,15 @@ static void test_no_memory(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_lora_threads),   cmocka_unit_test(test_full_threads),
-        cmocka_unit_test(test_order_of_data),  cmocka_unit_test(test_masks),
-        cmocka_unit_test(test_empty_batch),    cmocka_unit_test(test_adamw),
-        cmocka_unit_test(test_learning_rate),  cmocka_unit_test(test_initialize),
-        cmocka_unit_test(test_quantized_base), cmocka_unit_test(test_tiles),
-        cmocka_unit_test(test_memory),         cmocka_unit_test(test_bf16),
-        cmocka_unit_test(test_cancel),         cmocka_unit_test(test_not_finite),
-        cmocka_unit_test(test_mismatch),       cmocka_unit_test(test_bad_data),
-        cmocka_unit_test(test_no_memory),
+        cmocka_unit_test(test_lora_threads),  cmocka_unit_test(test_full_threads),
+        cmocka_unit_test(test_order_of_data), cmocka_unit_test(test_masks),
+        cmocka_unit_test(test_empty_batch),   cmocka_unit_test(test_optimizers),
+        cmocka_unit_test(test_freeze),        cmocka_unit_test(test_learning_rate),
+        cmocka_unit_test(test_initialize),    cmocka_unit_test(test_quantized_base),
+        cmocka_unit_test(test_tiles),         cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_bf16),          cmocka_unit_test(test_cancel),
+        cmocka_unit_test(test_not_finite),    cmocka_unit_test(test_mismatch),
+        cmocka_unit_test(test_bad_data),      cmocka_unit_test(test_no_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
