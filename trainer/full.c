@@ -139,25 +139,14 @@ sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data, unsig
 
 /* ---- GGUF ---- */
 
-/* general.file_type of llama.cpp (enum llama_ftype). */
-static uint32_t file_type(sh_type type)
-{
-    switch (type) {
-    case SH_TYPE_F32:
-        return 0;
-    case SH_TYPE_F16:
-        return 1;
-    case SH_TYPE_Q4_0:
-        return 2;
-    default:
-        return 7; /* Q8_0, the last type that we write */
-    }
-}
-
+/* A model's own keys; for a model from a shape, its shape and the rest of the vocabulary's file. */
 static sh_status write_keys(const sh_full *full, sh_type type, sh_gguf_writer *w, sh_error *err)
 {
+    static const char *const of_type[] = {"general.file_type", "general.quantization_version",
+                                          NULL};
     static const char *const ours[] = {"general.architecture",
                                        "general.file_type",
+                                       "general.quantization_version",
                                        "general.name",
                                        "llama.context_length",
                                        "llama.embedding_length",
@@ -173,15 +162,26 @@ static sh_status write_keys(const sh_full *full, sh_type type, sh_gguf_writer *w
     const sh_model_config *c = &full->net->config;
     const uint32_t numbers[] = {c->context, c->width,   c->n_layers,
                                 c->ffn,     c->n_heads, c->n_kv_heads};
+    SH_TRY(sh_gguf_writer_set_type(w, type));
+    if (full->net->model)
+        return sh_gguf_writer_copy_keys(w, full->keys, of_type, err);
     SH_TRY(sh_gguf_writer_set_string(w, "general.architecture", "llama"));
-    SH_TRY(sh_gguf_writer_set_u32(w, "general.file_type", file_type(type)));
-    for (size_t i = 0; i < SH_COUNT(numbers); i++) /* llama.context_length is ours[3] */
-        SH_TRY(sh_gguf_writer_set_u32(w, ours[3 + i], numbers[i]));
+    for (size_t i = 0; i < SH_COUNT(numbers); i++) /* llama.context_length is ours[4] */
+        SH_TRY(sh_gguf_writer_set_u32(w, ours[4 + i], numbers[i]));
     SH_TRY(sh_gguf_writer_set_f32(w, "llama.attention.layer_norm_rms_epsilon", c->norm_eps));
     SH_TRY(sh_gguf_writer_set_u32(w, "llama.rope.dimension_count", c->head_size));
     SH_TRY(sh_gguf_writer_set_f32(w, "llama.rope.freq_base", c->rope_base));
     SH_TRY(sh_gguf_writer_set_u32(w, "llama.vocab_size", c->vocab));
     return sh_gguf_writer_copy_keys(w, full->keys, ours, err);
+}
+
+/* What a model has beside what is trained: Llama 3's factors of RoPE. */
+static sh_status add_factors(const sh_full *full, sh_gguf_writer *w, sh_error *err)
+{
+    const sh_gguf_tensor *t =
+        full->net->model ? sh_gguf_tensor_find(full->keys, "rope_freqs.weight") : NULL;
+    return t ? sh_gguf_writer_add_tensor(w, t->name, t->type, t->ne, t->n_dims, t->data, err)
+             : SH_OK;
 }
 
 /* Encodes tensor t at bytes, which has room, and adds it. */
@@ -225,6 +225,7 @@ sh_status sh_full_save(const sh_full *full, sh_type type, const char *path, sh_e
     }
     SH_GOTO(sh_gguf_writer_create(&w, err));
     SH_GOTO(write_keys(full, type, w, err));
+    SH_GOTO(add_factors(full, w, err));
     total = 0;
     for (size_t i = 0; i < tr_tensor_count(full->net); i++) {
         tr_tensor t = tr_tensor_at(full->net, i);

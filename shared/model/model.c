@@ -290,17 +290,6 @@ sh_hash sh_model_hash(const sh_model *model)
     return sh_sha256(bytes, n);
 }
 
-bool sh_model_is_plain_llama(const sh_model *model)
-{
-    const sh_model_config *c = &model->config;
-    bool plain = c->arch == SH_ARCH_LLAMA && c->rope_scaling == SH_ROPE_PLAIN &&
-                 !model->rope_factors && model->rope_magnitude == 1;
-    for (uint32_t i = 0; plain && i < c->n_layers; i++)
-        for (int m = 0; m < SH_LAYER_MATRICES; m++)
-            plain &= model->layers[i].bias[m] == NULL;
-    return plain;
-}
-
 void sh_matrix_row(const sh_matrix *m, uint32_t row, float *values)
 {
     SH_ASSERT(row < m->out);

@@ -30,7 +30,6 @@ typedef enum { SH_ARCH_LLAMA, SH_ARCH_QWEN2, SH_ARCH_QWEN3 } sh_arch;
 const char *sh_arch_name(sh_arch arch); /* "llama", as general.architecture has it */
 typedef enum { SH_ROPE_PLAIN, SH_ROPE_LINEAR, SH_ROPE_YARN } sh_rope_scaling;
 
-struct sh_model;
 typedef struct {
     sh_arch arch;
     uint32_t n_layers, width, n_heads, n_kv_heads, head_size, ffn, vocab, context;
@@ -39,8 +38,6 @@ typedef struct {
     sh_rope_scaling rope_scaling;
     bool rope_halves; /* pairs (j, j + head_size / 2); else (2j, 2j + 1) */
 } sh_model_config;
-/* Neither RoPE scaling nor factors, llama: what the trainer knows. */
-bool sh_model_is_plain_llama(const struct sh_model *model);
 
 /* A weight matrix W [out, in], quantized, in place in the map. */
 typedef struct {

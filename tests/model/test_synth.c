@@ -44,7 +44,6 @@ static void test_tiny_shapes(void **state)
         assert_int_equal(model->layers[0].bias[SH_ATTN_V] != NULL, c->arch == SH_ARCH_QWEN2);
         assert_int_equal(model->layers[1].k_norm != NULL, c->arch == SH_ARCH_QWEN3);
         assert_int_equal(model->layers[1].m[SH_FFN_UP].type, o.type);
-        assert_int_equal(sh_model_is_plain_llama(model), c->arch == SH_ARCH_LLAMA);
         sh_model_close(&model);
     }
 }
@@ -99,14 +98,12 @@ static void test_rope(void **state)
     make(&o, path, &model);
     assert_int_equal(model->config.rope_scaling, SH_ROPE_LINEAR);
     assert_true(fabs(model->rope_frequency[0] - 0.25) < 1e-15);
-    assert_false(sh_model_is_plain_llama(model));
     sh_model_close(&model);
     o.rope = SH_ROPE_PLAIN;
     o.rope_freqs = true;
     make(&o, path, &model);
     assert_true(model->rope_factors);
     assert_true(fabs(model->rope_frequency[7] - pow(10000, -14.0 / 16) / 8) < 1e-15);
-    assert_false(sh_model_is_plain_llama(model));
     sh_model_close(&model);
 }
 

@@ -155,6 +155,50 @@ static void test_other_architectures(void **state)
     }
 }
 
+/* Trained whole and saved, a model of any architecture is what it was in the trainer. */
+static void test_full_of_architectures(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *shape;
+        sh_rope_scaling rope;
+        bool factors;
+    } cases[] = {{"tiny-qwen2", SH_ROPE_YARN, false},
+                 {"tiny-qwen3", SH_ROPE_LINEAR, false},
+                 {"tiny-llama", SH_ROPE_PLAIN, true}};
+    int32_t tokens[4 * 17];
+    for (size_t i = 0; i < SH_COUNT(tokens); i++)
+        tokens[i] = (int32_t)(i * i % 97);
+    const sh_train_data data = {.tokens = tokens, .n = 4, .length = 17};
+    const sh_train_options o = {.lr = 0.01f, .batch = 4, .steps = 3, .lr_final = 1};
+    for (size_t i = 0; i < SH_COUNT(cases); i++) {
+        sh_synth_options synth = {.type = SH_TYPE_Q8_0,
+                                  .rope = cases[i].rope,
+                                  .rope_factor = 2,
+                                  .rope_freqs = cases[i].factors};
+        sh_model *model = NULL, *saved = NULL;
+        sh_full *full = NULL;
+        sh_train_result result;
+        double before = 0, trained = 0, loaded = 0;
+        must_be_ok(sh_synth_find(cases[i].shape, &synth.shape, &err));
+        must_be_ok(sh_synth_model(&synth, path_of("whole.gguf"), &err));
+        must_be_ok(sh_model_open(path_of("whole.gguf"), &model, &err));
+        must_be_ok(sh_full_from_model(model, &full, &err));
+        must_be_ok(sh_full_evaluate(full, &data, 1, &before, &err));
+        must_be_ok(sh_full_train(full, &data, &o, &result, &err));
+        must_be_ok(sh_full_evaluate(full, &data, 1, &trained, &err));
+        assert_true(trained < before);
+        must_be_ok(sh_full_save(full, SH_TYPE_F32, path_of("saved.gguf"), &err));
+        must_be_ok(sh_model_open(path_of("saved.gguf"), &saved, &err));
+        assert_int_equal(saved->config.arch, model->config.arch);
+        must_be_ok(sh_train_evaluate(saved, NULL, &data, NULL, &loaded, &err));
+        must_be_near(loaded, trained, 0);
+        sh_full_destroy(&full);
+        sh_model_close(&model);
+        sh_model_close(&saved);
+    }
+}
+
 static void test_full_is_deterministic(void **state)
 {
     (void)state;
@@ -392,6 +436,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_full), /* leaves the model that others use */
         cmocka_unit_test(test_full_is_deterministic),
         cmocka_unit_test(test_other_architectures),
+        cmocka_unit_test(test_full_of_architectures),
         cmocka_unit_test(test_lora),
         cmocka_unit_test(test_lora_options),
         cmocka_unit_test(test_round),
