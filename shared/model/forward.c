@@ -21,6 +21,9 @@
 /* Pieces of a loop for each member: so that one that lost its processor holds up little. */
 #define GROUPS_TOGETHER 8
 #define PIECES          2
+#define CHUNK_MAX       64          /* groups */
+#define GATE_CHUNK_MAX  128         /* of gate, and as many of up: both outputs stay in a cache */
+#define FETCH_MAX       (96u << 10) /* bytes: a part of a small second-level cache */
 
 typedef struct {
     const sh_pass *pass;
@@ -223,7 +226,7 @@ static void multiply_list(const worker *w, uint32_t layer, const target *targets
     size_t groups = 0, begin, end;
     for (size_t i = 0; i < n_targets; i++)
         groups += groups_of(&matrices[targets[i].m]);
-    const size_t chunk = chunk_of(w, groups, 64);
+    const size_t chunk = chunk_of(w, groups, CHUNK_MAX);
     while (sh_team_take(w->me, groups, chunk, &begin, &end)) {
         size_t before = 0; /* groups of the matrices before */
         for (size_t i = 0; i < n_targets && before < end; i++) {
@@ -284,6 +287,21 @@ static void prepare_unit(const worker *w, uint32_t layer, uint32_t unit, uint32_
     }
 }
 
+/* Few rows leave the memory idle during the attention: what this member will probably read first of
+ * the matrix behind it, a part for each of its heads. */
+static void fetch_output(const worker *w, uint32_t layer, uint32_t head, sh_attend *a)
+{
+    const sh_matrix *m = &w->r->model->layers[layer].m[SH_ATTN_OUTPUT];
+    const size_t groups = groups_of(m), chunk = chunk_of(w, groups, CHUNK_MAX);
+    const size_t group_bytes = sh_pack_bytes(m->type, SH_GROUP_ROWS, m->in);
+    const size_t begin = w->me->index * chunk, heads = (w->c->n_kv_heads - 1) / w->me->n + 1;
+    if (!w->few || m->packed == NULL || begin >= groups)
+        return;
+    const size_t bytes = SH_MIN((size_t)FETCH_MAX, SH_MIN(chunk, groups - begin) * group_bytes);
+    a->next_bytes = bytes / heads / 64 * 64;
+    a->next = (const uint8_t *)m->packed + begin * group_bytes + head / w->me->n * a->next_bytes;
+}
+
 /* heads query heads of a key-value head, from its first + `from` on. */
 static void attend_unit(const worker *w, uint32_t layer, uint32_t unit, uint32_t head,
                         uint32_t from, uint32_t heads)
@@ -296,15 +314,16 @@ static void attend_unit(const worker *w, uint32_t layer, uint32_t unit, uint32_t
     const size_t row = (size_t)s->row + u->first, ld = (size_t)c->n_heads * c->head_size;
     const size_t at =
         row * ld + (size_t)(head * (c->n_heads / c->n_kv_heads) + from) * c->head_size;
-    const sh_attend a = {.cache = &cache,
-                         .q = r->q + at,
-                         .ldq = ld,
-                         .rows = u->n,
-                         .heads = heads,
-                         .first = s->position + u->first,
-                         .out = r->att + at,
-                         .ldout = ld,
-                         .scratch = w->own->attend};
+    sh_attend a = {.cache = &cache,
+                   .q = r->q + at,
+                   .ldq = ld,
+                   .rows = u->n,
+                   .heads = heads,
+                   .first = s->position + u->first,
+                   .out = r->att + at,
+                   .ldout = ld,
+                   .scratch = w->own->attend};
+    fetch_output(w, layer, head, &a);
     w->ops->attend(&a);
 }
 
@@ -370,7 +389,8 @@ static void gate_and_up(const worker *w, uint32_t layer, uint32_t n, const input
     const sh_matrix *matrices = w->r->model->layers[layer].m;
     const uint32_t ffn = w->c->ffn;
     const size_t groups = groups_of(&matrices[SH_FFN_GATE]);
-    const size_t chunk = chunk_of(w, groups, SH_COLUMNS / SH_GROUP_ROWS);
+    const size_t room = (size_t)w->r->rows_max * SH_COLUMNS / SH_GROUP_ROWS / n;
+    const size_t chunk = chunk_of(w, groups, SH_MIN(room, (size_t)GATE_CHUNK_MAX));
     size_t begin, end;
     while (sh_team_take(w->me, groups, chunk, &begin, &end)) {
         columns p = {.m = &matrices[SH_FFN_GATE],
@@ -383,11 +403,10 @@ static void gate_and_up(const worker *w, uint32_t layer, uint32_t n, const input
         multiply_layer(w, layer, SH_FFN_GATE, &p);
         p.m = &matrices[SH_FFN_UP];
         p.y = w->own->columns;
-        p.ldy = SH_COLUMNS;
+        p.ldy = p.end - p.begin;
         multiply_layer(w, layer, SH_FFN_UP, &p);
         for (uint32_t i = 0; i < n; i++)
-            w->ops->swiglu(gate + (size_t)i * ffn, w->own->columns + (size_t)i * SH_COLUMNS,
-                           p.end - p.begin);
+            w->ops->swiglu(gate + (size_t)i * ffn, p.y + (size_t)i * p.ldy, p.end - p.begin);
     }
 }
 
@@ -503,7 +522,7 @@ static void finish(const worker *w)
         return;
     const size_t groups = groups_of(output);
     const size_t chunk =
-        chunk_of(w, groups, pass->n_segments_logits > 1 ? SH_COLUMNS / SH_GROUP_ROWS : 64);
+        chunk_of(w, groups, pass->n_segments_logits > 1 ? SH_COLUMNS / SH_GROUP_ROWS : CHUNK_MAX);
     size_t begin, end;
     while (sh_team_take(w->me, groups, chunk, &begin, &end))
         logits_columns(w, &in, (uint32_t)begin * SH_GROUP_ROWS,

@@ -46,6 +46,10 @@ typedef struct {
     float *out;
     size_t ldout;
     float *scratch; /* a thread's own, 64-byte aligned, of sh_attend_scratch_bytes */
+    /* What is read from memory after this, which is idle meanwhile: as much of it as there is time
+     * for is fetched into the second-level cache. NULL, 0: nothing. */
+    const uint8_t *next;
+    size_t next_bytes;
 } sh_attend;
 size_t sh_attend_scratch_bytes(uint32_t head_size);
 

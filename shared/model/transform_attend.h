@@ -16,7 +16,10 @@ typedef struct {
     const uint8_t *tiles;
     size_t tile_bytes;
     uint32_t head_size, head_padded, n_tiles;
+    const uint8_t *ahead; /* FETCH_BYTES for each value of a head, to be fetched; NULL: nothing */
 } kv_block;
+
+#define FETCH_BYTES ((size_t)256) /* about what arrives while a step of the scores is computed */
 
 /* Queries that are computed together. acc, sums, top are the first one's, the others' follow. */
 typedef struct {
@@ -68,6 +71,12 @@ OP void score_step(const kv_block *b, const query_group *g, uint32_t t, const in
         SH_UNROLL
         for (int k = 0; k < tiles; k++)
             key[k] = load_at(keys + (size_t)k * b->tile_bytes, (size_t)d * SH_LANES, halves);
+        if (b->ahead != NULL) {
+            const uint8_t *at = b->ahead + d * FETCH_BYTES;
+            SH_UNROLL
+            for (size_t i = 0; i < FETCH_BYTES; i += 64)
+                __builtin_prefetch(at + i, 0, 2);
+        }
         SH_UNROLL
         for (int i = 0; i < queries; i++) {
             const v16 value = lanes_splat(g->q[i][d]);
@@ -345,6 +354,7 @@ static void attend(const sh_attend *a)
     const sh_head_cache *c = a->cache;
     const attend_scratch s = scratch_of(a);
     const uint32_t n = a->rows * a->heads;
+    size_t fetched = 0;
     for (uint32_t begin = 0; begin < n; begin += SH_ATTEND_CHUNK) {
         const query_range chunk = {.row = begin / a->heads,
                                    .head = begin % a->heads,
@@ -363,6 +373,10 @@ static void attend(const sh_attend *a)
                               .head_size = c->head_size,
                               .head_padded = c->head_padded,
                               .n_tiles = SH_MIN(left, SH_ATTEND_TILES)};
+            if (a->next_bytes - fetched >= c->head_size * FETCH_BYTES) {
+                block.ahead = a->next + fetched;
+                fetched += c->head_size * FETCH_BYTES;
+            }
             if (convert) {
                 convert_tiles(&block, s.tiles);
                 block.tiles = (const uint8_t *)s.tiles;

@@ -238,6 +238,7 @@ static void check_split(uint32_t head_size, uint32_t heads, bool halves)
             n = SH_MIN(1 + sh_rng_u32(&rng) % 50, ROWS - r);
             sh_attend a = whole;
             a.rows = n, a.first = FIRST + r, a.q = q + r * ld, a.out = part + r * ld;
+            a.next = (const uint8_t *)q, a.next_bytes = ROWS * ld * sizeof *q; /* only fetched */
             attend_rows(ops, &c, &a);
         }
         expect_same("pieces of rows", part, all, ROWS * ld);
