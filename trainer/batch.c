@@ -164,6 +164,7 @@ static void run_micro(void *arg, size_t i)
     tr_batcher *b = arg;
     slot *s = &b->slots[i];
     size_t micro = b->first + i, at = micro * b->micro;
+    s->work->first = b->o.net->dropout.first + (uint32_t)at;
     tr_forward(b->o.net, s->work, b->o.data, b->index + at, SH_MIN(b->micro, b->n - at));
     float *grad = micro == 0 ? b->grad : s->grad;
     tr_grads grads = {.weights = b->o.mode == TR_GRAD_FULL ? grad : NULL,
