@@ -20,6 +20,7 @@
 #include "shared/math/blas.h"
 #include "shared/model/convert.h"
 #include "trainer/round_main.h"
+#include "trainer/tokenizer_main.h"
 #include "trainer/trainer.h"
 
 #define PROGRAM        "shoal-train"
@@ -708,6 +709,12 @@ static sh_status run_round(int argc, char **argv, sh_error *err)
     return sh_round_main(argc, argv, err);
 }
 
+static sh_status run_tokenizer(int argc, char **argv, sh_error *err)
+{
+    catch_signals();
+    return sh_tokenizer_train_main(argc, argv, err);
+}
+
 static const struct {
     const char *name;
     const sh_command *command;
@@ -717,6 +724,7 @@ static const struct {
     {"full", &full_command, run_full},
     {"eval", &eval_command, run_eval},
     {"round", &sh_round_command, run_round},
+    {"tokenizer", &sh_tokenizer_train_command, run_tokenizer},
 };
 
 static void print_help(const sh_command *command)
@@ -750,7 +758,7 @@ int main(int argc, char **argv)
         return status == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
     }
     bool help = argc > 1 && asks_for_help(argc, argv);
-    fprintf(help ? stdout : stderr, "usage: " PROGRAM " lora|full|eval|round [OPTIONS]; "
+    fprintf(help ? stdout : stderr, "usage: " PROGRAM " lora|full|eval|round|tokenizer [OPTIONS]; "
                                     "'" PROGRAM " lora --help' lists the options of one\n");
     return help ? 0 : 2;
 }

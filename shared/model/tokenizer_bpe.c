@@ -18,41 +18,14 @@
 #include "shared/base/log.h"
 #include "shared/model/tokenizer_internal.h"
 
-/* ---- bytes and the characters that stand for them ---- */
-
-static bool stands_for_itself(unsigned byte)
-{
-    return (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte != 0xAD);
-}
-
-/* The code points of all bytes: 0x100 + k for the k-th that does not stand for itself. */
-static uint32_t code_of_byte(unsigned byte)
-{
-    if (stands_for_itself(byte))
-        return byte;
-    if (byte <= 0x20)
-        return 0x100 + byte;
-    return byte == 0xAD ? 0x143 : 0x100 + 0x21 + (byte - 0x7F);
-}
-
-/* The byte that a code point stands for, or -1. */
-static int byte_of_code(uint32_t code)
-{
-    if (code < 0x100)
-        return stands_for_itself(code) ? (int)code : -1;
-    if (code <= 0x120)
-        return (int)(code - 0x100);
-    if (code <= 0x142)
-        return (int)(code - 0x121 + 0x7F);
-    return code == 0x143 ? 0xAD : -1;
-}
+/* ---- tokens' texts to bytes ---- */
 
 sh_status sh_bpe_decode(const char *text, uint32_t n, sh_buf *out)
 {
     for (uint32_t at = 0; at < n;) {
         unsigned used;
         const uint32_t code = sh_char_decode((const uint8_t *)text + at, n - at, &used);
-        const int byte = byte_of_code(code);
+        const int byte = sh_byte_of_char(code);
         const uint8_t one = (uint8_t)byte;
         SH_TRY(byte >= 0 ? sh_buf_append(out, &one, 1) : sh_buf_append(out, text + at, used));
         at += used;
@@ -68,7 +41,8 @@ static sh_status find_bytes(sh_tokenizer *t, const char *path, sh_error *err)
     unsigned missing = 0, first = 0;
     for (unsigned b = 0; b < 256; b++) {
         uint8_t text[4];
-        t->bytes[b] = sh_token_find(t, (const char *)text, sh_char_encode(code_of_byte(b), text));
+        t->bytes[b] =
+            sh_token_find(t, (const char *)text, sh_char_encode(sh_char_of_byte((uint8_t)b), text));
         if (t->bytes[b] >= 0)
             continue;
         if ((b >= ' ' && b <= '~') || b == '\n')
@@ -221,22 +195,6 @@ sh_status sh_bpe_load(sh_tokenizer *t, const sh_gguf *gguf, sh_error *err)
 
 /* ---- text to tokens ---- */
 
-static sh_status decode(sh_token_work *w, const char *text, size_t bytes)
-{
-    w->n_chars = 0;
-    for (size_t at = 0; at < bytes;) {
-        unsigned used;
-        const uint32_t code = sh_char_decode((const uint8_t *)text + at, bytes - at, &used);
-        at += used;
-        if (w->n_chars == w->chars_cap)
-            SH_TRY(sh_array_reserve((void **)&w->chars, &w->chars_cap, w->n_chars + 1,
-                                    sizeof *w->chars, SH_TOKENIZE_BYTES_MAX));
-        w->chars[w->n_chars++] = sh_pre_char_of(code);
-    }
-    w->steps += bytes;
-    return SH_OK;
-}
-
 /* The token that a word is as a whole, or -1. Its text is put together in w->escaped. */
 static sh_status find_word(sh_token_work *w, const sh_pre_char *c, size_t n, int32_t *token)
 {
@@ -248,15 +206,17 @@ static sh_status find_word(sh_token_work *w, const sh_pre_char *c, size_t n, int
         uint8_t bytes[4], text[4];
         const unsigned n_bytes = sh_char_encode(sh_pre_code(c[i]), bytes);
         for (unsigned b = 0; b < n_bytes; b++)
-            SH_TRY(sh_buf_append(&w->escaped, text, sh_char_encode(code_of_byte(bytes[b]), text)));
+            SH_TRY(
+                sh_buf_append(&w->escaped, text, sh_char_encode(sh_char_of_byte(bytes[b]), text)));
     }
     if (w->escaped.len <= w->t->text_max)
         *token = sh_token_find(w->t, (const char *)w->escaped.data, (uint32_t)w->escaped.len);
     return SH_OK;
 }
 
-static sh_status tokenize_word(sh_token_work *w, const sh_pre_char *c, size_t n)
+static sh_status tokenize_word(void *arg, const sh_pre_char *c, size_t n)
 {
+    sh_token_work *w = arg;
     w->steps += n;
     if (w->t->pre->whole_words) {
         int32_t token;
@@ -278,22 +238,10 @@ static sh_status tokenize_word(sh_token_work *w, const sh_pre_char *c, size_t n)
     return SH_OK;
 }
 
-/* Cuts chars [at, end) by the stages from `stage` on; as deep as there are stages. */
-static sh_status cut(sh_token_work *w, size_t stage, size_t at, size_t end)
-{
-    const sh_pre_stage next = w->t->pre->stages[stage];
-    if (next == NULL)
-        return tokenize_word(w, w->chars + at, end - at);
-    while (at < end) {
-        const size_t stop = next(w->chars, at, end);
-        SH_TRY(cut(w, stage + 1, at, stop));
-        at = stop;
-    }
-    return SH_OK;
-}
-
 sh_status sh_bpe_tokenize(sh_token_work *w, const char *text, size_t bytes)
 {
-    SH_TRY(decode(w, text, bytes));
-    return cut(w, 0, 0, w->n_chars);
+    SH_TRY(
+        sh_pre_decode(text, bytes, SH_TOKENIZE_BYTES_MAX, &w->chars, &w->chars_cap, &w->n_chars));
+    w->steps += bytes;
+    return sh_pre_split(w->t->pre, w->chars, w->n_chars, tokenize_word, w);
 }

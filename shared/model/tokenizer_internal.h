@@ -13,11 +13,9 @@
 #include "shared/model/tokenizer.h"
 #include "shared/model/tokenizer_pre.h"
 
-#define SH_MERGES_MAX      (1u << 21) /* ranks are exact as floats */
-#define SH_SPACE_MARK      "\xe2\x96\x81"
-#define SH_SPACE_MARK_SIZE 3
-#define SH_TOKEN_ENDS_MAX  16
-#define SH_TOKEN_WORK_MAX  ((size_t)3 * SH_TOKENIZE_BYTES_MAX + 16)
+#define SH_MERGES_MAX     (1u << 21) /* ranks are exact as floats */
+#define SH_TOKEN_ENDS_MAX 16
+#define SH_TOKEN_WORK_MAX ((size_t)3 * SH_TOKENIZE_BYTES_MAX + 16)
 
 typedef enum {
     SH_TOKEN_UNDEFINED,

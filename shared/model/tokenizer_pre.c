@@ -464,3 +464,38 @@ const sh_pre_rule *sh_pre_find(const char *name, size_t n)
                 return &rules[i];
     return NULL;
 }
+
+sh_status sh_pre_decode(const char *text, size_t bytes, size_t max, sh_pre_char **chars,
+                        size_t *cap, size_t *n)
+{
+    *n = 0;
+    for (size_t at = 0; at < bytes;) {
+        unsigned used;
+        const uint32_t code = sh_char_decode((const uint8_t *)text + at, bytes - at, &used);
+        at += used;
+        if (*n == *cap)
+            SH_TRY(sh_array_reserve((void **)chars, cap, *n + 1, sizeof **chars, max));
+        (*chars)[(*n)++] = sh_pre_char_of(code);
+    }
+    return SH_OK;
+}
+
+/* By the stages from `stage` on; as deep as there are stages. */
+static sh_status split(const sh_pre_stage *stage, const sh_pre_char *c, size_t n, sh_pre_word each,
+                       void *arg)
+{
+    if (*stage == NULL)
+        return each(arg, c, n);
+    for (size_t at = 0; at < n;) {
+        const size_t stop = (*stage)(c, at, n);
+        SH_TRY(split(stage + 1, c + at, stop - at, each, arg));
+        at = stop;
+    }
+    return SH_OK;
+}
+
+sh_status sh_pre_split(const sh_pre_rule *rule, const sh_pre_char *c, size_t n, sh_pre_word each,
+                       void *arg)
+{
+    return split(rule->stages, c, n, each, arg);
+}

@@ -109,13 +109,6 @@ static sh_status merge_symbols(sh_token_work *w)
     return SH_OK;
 }
 
-/* Bytes of a UTF-8 character by its first byte, as llama.cpp has it: stray bytes count as one. */
-static uint32_t character_bytes(char first)
-{
-    static const uint8_t by_high_nibble[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4};
-    return by_high_nibble[(uint8_t)first >> 4];
-}
-
 static bool is_space_mark(const sh_symbol *s)
 {
     return s->n == SH_SPACE_MARK_SIZE && memcmp(s->text, SH_SPACE_MARK, SH_SPACE_MARK_SIZE) == 0;
@@ -126,7 +119,7 @@ static sh_status tokenize_escaped(sh_token_work *w, const char *text, size_t byt
 {
     size_t at = 0;
     while (at < bytes) {
-        const uint32_t n = (uint32_t)SH_MIN(character_bytes(text[at]), bytes - at);
+        const uint32_t n = (uint32_t)SH_MIN(sh_char_bytes((uint8_t)text[at]), bytes - at);
         const sh_symbol s = {.text = text + at, .n = n};
         at += n;
         w->steps++;
@@ -138,19 +131,25 @@ static sh_status tokenize_escaped(sh_token_work *w, const char *text, size_t byt
     return merge_symbols(w);
 }
 
-sh_status sh_spm_tokenize(sh_token_work *w, const char *text, size_t bytes, bool prefix)
+sh_status sh_spm_escape(const char *text, size_t bytes, bool prefix, sh_buf *out)
 {
-    sh_buf_clear(&w->escaped);
     if (prefix)
-        SH_TRY(sh_buf_append(&w->escaped, SH_SPACE_MARK, SH_SPACE_MARK_SIZE));
+        SH_TRY(sh_buf_append(out, SH_SPACE_MARK, SH_SPACE_MARK_SIZE));
     const char *end = text + bytes;
     while (text < end) {
         const char *space = memchr(text, ' ', (size_t)(end - text));
         const char *stop = space != NULL ? space : end;
-        SH_TRY(sh_buf_append(&w->escaped, text, (size_t)(stop - text)));
+        SH_TRY(sh_buf_append(out, text, (size_t)(stop - text)));
         if (space != NULL)
-            SH_TRY(sh_buf_append(&w->escaped, SH_SPACE_MARK, SH_SPACE_MARK_SIZE));
+            SH_TRY(sh_buf_append(out, SH_SPACE_MARK, SH_SPACE_MARK_SIZE));
         text = space != NULL ? space + 1 : end;
     }
+    return SH_OK;
+}
+
+sh_status sh_spm_tokenize(sh_token_work *w, const char *text, size_t bytes, bool prefix)
+{
+    sh_buf_clear(&w->escaped);
+    SH_TRY(sh_spm_escape(text, bytes, prefix, &w->escaped));
     return tokenize_escaped(w, (const char *)w->escaped.data, w->escaped.len);
 }

@@ -67,3 +67,36 @@ unsigned sh_char_encode(uint32_t code, uint8_t out[4])
     out[0] = (uint8_t)(leads[length] | code);
     return length;
 }
+
+unsigned sh_char_bytes(uint8_t first)
+{
+    static const uint8_t by_high_nibble[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4};
+    return by_high_nibble[first >> 4];
+}
+
+/* ---- bytes and the characters that stand for them ---- */
+
+static bool stands_for_itself(uint32_t byte)
+{
+    return (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte != 0xAD);
+}
+
+uint32_t sh_char_of_byte(uint8_t byte)
+{
+    if (stands_for_itself(byte))
+        return byte;
+    if (byte <= 0x20)
+        return 0x100u + byte;
+    return byte == 0xAD ? 0x143 : 0x121u + (byte - 0x7Fu);
+}
+
+int sh_byte_of_char(uint32_t code)
+{
+    if (code < 0x100)
+        return stands_for_itself(code) ? (int)code : -1;
+    if (code <= 0x120)
+        return (int)(code - 0x100);
+    if (code <= 0x142)
+        return (int)(code - 0x121 + 0x7F);
+    return code == 0x143 ? 0xAD : -1;
+}

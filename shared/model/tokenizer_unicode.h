@@ -30,5 +30,14 @@ sh_char_class sh_char_class_of(uint32_t code);
 uint32_t sh_char_decode(const uint8_t *text, size_t n, unsigned *used);
 /* Bytes written, 1..4. code <= SH_CHAR_MAX. */
 unsigned sh_char_encode(uint32_t code, uint8_t out[4]);
+/* Bytes of the character that begins with `first`, by it alone, as the tokenizer `llama` has it:
+ * stray bytes count as one. */
+unsigned sh_char_bytes(uint8_t first);
+
+/* The code point that stands for a byte in a vocabulary of `gpt2` (Radford et al. 2019): itself
+ * where it is printable in Latin-1, else 0x100 + k for the k-th of the others. */
+uint32_t sh_char_of_byte(uint8_t byte);
+/* The byte that a code point stands for, or -1. */
+int sh_byte_of_char(uint32_t code);
 
 #endif
