@@ -15,6 +15,7 @@
  */
 #include "trainer/snapshot.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -168,6 +169,18 @@ static sh_status decode(const uint8_t *bytes, const char *path, sh_snapshot *s, 
     for (size_t i = 0; i < s->n_tokens; i++)
         s->mask[i] = p[i];
     return SH_OK;
+}
+
+bool sh_snapshot_is_file(const char *path)
+{
+    char magic[8];
+    FILE *file = fopen(path, "rb");
+    if (!file)
+        return false;
+    const bool is = fread(magic, 1, sizeof magic, file) == sizeof magic &&
+                    memcmp(magic, MAGIC, sizeof magic) == 0;
+    fclose(file);
+    return is;
 }
 
 sh_status sh_snapshot_load(const char *path, sh_snapshot *out, sh_error *err)

@@ -41,6 +41,7 @@ static inline bool sh_snapshot_is_heldout(uint64_t session)
 /* Mode 0600, written whole or not at all. */
 SH_MUST_USE sh_status sh_snapshot_save(const sh_snapshot *snapshot, const char *path,
                                        sh_error *err);
+bool sh_snapshot_is_file(const char *path); /* by the magic; false when it cannot be read */
 SH_MUST_USE sh_status sh_snapshot_load(const char *path, sh_snapshot *out, sh_error *err);
 
 typedef struct {

@@ -4,16 +4,20 @@
 #include "shared/base/file.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 
-static sh_status decode(const char *text, size_t n, const char *name, json_t **out, sh_error *err)
+/* line: of the text's first in its file. */
+static sh_status decode(const char *text, size_t n, const char *name, size_t line, json_t **out,
+                        sh_error *err)
 {
     json_error_t problem;
     json_t *value = json_loadb(text, n, JSON_REJECT_DUPLICATES, &problem);
     if (!value) {
         sh_status code = json_error_code(&problem) == json_error_out_of_memory ? SH_ERR_NO_MEMORY
                                                                                : SH_ERR_INVALID;
-        return sh_fail(err, code, "%s:%d:%d: %s", name, problem.line, problem.column, problem.text);
+        return sh_fail(err, code, "%s:%zu:%d: %s", name, line + (size_t)problem.line - 1,
+                       problem.column, problem.text);
     }
     *out = value;
     return SH_OK;
@@ -24,7 +28,7 @@ sh_status sh_json_load(const char *path, json_t **out, sh_error *err)
     uint8_t *text = NULL;
     size_t n = 0;
     SH_TRY(sh_file_read(path, SH_JSON_BYTES_MAX, &text, &n, err));
-    sh_status status = decode((const char *)text, n, path, out, err);
+    sh_status status = decode((const char *)text, n, path, 1, out, err);
     free(text);
     return status;
 }
@@ -54,21 +58,38 @@ static void measure(const char *text, size_t n, size_t *values, size_t *depth_ma
     }
 }
 
-sh_status sh_json_decode(const void *text, size_t n, const char *name, const sh_json_limits *limits,
-                         json_t **out, sh_error *err)
+/* where: the name and what of it is known of the place. */
+static sh_status check_limits(const char *text, size_t n, const char *where,
+                              const sh_json_limits *limits, sh_error *err)
 {
     size_t values = 0, depth = 0;
     if (n > limits->bytes_max)
-        return sh_fail(err, SH_ERR_LIMIT, "%s: JSON of %zu bytes, at most %zu are read", name, n,
+        return sh_fail(err, SH_ERR_LIMIT, "%s: JSON of %zu bytes, at most %zu are read", where, n,
                        limits->bytes_max);
     measure(text, n, &values, &depth);
     if (values > limits->values_max)
-        return sh_fail(err, SH_ERR_LIMIT, "%s: JSON of %zu values, at most %zu are read", name,
+        return sh_fail(err, SH_ERR_LIMIT, "%s: JSON of %zu values, at most %zu are read", where,
                        values, limits->values_max);
     if (depth > limits->depth_max)
-        return sh_fail(err, SH_ERR_LIMIT, "%s: JSON of %zu levels, at most %u are read", name,
+        return sh_fail(err, SH_ERR_LIMIT, "%s: JSON of %zu levels, at most %u are read", where,
                        depth, limits->depth_max);
-    return decode(text, n, name, out, err);
+    return SH_OK;
+}
+
+sh_status sh_json_decode(const void *text, size_t n, const char *name, const sh_json_limits *limits,
+                         json_t **out, sh_error *err)
+{
+    SH_TRY(check_limits(text, n, name, limits, err));
+    return decode(text, n, name, 1, out, err);
+}
+
+sh_status sh_json_decode_line(const sh_json_line *line, const sh_json_limits *limits, json_t **out,
+                              sh_error *err)
+{
+    char where[SH_ERROR_TEXT_BYTES];
+    snprintf(where, sizeof where, "%s:%zu", line->name, line->number);
+    SH_TRY(check_limits(line->text, line->bytes, where, limits, err));
+    return decode(line->text, line->bytes, line->name, line->number, out, err);
 }
 
 static int append_text(const char *text, size_t n, void *data)

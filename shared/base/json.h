@@ -21,6 +21,15 @@ typedef struct {
 /* JSON from bytes; name is for errors. SH_ERR_LIMIT names the limit. */
 SH_MUST_USE sh_status sh_json_decode(const void *text, size_t n, const char *name,
                                      const sh_json_limits *limits, json_t **out, sh_error *err);
+/* The same of one line of a file of lines: errors name the line. */
+typedef struct {
+    const char *name; /* of the file */
+    size_t number;    /* of the line, from 1 */
+    const char *text;
+    size_t bytes;
+} sh_json_line;
+SH_MUST_USE sh_status sh_json_decode_line(const sh_json_line *line, const sh_json_limits *limits,
+                                          json_t **out, sh_error *err);
 /* Atomic; keys in insertion order, two spaces of indent, a final newline. */
 SH_MUST_USE sh_status sh_json_save(const char *path, const json_t *value, sh_error *err);
 /* Takes over value: json_object_set_new that asserts on the out-of-memory that we do not survive.

@@ -21,8 +21,10 @@ typedef struct {
     size_t text_bytes;
     bool goes_on;     /* the text continues what is before it, without a space of its own */
     bool inside_turn; /* Llama 2: after [INST], before the answer's end */
+    bool keeps_spoken, speaking, opened; /* plain: the next turn's role is there already */
     int32_t *tokens;
-    size_t n, cap;
+    uint8_t *spoken; /* where it is kept */
+    size_t n, cap, spoken_cap;
     sh_error *err;
 } builder;
 
@@ -82,11 +84,17 @@ const char *sh_chat_stop_text(sh_chat_family family)
 
 static sh_status put_tokens(builder *b, const int32_t *tokens, size_t n)
 {
-    const sh_status status = sh_array_reserve((void **)&b->tokens, &b->cap, b->n + n,
-                                              sizeof *b->tokens, SH_TOKENIZE_BYTES_MAX);
+    sh_status status = sh_array_reserve((void **)&b->tokens, &b->cap, b->n + n, sizeof *b->tokens,
+                                        SH_TOKENIZE_BYTES_MAX);
+    if (status == SH_OK && b->keeps_spoken)
+        status = sh_array_reserve((void **)&b->spoken, &b->spoken_cap, b->n + n, 1,
+                                  SH_TOKENIZE_BYTES_MAX);
     if (status != SH_OK)
         return sh_fail(b->err, status, "a chat of %zu tokens: no memory", b->n + n);
-    memcpy(b->tokens + b->n, tokens, n * sizeof *tokens);
+    if (n > 0)
+        memcpy(b->tokens + b->n, tokens, n * sizeof *tokens);
+    if (n > 0 && b->keeps_spoken)
+        memset(b->spoken + b->n, b->speaking, n);
     b->n += n;
     return SH_OK;
 }
@@ -137,6 +145,18 @@ static sh_status put_marker(builder *b, const char *marker)
     return put_text(b, marker);
 }
 
+/* What the assistant says is tokenized apart, where that is asked for: a prompt ends before it. */
+static sh_status speak(builder *b, bool speaking)
+{
+    const bool after_text = b->goes_on || b->text.len > 0;
+    if (!b->keeps_spoken)
+        return SH_OK;
+    SH_TRY(flush(b));
+    b->goes_on = after_text;
+    b->speaking = speaking;
+    return SH_OK;
+}
+
 static sh_status put_eos(builder *b)
 {
     const int32_t eos = sh_tokenizer_eos(b->tokenizer);
@@ -177,32 +197,63 @@ static sh_status open_turn(builder *b, const char *role)
         SH_TRY(put_marker(b, marker));
         return put_text(b, "\n");
     default:
+        if (b->opened) {
+            b->opened = false;
+            return SH_OK;
+        }
         SH_TRY(put_text(b, role));
         return put_text(b, ":");
     }
 }
 
-static sh_status close_turn(builder *b)
+/* What ends a message, and a generation. */
+static sh_status put_end(builder *b)
 {
     switch (b->family) {
     case SH_CHAT_CHATML:
-        SH_TRY(put_marker(b, "<|im_end|>"));
-        return put_text(b, "\n");
+        return put_marker(b, "<|im_end|>");
     case SH_CHAT_LLAMA2:
         b->inside_turn = false;
         return put_eos(b);
     case SH_CHAT_LLAMA3:
         return put_marker(b, "<|eot_id|>");
     case SH_CHAT_ZEPHYR:
-        SH_TRY(put_eos(b));
-        return put_text(b, "\n");
+        return put_eos(b);
     default:
         return put_text(b, "\n");
     }
 }
 
-/* Llama 2: a turn is a user's message, with the system's in it, and the answer. */
-static sh_status put_llama2(builder *b, const sh_chat_message *message, const char *role)
+/* What stands between that and the next turn. */
+static sh_status put_gap(builder *b)
+{
+    return b->family == SH_CHAT_CHATML || b->family == SH_CHAT_ZEPHYR ? put_text(b, "\n") : SH_OK;
+}
+
+static sh_status close_turn(builder *b)
+{
+    SH_TRY(put_end(b));
+    return put_gap(b);
+}
+
+/* The end of what the assistant says, which is learnt with it: of plain that is the text by which
+ * a generation is stopped, and so a part of the user's turn. */
+static sh_status close_spoken(builder *b, const char *next_role)
+{
+    const char *stop = sh_chat_stop_text(b->family);
+    const bool users = next_role != NULL && strcmp(next_role, "user") == 0;
+    if (stop != NULL && (next_role == NULL || users)) {
+        SH_TRY(put_text(b, stop));
+        b->opened = users;
+    } else {
+        SH_TRY(put_end(b));
+    }
+    SH_TRY(speak(b, false));
+    return next_role != NULL ? put_gap(b) : SH_OK;
+}
+
+/* Llama 2: a turn is a user's message, with the system's in it; the answer ends it. */
+static sh_status open_llama2(builder *b, const sh_chat_message *message, const char *role)
 {
     if (!b->inside_turn)
         SH_TRY(put_text(b, "[INST] "));
@@ -212,8 +263,10 @@ static sh_status put_llama2(builder *b, const sh_chat_message *message, const ch
         SH_TRY(put_content(b, message));
         return put_text(b, "\n<</SYS>>\n\n");
     }
+    if (strcmp(role, "user") != 0)
+        return SH_OK;
     SH_TRY(put_content(b, message));
-    return strcmp(role, "user") == 0 ? put_text(b, " [/INST]") : close_turn(b);
+    return put_text(b, " [/INST]");
 }
 
 /* A role by the name that templates have for it; NULL: none. */
@@ -226,24 +279,33 @@ static const char *role_name(const char *role)
     return strcmp(role, "developer") == 0 ? roles[0] : NULL;
 }
 
-static sh_status put_message(builder *b, const sh_chat_message *message, size_t i)
+static sh_status put_message(builder *b, const sh_chat_message *messages, size_t n, size_t i)
 {
+    const sh_chat_message *message = &messages[i];
     const char *role = role_name(message->role);
     if (role == NULL)
         return sh_fail(b->err, SH_ERR_INVALID,
                        "message %zu: its role must be system, developer, user or assistant", i);
+    const bool answers = strcmp(role, "assistant") == 0;
     if (b->family == SH_CHAT_LLAMA2) {
         if (i > 0 && strcmp(role, "system") == 0)
             return sh_fail(b->err, SH_ERR_INVALID,
                            "message %zu: in this model's template only the first message may be "
                            "the system's",
                            i);
-        return put_llama2(b, message, role);
+        SH_TRY(open_llama2(b, message, role));
+        if (!answers)
+            return SH_OK;
+    } else {
+        SH_TRY(open_turn(b, role));
     }
-    SH_TRY(open_turn(b, role));
+    if (answers)
+        SH_TRY(speak(b, true));
     if (b->family == SH_CHAT_PLAIN)
         SH_TRY(put_text(b, " "));
     SH_TRY(put_content(b, message));
+    if (answers && b->keeps_spoken)
+        return close_spoken(b, i + 1 < n ? role_name(messages[i + 1].role) : NULL);
     return close_turn(b);
 }
 
@@ -263,8 +325,8 @@ static sh_status put_all(builder *b, const sh_chat_message *messages, size_t n, 
         SH_TRY(put_token(b, sh_tokenizer_bos(b->tokenizer)));
     }
     for (size_t i = after ? 1 : 0; i < n; i++)
-        SH_TRY(put_message(b, &messages[i], i));
-    if (b->family != SH_CHAT_LLAMA2)
+        SH_TRY(put_message(b, messages, n, i));
+    if (b->family != SH_CHAT_LLAMA2 && !b->keeps_spoken)
         SH_TRY(open_turn(b, "assistant"));
     return flush(b);
 }
@@ -277,8 +339,10 @@ static sh_status build(const sh_tokenizer *tokenizer, sh_chat_family family,
     sh_buf_init(&b->text, SH_CHAT_TEXT_MAX);
     const sh_status status = put_all(b, messages, n, after);
     sh_buf_release(&b->text);
-    if (status != SH_OK)
+    if (status != SH_OK) {
         free(b->tokens);
+        free(b->spoken);
+    }
     return status;
 }
 
@@ -301,5 +365,15 @@ sh_status sh_chat_tokenize_after(const sh_tokenizer *tokenizer, sh_chat_family f
     SH_TRY(build(tokenizer, family, messages, n, true, &b));
     *out = b.tokens;
     *n_out = b.n;
+    return SH_OK;
+}
+
+sh_status sh_chat_tokenize_spoken(const sh_tokenizer *tokenizer, sh_chat_family family,
+                                  const sh_chat_message *messages, size_t n, sh_chat_tokens *out,
+                                  sh_error *err)
+{
+    builder b = {.err = err, .keeps_spoken = true};
+    SH_TRY(build(tokenizer, family, messages, n, false, &b));
+    *out = (sh_chat_tokens){.tokens = b.tokens, .spoken = b.spoken, .n = b.n};
     return SH_OK;
 }

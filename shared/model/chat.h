@@ -47,6 +47,18 @@ SH_MUST_USE sh_status sh_chat_tokenize(const sh_tokenizer *tokenizer, sh_chat_fa
 SH_MUST_USE sh_status sh_chat_tokenize_after(const sh_tokenizer *tokenizer, sh_chat_family family,
                                              const sh_chat_message *messages, size_t n,
                                              int32_t **out, size_t *n_out, sh_error *err);
+/* A conversation that is over, to learn from: the tokens that the assistant said, each of them as
+ * it is generated (apart from the prompt before it) and with the end of its turn, are told from the
+ * others. BOS as above; nothing stands behind the last message's end. Of `plain` the end of a turn
+ * is sh_chat_stop_text, if the user's turn or nothing follows. */
+typedef struct {
+    int32_t *tokens; /* [n], malloc'ed as is spoken */
+    uint8_t *spoken; /* [n], 1: by the assistant */
+    size_t n;
+} sh_chat_tokens;
+SH_MUST_USE sh_status sh_chat_tokenize_spoken(const sh_tokenizer *tokenizer, sh_chat_family family,
+                                              const sh_chat_message *messages, size_t n,
+                                              sh_chat_tokens *out, sh_error *err);
 /* Text that ends a turn where the family has no token for it, that sh_tokenizer_is_end would tell
  * ("\nuser:" of plain); NULL: none. */
 const char *sh_chat_stop_text(sh_chat_family family);

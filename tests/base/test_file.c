@@ -419,6 +419,33 @@ static void check_limit(const char *text, size_t n, const sh_json_limits *limits
     json_decref(value);
 }
 
+/* A line of a file: its number is in every error. */
+static void test_json_line(void **state)
+{
+    (void)state;
+    static const sh_json_limits limits = {.bytes_max = 24, .values_max = 2, .depth_max = 2};
+    static const struct {
+        const char *text, *expected;
+    } cases[] = {
+        {"{\"a\": }", "lines:7:7: unexpected token near '}'"},
+        {"[1,2,3]", "lines:7: JSON of 3 values, at most 2 are read"},
+        {"[[[", "lines:7: JSON of 3 values, at most 2 are read"},
+        {"[                       ]", "lines:7: JSON of 25 bytes, at most 24 are read"},
+    };
+    json_t *value = NULL;
+    sh_error err = {0};
+    for (size_t i = 0; i < SH_COUNT(cases); i++) {
+        const sh_json_line line = {"lines", 7, cases[i].text, strlen(cases[i].text)};
+        assert_int_not_equal(sh_json_decode_line(&line, &limits, &value, &err), SH_OK);
+        assert_string_equal(err.text, cases[i].expected);
+        assert_null(value);
+    }
+    const sh_json_line good = {"lines", 7, "{\"a\": 1}junk", 8};
+    assert_int_equal(sh_json_decode_line(&good, &limits, &value, &err), SH_OK);
+    assert_int_equal(json_integer_value(json_object_get(value, "a")), 1);
+    json_decref(value);
+}
+
 /* At each limit and one over it. */
 static void test_json_limits(void **state)
 {
@@ -506,6 +533,7 @@ int main(void)
         cmocka_unit_test(test_json_round_trip),
         cmocka_unit_test(test_json_errors_name_file_and_line),
         cmocka_unit_test(test_json_limits),
+        cmocka_unit_test(test_json_line),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
