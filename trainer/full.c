@@ -121,12 +121,17 @@ const float *sh_full_grad(const sh_full *full, const char *tensor, size_t *n)
 sh_status sh_full_train(sh_full *full, const sh_train_data *data, const sh_train_options *options,
                         sh_train_result *result, sh_error *err)
 {
+    tr_net *teacher = NULL;
     SH_TRY(tr_data_check(&full->net->config, data, err));
+    SH_TRY(tr_teacher_open(options, &full->net->config, full->keys, data, &teacher, err));
     full->net->bf16 = options->bf16;
-    const sh_status status = tr_train(
-        &(tr_trainee){.net = full->net, .params = full->net->weights, .mode = TR_GRAD_FULL}, data,
-        options, result, err);
+    const sh_status status = tr_train(&(tr_trainee){.net = full->net,
+                                                    .params = full->net->weights,
+                                                    .mode = TR_GRAD_FULL,
+                                                    .teacher = tr_teacher_of(teacher, options)},
+                                      data, options, result, err);
     full->net->bf16 = false;
+    tr_net_destroy(&teacher);
     return status;
 }
 
