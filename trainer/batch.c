@@ -179,6 +179,7 @@ static void run_micro(void *arg, size_t i)
     tr_batcher *b = arg;
     slot *s = &b->slots[i];
     size_t micro = b->first + i, at = micro * b->micro, n = SH_MIN(b->micro, b->n - at);
+    s->work->first = b->o.net->dropout.first + (uint32_t)at;
     tr_forward(b->o.net, s->work, b->o.data, b->index + at, n);
     if (s->teacher)
         tr_forward(b->o.teacher.net, s->teacher, b->o.data, b->index + at, n);

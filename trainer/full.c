@@ -121,25 +121,31 @@ const float *sh_full_grad(const sh_full *full, const char *tensor, size_t *n)
 sh_status sh_full_train(sh_full *full, const sh_train_data *data, const sh_train_options *options,
                         sh_train_result *result, sh_error *err)
 {
-    tr_net *teacher = NULL;
-    SH_TRY(tr_data_check(&full->net->config, data, err));
-    SH_TRY(tr_teacher_open(options, &full->net->config, full->keys, data, &teacher, err));
-    full->net->bf16 = options->bf16;
-    const sh_status status = tr_train(&(tr_trainee){.net = full->net,
-                                                    .params = full->net->weights,
+    tr_net view = *full->net, *teacher = NULL; /* view: the same weights */
+    SH_TRY(tr_data_check(&view.config, data, err));
+    if (options->dropout != 0)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "training options: dropout is of LoRA's inputs; full training has none");
+    SH_TRY(tr_net_quantize(&view, options->quantize_aware, err));
+    view.bf16 = options->bf16;
+    SH_TRY(tr_teacher_open(options, &view.config, full->keys, data, &teacher, err));
+    const sh_status status = tr_train(&(tr_trainee){.net = &view,
+                                                    .params = view.weights,
                                                     .mode = TR_GRAD_FULL,
                                                     .teacher = tr_teacher_of(teacher, options)},
                                       data, options, result, err);
-    full->net->bf16 = false;
     tr_net_destroy(&teacher);
     return status;
 }
 
-sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data, unsigned threads,
-                           double *mean_nll, sh_error *err)
+sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data,
+                           const sh_train_limits *limits, double *mean_nll, sh_error *err)
 {
-    SH_TRY(tr_data_check(&full->net->config, data, err));
-    return tr_evaluate(full->net, data, &(sh_train_limits){.threads = threads}, mean_nll, err);
+    tr_net view = *full->net;
+    const sh_train_limits none = {0}, *l = limits ? limits : &none;
+    SH_TRY(tr_data_check(&view.config, data, err));
+    SH_TRY(tr_net_quantize(&view, l->quantize_aware, err));
+    return tr_evaluate(&view, data, l, mean_nll, err);
 }
 
 /* ---- GGUF ---- */
@@ -215,13 +221,10 @@ sh_status sh_full_save(const sh_full *full, sh_type type, const char *path, sh_e
                        info ? info->name : "unknown");
     if (!full->keys)
         return sh_fail(err, SH_ERR_INVALID, "a model without a GGUF file has no keys to save");
+    SH_TRY(tr_rows_check(full->net, type, err));
     for (size_t i = 0; i < tr_tensor_count(full->net); i++) {
         tr_tensor t = tr_tensor_at(full->net, i);
-        size_t row_bytes = sh_type_row_bytes(type, t.row);
-        if (!t.is_vector && row_bytes == 0)
-            return sh_fail(err, SH_ERR_INVALID, "%s: rows of %zu values do not fit %s", t.name,
-                           t.row, info->name);
-        total += t.is_vector ? 0 : t.rows * row_bytes;
+        total += t.is_vector ? 0 : t.rows * sh_type_row_bytes(type, t.row);
     }
     bytes = sh_alloc_aligned(total);
     if (!bytes) {

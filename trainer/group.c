@@ -8,8 +8,16 @@
 
 static const tr_lora *lora_of(const tr_net *net, const tr_product *p)
 {
-    const tr_lora *l = net->lora ? &net->lora[p->at.layer * TR_GROUPS + p->at.g] : NULL;
-    return l && l->total > 0 ? l : NULL;
+    return tr_lora_of(net, p->at.layer, p->at.g);
+}
+
+/* What A is multiplied with. */
+static const float *a_input(const tr_net *net, tr_work *work, const tr_product *p)
+{
+    if (net->dropout.p <= 0)
+        return p->x;
+    tr_drop(net, work, &p->at, p->x, work->dropped);
+    return work->dropped;
 }
 
 /* A part's columns of y, and its ranks. */
@@ -28,11 +36,13 @@ void tr_group_forward(const tr_net *net, tr_work *work, const tr_product *p, flo
     const tr_group *group = &net->groups[p->at.g];
     const tr_lora *lora = lora_of(net, p);
     if (lora)
-        tr_dots(&(tr_skinny){p->at.rows, group->in, group->in, lora->total, net->rank_total}, p->x,
-                net->lora_values + lora->a, p->u);
+        tr_dots(&(tr_skinny){p->at.rows, group->in, group->in, lora->total, net->rank_total},
+                a_input(net, work, p), net->lora_values + lora->a, p->u);
     if (!y)
         return;
     tr_weights_forward(net, work, &p->at, p->x, y);
+    if (net->quantize != SH_TYPE_F32) /* sBA is in the weights */
+        return;
     for (size_t part = 0; lora && part < group->n_parts; part++) {
         const tr_skinny s = part_of(net, p, part);
         tr_rank_add(&s, y + group->part_at[part], p->u + lora->at[part],
@@ -57,8 +67,8 @@ static void lora_gradients(const tr_net *net, tr_work *work, const tr_product *p
 {
     const tr_group *group = &net->groups[p->at.g];
     const tr_lora *lora = lora_of(net, p);
-    tr_outer(&(tr_skinny){p->at.rows, group->in, group->in, lora->total, net->rank_total}, p->x,
-             work->du, grad + lora->a);
+    tr_outer(&(tr_skinny){p->at.rows, group->in, group->in, lora->total, net->rank_total},
+             a_input(net, work, p), work->du, grad + lora->a);
     for (size_t part = 0; part < group->n_parts; part++) {
         const tr_skinny s = part_of(net, p, part);
         float *db = grad + lora->b[part];
@@ -67,6 +77,23 @@ static void lora_gradients(const tr_net *net, tr_work *work, const tr_product *p
             for (size_t k = 0; k < s.rank; k++)
                 db[o * s.rank + k] = lora->scale[part] * work->turned[k * s.n + o];
     }
+}
+
+/* dx += du·A, under the mask of dropout. */
+static void add_lora_dx(const tr_net *net, tr_work *work, const tr_product *p, float *dx)
+{
+    const tr_group *group = &net->groups[p->at.g];
+    const tr_lora *lora = lora_of(net, p);
+    const tr_skinny s = {p->at.rows, group->in, group->in, lora->total, net->rank_total};
+    if (net->dropout.p <= 0) {
+        tr_rank_add(&s, dx, work->du, net->lora_values + lora->a);
+        return;
+    }
+    const size_t n = p->at.rows * group->in;
+    memset(work->dropped, 0, n * sizeof(*dx));
+    tr_rank_add(&s, work->dropped, work->du, net->lora_values + lora->a);
+    tr_drop(net, work, &p->at, work->dropped, work->dropped);
+    tr_add(dx, work->dropped, n);
 }
 
 void tr_group_backward(const tr_net *net, tr_work *work, const tr_product *p, const float *dy,
@@ -81,10 +108,8 @@ void tr_group_backward(const tr_net *net, tr_work *work, const tr_product *p, co
     }
     if (dx) {
         tr_weights_backward(net, work, &p->at, dy, dx);
-        if (lora)
-            tr_rank_add(
-                &(tr_skinny){p->at.rows, group->in, group->in, lora->total, net->rank_total}, dx,
-                work->du, net->lora_values + lora->a);
+        if (lora && net->quantize == SH_TYPE_F32)
+            add_lora_dx(net, work, p, dx);
     }
     if (grads->weights)
         sh_sgemm(&(sh_gemm){.trans_a = true,

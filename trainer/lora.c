@@ -8,25 +8,56 @@
 
 #define PURPOSE_A0 0x6c6f7241u /* names this use of the generator */
 
+/* Pair i of an adapter, of its rank: A0 and B = 0. */
+static sh_status pair_init(sh_lora_pair *pair, uint64_t a_seed, size_t i, sh_error *err)
+{
+    const size_t a_n = (size_t)pair->rank * pair->in, b_n = (size_t)pair->rank * pair->out;
+    const float std = 1.0f / sqrtf((float)pair->in);
+    sh_rng rng;
+    pair->a = sh_alloc_aligned(a_n * sizeof(*pair->a));
+    pair->b = sh_alloc_aligned(b_n * sizeof(*pair->b));
+    if (!pair->a || !pair->b)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for an adapter of rank %u", pair->rank);
+    sh_rng_init(&rng, a_seed, i, PURPOSE_A0);
+    for (size_t j = 0; j < a_n; j++)
+        pair->a[j] = std * sh_rng_normal(&rng);
+    return SH_OK;
+}
+
+sh_status sh_lora_initialize_ranks(const sh_model_config *config, uint64_t a_seed,
+                                   const uint32_t ranks[SH_LAYER_MATRICES], float alpha,
+                                   sh_adapter **out, sh_error *err)
+{
+    sh_status status = SH_OK;
+    sh_adapter *adapter = NULL;
+    uint32_t most = 0;
+    for (size_t m = 0; m < SH_LAYER_MATRICES; m++)
+        most = SH_MAX(most, ranks[m]);
+    if (most == 0 || most > SH_LORA_RANK_MAX || !isfinite(alpha) || alpha <= 0)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "LoRA: rank %u must be in [1, %d] and alpha %g above zero", most,
+                       SH_LORA_RANK_MAX, (double)alpha);
+    SH_TRY(sh_adapter_create_empty(config, alpha, &adapter, err));
+    adapter->rank = most;
+    for (size_t i = 0; i < (size_t)config->n_layers * SH_LAYER_MATRICES; i++) {
+        adapter->pairs[i].rank = ranks[i % SH_LAYER_MATRICES];
+        if (adapter->pairs[i].rank > 0)
+            SH_GOTO(pair_init(&adapter->pairs[i], a_seed, i, err));
+    }
+    *out = adapter;
+    adapter = NULL;
+cleanup:
+    sh_adapter_destroy(&adapter);
+    return status;
+}
+
 sh_status sh_lora_initialize(const sh_model_config *config, uint64_t a_seed, uint32_t rank,
                              float alpha, sh_adapter **out, sh_error *err)
 {
-    sh_adapter *adapter = NULL;
-    if (rank == 0 || rank > SH_LORA_RANK_MAX || !isfinite(alpha) || alpha <= 0)
-        return sh_fail(err, SH_ERR_INVALID,
-                       "LoRA: rank %u must be in [1, %d] and alpha %g above zero", rank,
-                       SH_LORA_RANK_MAX, (double)alpha);
-    SH_TRY(sh_adapter_create(config, rank, alpha, &adapter, err));
-    for (size_t i = 0; i < (size_t)config->n_layers * SH_LAYER_MATRICES; i++) {
-        sh_lora_pair *pair = &adapter->pairs[i];
-        float std = 1.0f / sqrtf((float)pair->in);
-        sh_rng rng;
-        sh_rng_init(&rng, a_seed, i, PURPOSE_A0);
-        for (size_t j = 0; j < (size_t)pair->rank * pair->in; j++)
-            pair->a[j] = std * sh_rng_normal(&rng);
-    }
-    *out = adapter;
-    return SH_OK;
+    uint32_t ranks[SH_LAYER_MATRICES];
+    for (size_t m = 0; m < SH_LAYER_MATRICES; m++)
+        ranks[m] = rank;
+    return sh_lora_initialize_ranks(config, a_seed, ranks, alpha, out, err);
 }
 
 static sh_status adapter_check(const sh_model *base, const sh_adapter *adapter, sh_error *err)
@@ -58,19 +89,22 @@ static sh_status adapter_check(const sh_model *base, const sh_adapter *adapter, 
 }
 
 /* The network of a base, with an adapter (may be NULL) laid out and in use; *lora is its flat
- * vector, the caller's to free. memory_max: of sh_train_options. */
+ * vector, the caller's to free. */
 static sh_status net_open(const sh_model *base, const sh_adapter *adapter,
-                          const sh_train_data *data, uint64_t memory_max, float **lora,
+                          const sh_train_data *data, const sh_train_options *options, float **lora,
                           tr_net **out, sh_error *err)
 {
     sh_status status = SH_OK;
     tr_net *net = NULL;
+    const uint64_t copy = tr_copy_bytes(options->memory_max);
     SH_GOTO(tr_data_check(&base->config, data, err));
-    SH_GOTO(
-        tr_net_create(&base->config, base, tr_copy_bytes(memory_max), data->length - 1, &net, err));
+    SH_GOTO(tr_net_create(&base->config, base, copy, data->length - 1, &net, err));
+    SH_GOTO(tr_net_quantize(net, options->quantize_aware, err));
+    net->bf16 = options->bf16;
     if (adapter) {
         SH_GOTO(adapter_check(base, adapter, err));
         SH_GOTO(tr_net_attach(net, adapter, err));
+        SH_GOTO(tr_net_set_lora(net, adapter, options, err));
         *lora = sh_alloc_aligned(net->n_lora * sizeof(**lora));
         if (!*lora) {
             status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for an adapter");
@@ -92,9 +126,8 @@ sh_status sh_lora_train(const sh_model *base, sh_adapter *adapter, const sh_trai
     sh_status status = SH_OK;
     tr_net *net = NULL, *teacher = NULL;
     float *lora = NULL;
-    SH_GOTO(net_open(base, adapter, data, options->memory_max, &lora, &net, err));
+    SH_GOTO(net_open(base, adapter, data, options, &lora, &net, err));
     SH_GOTO(tr_teacher_open(options, &base->config, base->gguf, data, &teacher, err));
-    net->bf16 = options->bf16;
     SH_GOTO(tr_train(&(tr_trainee){.net = net,
                                    .params = lora,
                                    .mode = TR_GRAD_LORA,
@@ -116,7 +149,9 @@ sh_status sh_train_evaluate(const sh_model *base, const sh_adapter *adapter,
     tr_net *net = NULL;
     float *lora = NULL;
     const sh_train_limits none = {0}, *l = limits ? limits : &none;
-    SH_GOTO(net_open(base, adapter, data, l->memory_max, &lora, &net, err));
+    const sh_train_options options = {.memory_max = l->memory_max,
+                                      .quantize_aware = l->quantize_aware};
+    SH_GOTO(net_open(base, adapter, data, &options, &lora, &net, err));
     SH_GOTO(tr_evaluate(net, data, l, mean_nll, err));
 cleanup:
     free(lora);
@@ -139,7 +174,7 @@ sh_status sh_lora_gradient(const sh_model *base, const sh_adapter *adapter,
             goto cleanup;
         }
     }
-    SH_GOTO(net_open(base, adapter, data, 0, &lora, &net, err));
+    SH_GOTO(net_open(base, adapter, data, &(sh_train_options){0}, &lora, &net, err));
     values = sh_alloc_aligned(net->n_lora * sizeof(*values));
     if (!values) {
         status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a gradient");

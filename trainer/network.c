@@ -142,8 +142,9 @@ static const float *matrix_rows(const sh_matrix *m, size_t first, size_t n, floa
     return tile;
 }
 
-const float *tr_group_rows(const tr_net *net, size_t layer, size_t g, size_t first, size_t n,
-                           float *tile)
+/* The same as they are in the weights or the file. */
+static const float *plain_rows(const tr_net *net, size_t layer, size_t g, size_t first, size_t n,
+                               float *tile)
 {
     const tr_group *group = &net->groups[g];
     if (net->weights)
@@ -168,6 +169,18 @@ const float *tr_group_rows(const tr_net *net, size_t layer, size_t g, size_t fir
     return tile;
 }
 
+const float *tr_group_rows(const tr_net *net, size_t layer, size_t g, size_t first, size_t n,
+                           float *tile)
+{
+    const float *rows = plain_rows(net, layer, g, first, n, tile);
+    if (net->quantize == SH_TYPE_F32)
+        return rows;
+    if (rows != tile)
+        memcpy(tile, rows, n * net->groups[g].in * sizeof(*tile));
+    tr_quantize_rows(net, layer, g, first, n, tile);
+    return tile;
+}
+
 void tr_embedding(const tr_net *net, int32_t token, float *out)
 {
     const size_t width = net->config.width;
@@ -175,6 +188,8 @@ void tr_embedding(const tr_net *net, int32_t token, float *out)
         memcpy(out, net->weights + net->layout.embd + (size_t)token * width, width * sizeof(*out));
     else
         dequantize(&net->model->token_embd, (size_t)token, 1, out);
+    if (net->quantize != SH_TYPE_F32)
+        tr_quantize_values(net->quantize, out, width);
 }
 
 static const float *model_vector(const sh_layer *l, size_t which)
@@ -208,10 +223,15 @@ const float *tr_output_norm(const tr_net *net)
     return net->weights ? net->weights + net->layout.output_norm : net->model->output_norm;
 }
 
+bool tr_makes_tiles(const tr_net *net)
+{
+    return !net->weights || net->quantize != SH_TYPE_F32;
+}
+
 size_t tr_tile_rows(const tr_net *net, size_t g)
 {
     const tr_group *group = &net->groups[g];
-    if (net->weights && !net->bf16)
+    if (!tr_makes_tiles(net) && !net->bf16)
         return group->out;
     const size_t rows = net->tile_floats / group->in / TILE_STEP * TILE_STEP;
     return SH_MIN(SH_MAX(rows, (size_t)TILE_STEP), group->out);
@@ -383,6 +403,7 @@ sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, sh_error *err)
             lora[i].at[p] = lora[i].total;
             lora[i].rank[p] = pair->a ? pair->rank : 0;
             lora[i].scale[p] = pair->a ? adapter->alpha / (float)pair->rank : 0.0f;
+            lora[i].exported[p] = lora[i].scale[p];
             lora[i].total += lora[i].rank[p];
         }
         lora[i].a = place(&at, lora[i].total * group->in);
@@ -404,6 +425,54 @@ sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, sh_error *err)
     return SH_OK;
 }
 
+static sh_status lora_options_check(const sh_train_options *o, sh_error *err)
+{
+    if (!(o->dropout >= 0 && o->dropout < 1))
+        return sh_fail(err, SH_ERR_INVALID, "training options: dropout %g is not in [0, 1)",
+                       (double)o->dropout);
+    if (o->dropout > 0 && o->quantize_aware != SH_TYPE_F32)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "training options: dropout acts beside the weights, quantization-aware "
+                       "training merges the adapter into them; choose one");
+    for (size_t m = 0; m < SH_LAYER_MATRICES; m++)
+        if (!isfinite(o->alphas[m]) || o->alphas[m] < 0)
+            return sh_fail(err, SH_ERR_INVALID,
+                           "training options: the alpha of %s, %g, must be finite and above zero, "
+                           "or 0 for the adapter's",
+                           sh_layer_matrix_names[m], (double)o->alphas[m]);
+    return SH_OK;
+}
+
+sh_status tr_net_set_lora(tr_net *net, const sh_adapter *adapter, const sh_train_options *options,
+                          sh_error *err)
+{
+    SH_TRY(lora_options_check(options, err));
+    for (size_t i = 0; i < (size_t)net->config.n_layers * TR_GROUPS; i++) {
+        const tr_group *group = &net->groups[i % TR_GROUPS];
+        tr_lora *l = &net->lora[i];
+        for (size_t p = 0; p < group->n_parts; p++) {
+            const float own = options->alphas[group->first + p];
+            const float alpha = own > 0 ? own : adapter->alpha, rank = (float)l->rank[p];
+            if (l->rank[p] > 0)
+                l->scale[p] = alpha / (options->rslora ? sqrtf(rank) : rank);
+            if (l->scale[p] != l->exported[p] && !(l->exported[p] > 0))
+                return sh_fail(err, SH_ERR_INVALID,
+                               "adapter: its alpha is %g; to train it with another scale it must "
+                               "be above zero",
+                               (double)adapter->alpha);
+        }
+    }
+    net->b_frozen = options->freeze == SH_FREEZE_B;
+    net->dropout = (tr_dropout){.p = options->dropout, .seed = options->dropout_seed};
+    return SH_OK;
+}
+
+const tr_lora *tr_lora_of(const tr_net *net, size_t layer, size_t g)
+{
+    const tr_lora *l = net->lora && g < TR_GROUPS ? &net->lora[layer * TR_GROUPS + g] : NULL;
+    return l && l->total > 0 ? l : NULL;
+}
+
 void tr_net_use(tr_net *net, const float *lora)
 {
     net->lora_values = lora;
@@ -421,26 +490,48 @@ void tr_net_use(tr_net *net, const float *lora)
     }
 }
 
-/* Where pair i of an adapter lies in the flat vector; false when it is not adapted. */
-static bool pair_at(const tr_net *net, const sh_lora_pair *pair, size_t i, size_t *a, size_t *b)
+/* Where a pair of an adapter lies in the flat vector, and its scales. */
+typedef struct {
+    size_t a, b, a_n, b_n;
+    float scale, exported;
+} pair_place;
+
+/* Of pair i; false when it is not adapted. */
+static bool pair_at(const tr_net *net, const sh_lora_pair *pair, size_t i, pair_place *out)
 {
     size_t g, part;
+    if (!pair->a)
+        return false;
     tr_matrix_group(i % SH_LAYER_MATRICES, &g, &part);
     const tr_lora *l = &net->lora[i / SH_LAYER_MATRICES * TR_GROUPS + g];
-    *a = l->a + l->at[part] * pair->in;
-    *b = l->b[part];
-    return pair->a != NULL;
+    *out = (pair_place){.a = l->a + l->at[part] * pair->in,
+                        .b = l->b[part],
+                        .a_n = (size_t)pair->rank * pair->in,
+                        .b_n = (size_t)pair->rank * pair->out,
+                        .scale = l->scale[part],
+                        .exported = l->exported[part]};
+    return true;
+}
+
+/* to = from * times / by: the same bits where they are the same. */
+static void copy_scaled(float *to, const float *from, size_t n, float times, float by)
+{
+    if (times == by)
+        memcpy(to, from, n * sizeof(*to));
+    else
+        for (size_t i = 0; i < n; i++)
+            to[i] = (float)((double)from[i] * (double)times / (double)by);
 }
 
 void tr_lora_gather(const tr_net *net, const sh_adapter *adapter, float *lora)
 {
     for (size_t i = 0; i < (size_t)net->config.n_layers * SH_LAYER_MATRICES; i++) {
         const sh_lora_pair *pair = &adapter->pairs[i];
-        size_t a, b;
-        if (!pair_at(net, pair, i, &a, &b))
+        pair_place p;
+        if (!pair_at(net, pair, i, &p))
             continue;
-        memcpy(lora + a, pair->a, (size_t)pair->rank * pair->in * sizeof(float));
-        memcpy(lora + b, pair->b, (size_t)pair->rank * pair->out * sizeof(float));
+        memcpy(lora + p.a, pair->a, p.a_n * sizeof(float));
+        copy_scaled(lora + p.b, pair->b, p.b_n, p.exported, p.scale);
     }
 }
 
@@ -448,10 +539,11 @@ void tr_lora_scatter(const tr_net *net, const float *lora, sh_adapter *adapter)
 {
     for (size_t i = 0; i < (size_t)net->config.n_layers * SH_LAYER_MATRICES; i++) {
         sh_lora_pair *pair = &adapter->pairs[i];
-        size_t a, b;
-        if (!pair_at(net, pair, i, &a, &b))
+        pair_place p;
+        if (!pair_at(net, pair, i, &p))
             continue;
-        memcpy(pair->a, lora + a, (size_t)pair->rank * pair->in * sizeof(float));
-        memcpy(pair->b, lora + b, (size_t)pair->rank * pair->out * sizeof(float));
+        memcpy(pair->a, lora + p.a, p.a_n * sizeof(float));
+        if (!net->b_frozen)
+            copy_scaled(pair->b, lora + p.b, p.b_n, p.scale, p.exported);
     }
 }

@@ -12,6 +12,10 @@
  *     u = x·Aᵀ     y  = x·Wᵀ + u·(sB)ᵀ
  *     du = dy·sB   dx = dy·W + du·A      dA = duᵀ·x     dB = s dyᵀ·u
  *
+ * With dropout, A's x is x∘m (m: 0 or 1 / (1 - p)), and dx = dy·W + (du·A)∘m. Quantization-aware,
+ * the weights of a product are Q(W + sBA), made with the tile: y = x·Qᵀ, dx = dy·Q, and dA and dB
+ * (or dW) as if Q were not there.
+ *
  * Memory of a micro-batch: what tr_acts says, of every layer that is kept; the others are run once
  * more in the backward pass from their input, with the same bits (gradient checkpointing: Chen et
  * al. 2016, arXiv:1604.06174).
@@ -50,7 +54,8 @@ typedef struct {
 /* LoRA of one group of one layer; offsets are into the flat vector of LoRA parameters. */
 typedef struct {
     size_t rank[TR_PARTS_MAX], at[TR_PARTS_MAX]; /* ranks of the parts, rows of theirs in A */
-    float scale[TR_PARTS_MAX];
+    /* s in training, and the adapter's own: its B is B·scale / exported */
+    float scale[TR_PARTS_MAX], exported[TR_PARTS_MAX];
     size_t total;            /* sum of the ranks; 0: nothing adapted */
     size_t a;                /* A of all parts, [total, in] */
     size_t b[TR_PARTS_MAX];  /* [out_p, rank_p] */
@@ -69,6 +74,14 @@ enum {
     TR_VECTORS
 };
 
+/* LoRA dropout. Between batches the loop sets which step comes, and the place of its next batch's
+ * first sequence when a step is made of several batches. */
+typedef struct {
+    float p; /* 0: off, as in evaluation */
+    uint64_t seed;
+    uint32_t step, first;
+} tr_dropout;
+
 /* Where tensors lie in a flat vector of weights or gradients, in floats. */
 typedef struct {
     size_t embd, output, output_norm; /* output == embd when tied */
@@ -86,6 +99,7 @@ typedef struct {
     float *weights;        /* layout.n */
     size_t tile_floats;    /* TR_TILE_FLOATS */
     bool bf16;             /* products with weights round their operands (math/bf16.h) */
+    sh_type quantize;      /* matrices are seen as after quantization to it; SH_TYPE_F32: off */
 
     tr_lora *lora;     /* [n_layers * TR_GROUPS]; NULL: no adapter */
     size_t n_lora;     /* floats of the flat LoRA vector */
@@ -93,6 +107,8 @@ typedef struct {
     const float *lora_values;
     float *b_turned;
     size_t n_turned;
+    bool b_frozen; /* B is not given back: it keeps its bits whatever its scale */
+    tr_dropout dropout;
 
     float *rope_cos, *rope_sin; /* [rope_n, head_size / 2] */
     size_t rope_n;
@@ -108,8 +124,8 @@ void tr_net_destroy(tr_net **net);
 /* Lengthens the table of angles; only when no thread uses the net. */
 SH_MUST_USE sh_status tr_net_reserve_positions(tr_net *net, size_t positions, sh_error *err);
 
-/* Rows [first, first + n) of a group's stacked matrix, [n, in]: in place, or made in tile, which
- * has room for tr_tile_rows of them. */
+/* Rows [first, first + n) of a group's stacked matrix, [n, in], as products take them: in place, or
+ * made in tile, which has room for tr_tile_rows of them. */
 const float *tr_group_rows(const tr_net *net, size_t layer, size_t g, size_t first, size_t n,
                            float *tile);
 void tr_embedding(const tr_net *net, int32_t token, float *out);
@@ -118,6 +134,8 @@ const float *tr_vector(const tr_net *net, size_t layer, size_t which);
 const float *tr_output_norm(const tr_net *net);
 /* Rows of a group that are worked on at once: all of them when they need not be made. */
 size_t tr_tile_rows(const tr_net *net, size_t g);
+/* Whether they are made, not in place. */
+bool tr_makes_tiles(const tr_net *net);
 
 /* The tensors of a vector of tr_layout, in the order of a GGUF file. */
 typedef struct {
@@ -131,13 +149,30 @@ tr_tensor tr_tensor_at(const tr_net *net, size_t i);
 /* Which group and part a matrix (SH_ATTN_Q..) is. */
 void tr_matrix_group(size_t matrix, size_t *group, size_t *part);
 
-/* Lays out the LoRA parameters of an adapter whose shapes were checked. */
+/* Lays out the LoRA parameters of an adapter whose shapes were checked, with its own scales. */
 SH_MUST_USE sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, sh_error *err);
+/* After it: the scales, dropout and frozen factors of a training. SH_ERR_INVALID: bad options, or
+ * an adapter whose own scale is not above zero. */
+SH_MUST_USE sh_status tr_net_set_lora(tr_net *net, const sh_adapter *adapter,
+                                      const sh_train_options *options, sh_error *err);
+/* A group's LoRA; NULL: not adapted. */
+const tr_lora *tr_lora_of(const tr_net *net, size_t layer, size_t g);
 /* The passes take the LoRA values from this flat vector; to be called after each change of it. */
 void tr_net_use(tr_net *net, const float *lora);
-/* The flat LoRA vector from an adapter's pairs, and back. */
+/* The flat LoRA vector from an adapter's pairs, and back. Where training's scale is the adapter's
+ * the bits stay. */
 void tr_lora_gather(const tr_net *net, const sh_adapter *adapter, float *lora);
 void tr_lora_scatter(const tr_net *net, const float *lora, sh_adapter *adapter);
+
+/* quantize.c: rows of all matrices are whole blocks of type, or SH_ERR_INVALID names one. */
+SH_MUST_USE sh_status tr_rows_check(const tr_net *net, sh_type type, sh_error *err);
+/* Matrices are seen as after quantization to type from here on; SH_TYPE_F32: as they are. */
+SH_MUST_USE sh_status tr_net_quantize(tr_net *net, sh_type type, sh_error *err);
+/* Rows [first, first + n) of W in tile become Q(W + sBA). */
+void tr_quantize_rows(const tr_net *net, size_t layer, size_t g, size_t first, size_t n,
+                      float *tile);
+/* x[0, n) become Q(x); n a multiple of the block. */
+void tr_quantize_values(sh_type type, float *x, size_t n);
 
 /* What a layer keeps for its backward pass. M rows = sequences * positions. The norms' outputs, the
  * attention's weights and silu(gate) * up are cheap: they are made again. */
@@ -178,6 +213,8 @@ typedef struct {
     uint32_t *begins;          /* [M]: position in its sequence where the row's document begins */
     int32_t *targets;          /* [M] */
     const int32_t **inputs;    /* [sequences] */
+    float *dropped;            /* [M, the widest in]: A's input; NULL without dropout */
+    uint32_t first; /* place in the step's batch of the micro-batch's first sequence, for dropout */
     size_t n_sequences, n_targets; /* of the micro-batch last given to tr_forward */
     float *block;
 } tr_work;
@@ -228,6 +265,9 @@ void tr_weights_forward(const tr_net *net, tr_work *work, const tr_place *at, co
                         float *y);
 void tr_weights_backward(const tr_net *net, tr_work *work, const tr_place *at, const float *dy,
                          float *dx);
+
+/* dropout.c: y = x∘m on the rows [rows, in] of a group's input; x may be y. */
+void tr_drop(const tr_net *net, const tr_work *work, const tr_place *at, const float *x, float *y);
 
 /* group.c: a group of a layer with its LoRA. */
 typedef struct {

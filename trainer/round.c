@@ -108,7 +108,7 @@ sh_status sh_round_train(const sh_model *base, const sh_snapshot *snapshot,
     sh_adapter *adapter = NULL;
     sh_round_result r = {0};
     sh_train_result trained = {0};
-    const sh_train_limits limits = {o->threads, o->memory_max};
+    const sh_train_limits limits = {.threads = o->threads, .memory_max = o->memory_max};
     progress steps;
     sh_buf_init(&r.update, UPDATE_BYTES_MAX);
     sh_status status = SH_OK;

@@ -528,7 +528,7 @@ static sh_status run_lora(int argc, char **argv, sh_error *err)
     sh_train_options options;
     SH_GOTO(lora_train_options(&o, &progress, &options, err));
     SH_GOTO(training_memory(&o.common, model->file_bytes, &options.memory_max, err));
-    const sh_train_limits limits = {options.threads, options.memory_max};
+    const sh_train_limits limits = {.threads = options.threads, .memory_max = options.memory_max};
     SH_GOTO(sh_lora_train(model, adapter, &data, &options, &result, err));
     if (o.common.heldout)
         SH_GOTO(sh_train_evaluate(model, adapter, &heldout_data, &limits, &heldout_loss, err));
@@ -638,8 +638,9 @@ static sh_status run_full(int argc, char **argv, sh_error *err)
     SH_GOTO(sh_full_random(&config, o.vocab, (uint64_t)o.common.seed, &full, err));
     SH_GOTO(full_train_and_save(&o, full, &data, &result, err));
     if (o.common.heldout)
-        SH_GOTO(
-            sh_full_evaluate(full, &heldout_data, (unsigned)o.common.threads, &heldout_loss, err));
+        SH_GOTO(sh_full_evaluate(full, &heldout_data,
+                                 &(sh_train_limits){.threads = (unsigned)o.common.threads},
+                                 &heldout_loss, err));
     print_report(&(report){&o.common, &result, heldout_loss, train.n});
 cleanup:
     sh_full_destroy(&full);

@@ -237,6 +237,7 @@ sh_status tr_train(const tr_trainee *t, const sh_train_data *data, const sh_trai
     for (uint32_t step = 0; step < options->steps; step++) {
         if (t->mode == TR_GRAD_LORA)
             tr_net_use(t->net, t->params);
+        t->net->dropout.step = step;
         sampler_next(&l.sampler, l.batch, l.n_batch);
         tr_batch_loss sum = tr_batcher_run(l.batcher, l.batch, l.n_batch, l.optimizer.grad);
         /* A batch that is masked out whole teaches nothing, but counts as a step. */

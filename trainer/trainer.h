@@ -61,6 +61,25 @@ typedef struct {
     /* Called after each step; a false return cancels (SH_ERR_CANCELLED). May be NULL. */
     bool (*progress)(void *arg, uint32_t step, double loss);
     void *progress_arg;
+
+    /* LoRA: a pair's scale while it is trained is its alpha / rank, or with rslora alpha /
+     * sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732). The adapter keeps its own alpha: what its
+     * scale differs by is folded into B when it is taken up and given back. */
+    bool rslora;
+    float alphas[SH_LAYER_MATRICES]; /* of a matrix, by SH_ATTN_Q..; 0: the adapter's */
+    /* LoRA: the share of A's inputs that a step forgets, the others times 1 / (1 - dropout); in
+     * [0, 1), to the nearest 2^-16. Matrices that read the same input share its mask (PEFT draws
+     * one for each). A mask hangs on dropout_seed, the step, the sequence's place in the batch,
+     * layer, input and position alone. */
+    float dropout;
+    uint64_t dropout_seed;
+    /* SH_TYPE_Q8_0 or SH_TYPE_Q4_0: the forward pass sees every matrix as it will be after
+     * quantization to this type (with LoRA: Q(W + s B A), as it is merged), and gradients pass
+     * through the rounding as if it were not there: the straight-through estimator, Bengio et al.
+     * 2013 (arXiv:1308.3432), of weights as in LLM-QAT (Liu et al. 2023, arXiv:2305.17888).
+     * SH_TYPE_F32: off. SH_ERR_INVALID names a matrix whose rows are not whole blocks; not together
+     * with dropout. */
+    sh_type quantize_aware;
     /* Distillation (Hinton et al. 2015, arXiv:1503.02531): the loss of a target is
      * (1 - w) cross-entropy + w T^2 KL(teacher's || student's probabilities at temperature T). */
     const sh_model *teacher; /* frozen; NULL: none. Of the student's vocabulary (sizes and strings
@@ -94,6 +113,11 @@ typedef struct {
 SH_MUST_USE sh_status sh_lora_initialize(const sh_model_config *config, uint64_t a_seed,
                                          uint32_t rank, float alpha, sh_adapter **out,
                                          sh_error *err);
+/* The same with a rank for each matrix (by SH_ATTN_Q..; 0: not adapted). A0 of a matrix depends on
+ * a_seed, layer and matrix; its first rows are those of a smaller rank. */
+SH_MUST_USE sh_status sh_lora_initialize_ranks(const sh_model_config *config, uint64_t a_seed,
+                                               const uint32_t ranks[SH_LAYER_MATRICES], float alpha,
+                                               sh_adapter **out, sh_error *err);
 /* Trains adapter in place (its own rank and alpha count, not those of options); on error it is as
  * before. base of any readable type. SH_ERR_INVALID names tensor and step when a
  * loss or gradient is not finite. */
@@ -103,6 +127,9 @@ SH_MUST_USE sh_status sh_lora_train(const sh_model *base, sh_adapter *adapter,
 typedef struct {
     unsigned threads;    /* 0: 1 */
     uint64_t memory_max; /* as in sh_train_options */
+    /* The loss of what would be written in this type: Q(W), with an adapter Q(W + scale B A).
+     * SH_TYPE_F32: of the weights as they are. Errors as in sh_train_options. */
+    sh_type quantize_aware;
 } sh_train_limits;
 /* Mean NLL over the targets of data, without any teacher. adapter and limits may be NULL. Float
  * forward pass of the trainer. */
@@ -134,8 +161,10 @@ const float *sh_full_grad(const sh_full *full, const char *tensor, size_t *n);
 SH_MUST_USE sh_status sh_full_train(sh_full *full, const sh_train_data *data,
                                     const sh_train_options *options, sh_train_result *result,
                                     sh_error *err);
+/* limits may be NULL; memory_max is of what the evaluation allocates. */
 SH_MUST_USE sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data,
-                                       unsigned threads, double *mean_nll, sh_error *err);
+                                       const sh_train_limits *limits, double *mean_nll,
+                                       sh_error *err);
 /* Writes GGUF with matrices of `type` and F32 norms. */
 SH_MUST_USE sh_status sh_full_save(const sh_full *full, sh_type type, const char *path,
                                    sh_error *err);

@@ -83,7 +83,8 @@ static size_t carve_all(const tr_net *net, tr_work *w, float *base)
     w->final_in = carve(base, &at, rows * c->width);
     w->final_r = carve(base, &at, rows);
     w->logits = carve(base, &at, s->logit_rows * c->vocab);
-    w->tile = carve(base, &at, net->weights ? 0 : tile);
+    w->tile = carve(base, &at, tr_makes_tiles(net) ? tile : 0);
+    w->dropped = carve(base, &at, net->dropout.p > 0 ? rows * widest : 0);
     if (net->bf16) {
         const size_t most = SH_MAX(rows, s->logit_rows);
         w->a16 = carve16(base, &at,

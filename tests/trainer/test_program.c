@@ -184,9 +184,9 @@ static void test_full_of_architectures(void **state)
         must_be_ok(sh_synth_model(&synth, path_of("whole.gguf"), &err));
         must_be_ok(sh_model_open(path_of("whole.gguf"), &model, &err));
         must_be_ok(sh_full_from_model(model, &full, &err));
-        must_be_ok(sh_full_evaluate(full, &data, 1, &before, &err));
+        must_be_ok(sh_full_evaluate(full, &data, NULL, &before, &err));
         must_be_ok(sh_full_train(full, &data, &o, &result, &err));
-        must_be_ok(sh_full_evaluate(full, &data, 1, &trained, &err));
+        must_be_ok(sh_full_evaluate(full, &data, NULL, &trained, &err));
         assert_true(trained < before);
         must_be_ok(sh_full_save(full, SH_TYPE_F32, path_of("saved.gguf"), &err));
         must_be_ok(sh_model_open(path_of("saved.gguf"), &saved, &err));
