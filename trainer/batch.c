@@ -7,9 +7,9 @@
 #include "trainer/train.h"
 
 typedef struct {
-    tr_work *work;
-    float *grad; /* NULL when every batch is one micro-batch */
-    double loss_sum;
+    tr_work *work, *teacher; /* NULL without a teacher */
+    float *grad;             /* NULL when every batch is one micro-batch */
+    tr_losses sum;
 } slot;
 
 struct tr_batcher {
@@ -41,11 +41,22 @@ static size_t n_slots_of(const planning *p)
     return SH_MIN((size_t)p->threads, n_micro);
 }
 
+/* The teacher runs forward only, beside its student. */
+static tr_work_shape teacher_shape(const tr_work_shape *student)
+{
+    return (tr_work_shape){.sequences = student->sequences,
+                           .positions = student->positions,
+                           .logit_rows = student->logit_rows};
+}
+
 static uint64_t bytes_of(const planning *p)
 {
     const bool grads = p->n_grad > 0 && p->o->batch > p->shape.sequences;
+    const tr_work_shape beside = teacher_shape(&p->shape);
+    const tr_net *teacher = p->o->teacher.net;
     return n_slots_of(p) *
-           (tr_work_bytes(p->o->net, &p->shape) + (grads ? p->n_grad * sizeof(float) : 0));
+           (tr_work_bytes(p->o->net, &p->shape) + (teacher ? tr_work_bytes(teacher, &beside) : 0) +
+            (grads ? p->n_grad * sizeof(float) : 0));
 }
 
 static bool fits(const planning *p)
@@ -123,8 +134,11 @@ sh_status tr_batcher_create(const tr_batcher_options *options, tr_batcher **out,
         status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a batch");
         goto cleanup;
     }
+    const tr_work_shape beside = teacher_shape(&p.shape);
     for (size_t i = 0; i < b->n_slots; i++) {
         SH_GOTO(tr_work_create(options->net, &p.shape, &b->slots[i].work, err));
+        if (options->teacher.net)
+            SH_GOTO(tr_work_create(options->teacher.net, &beside, &b->slots[i].teacher, err));
         if (b->n_grad == 0 || options->batch <= b->micro)
             continue;
         b->slots[i].grad = sh_alloc_aligned(b->n_grad * sizeof(float));
@@ -152,6 +166,7 @@ void tr_batcher_destroy(tr_batcher **batcher)
         sh_pool_destroy(&b->pool);
     for (size_t i = 0; b->slots && i < b->n_slots; i++) {
         tr_work_destroy(&b->slots[i].work);
+        tr_work_destroy(&b->slots[i].teacher);
         free(b->slots[i].grad);
     }
     free(b->slots);
@@ -163,13 +178,16 @@ static void run_micro(void *arg, size_t i)
 {
     tr_batcher *b = arg;
     slot *s = &b->slots[i];
-    size_t micro = b->first + i, at = micro * b->micro;
+    size_t micro = b->first + i, at = micro * b->micro, n = SH_MIN(b->micro, b->n - at);
     s->work->first = b->o.net->dropout.first + (uint32_t)at;
-    tr_forward(b->o.net, s->work, b->o.data, b->index + at, SH_MIN(b->micro, b->n - at));
+    tr_forward(b->o.net, s->work, b->o.data, b->index + at, n);
+    if (s->teacher)
+        tr_forward(b->o.teacher.net, s->teacher, b->o.data, b->index + at, n);
     float *grad = micro == 0 ? b->grad : s->grad;
     tr_grads grads = {.weights = b->o.mode == TR_GRAD_FULL ? grad : NULL,
                       .lora = b->o.mode == TR_GRAD_LORA ? grad : NULL};
-    s->loss_sum = tr_backward(b->o.net, s->work, b->scale, b->grad ? &grads : NULL);
+    const tr_objective objective = {b->scale, b->o.teacher, s->teacher};
+    s->sum = tr_backward(b->o.net, s->work, &objective, b->grad ? &grads : NULL);
 }
 
 static uint64_t count_targets(const sh_train_data *data, const uint32_t *index, size_t n)
@@ -198,11 +216,16 @@ tr_batch_loss tr_batcher_run(tr_batcher *b, const uint32_t *index, size_t n, flo
         else
             sh_pool_for(b->pool, run_micro, b, wave);
         for (size_t i = 0; i < wave; i++) {
-            loss.loss_sum += b->slots[i].loss_sum;
+            loss.cross_entropy_sum += b->slots[i].sum.cross_entropy;
+            loss.kl_sum += b->slots[i].sum.kl;
             if (grad && b->first + i > 0)
                 tr_add(grad, b->slots[i].grad, b->n_grad);
         }
     }
+    const double weight = (double)b->o.teacher.weight, t = (double)b->o.teacher.temperature;
+    loss.loss_sum = b->o.teacher.net
+                        ? (1 - weight) * loss.cross_entropy_sum + weight * t * t * loss.kl_sum
+                        : loss.cross_entropy_sum;
     return loss;
 }
 

@@ -121,15 +121,21 @@ const float *sh_full_grad(const sh_full *full, const char *tensor, size_t *n)
 sh_status sh_full_train(sh_full *full, const sh_train_data *data, const sh_train_options *options,
                         sh_train_result *result, sh_error *err)
 {
-    tr_net view = *full->net; /* the same weights */
+    tr_net view = *full->net, *teacher = NULL; /* view: the same weights */
     SH_TRY(tr_data_check(&view.config, data, err));
     if (options->dropout != 0)
         return sh_fail(err, SH_ERR_INVALID,
                        "training options: dropout is of LoRA's inputs; full training has none");
     SH_TRY(tr_net_quantize(&view, options->quantize_aware, err));
     view.bf16 = options->bf16;
-    return tr_train(&(tr_trainee){.net = &view, .params = view.weights, .mode = TR_GRAD_FULL}, data,
-                    options, result, err);
+    SH_TRY(tr_teacher_open(options, &view.config, full->keys, data, &teacher, err));
+    const sh_status status = tr_train(&(tr_trainee){.net = &view,
+                                                    .params = view.weights,
+                                                    .mode = TR_GRAD_FULL,
+                                                    .teacher = tr_teacher_of(teacher, options)},
+                                      data, options, result, err);
+    tr_net_destroy(&teacher);
+    return status;
 }
 
 sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data,

@@ -180,11 +180,8 @@ INLINE float maximum(const float *x, size_t n)
     return m;
 }
 
-/* x = exp(x - most); returns the sum. */
-INLINE float exp_all(float *x, size_t n, float most)
+INLINE float sum_of(const float *x, size_t n)
 {
-    for (size_t i = 0; i < n; i++)
-        x[i] = exp_one(x[i] - most);
     lanes sum = {0};
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -193,6 +190,14 @@ INLINE float exp_all(float *x, size_t n, float most)
     for (; i < n; i++)
         s += x[i];
     return s;
+}
+
+/* x = exp(x - most); returns the sum. */
+INLINE float exp_all(float *x, size_t n, float most)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = exp_one(x[i] - most);
+    return sum_of(x, n);
 }
 
 CLONES void tr_softmax(float *x, size_t n, size_t width)
@@ -251,6 +256,57 @@ CLONES double tr_cross_entropy(float *z, size_t n, size_t target, float scale)
         z[i] *= factor;
     z[target] -= scale;
     return log((double)sum) - of_target;
+}
+
+#define DISTILL_BLOCK 1024 /* logits; sums of blocks are added in double */
+
+/* y = e^((x - most) / T). Both networks' logits, and each pass over them, take this way: equal
+ * logits give equal bits. */
+INLINE void soften(const float *x, float most, float inverse_t, size_t n, float *y)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] = (x[i] - most) * inverse_t;
+    tr_exp(y, n);
+}
+
+/* With p = e_v / sum_v and q = e_z / sum_z: KL = sum(p (v - z)) / T + ln sum_z - ln sum_v. What is
+ * subtracted from each other goes through memory first, since a fused product would keep more
+ * digits of one side. */
+CLONES tr_losses tr_distill(const tr_mixture *mixture, float *restrict z, float *restrict v,
+                            size_t n, size_t target)
+{
+    const float t = mixture->temperature, inverse_t = 1.0f / t;
+    const float z_most = maximum(z, n), v_most = maximum(v, n);
+    const double of_target = (double)z[target] - (double)z_most;
+    double sum = 0, z_sum = 0, v_sum = 0, apart = 0;
+    float e[DISTILL_BLOCK], d[DISTILL_BLOCK];
+    for (size_t at = 0; at < n; at += DISTILL_BLOCK) {
+        const size_t m = SH_MIN(n - at, (size_t)DISTILL_BLOCK);
+        soften(z + at, z_most, 1.0f, m, e);
+        sum += (double)sum_of(e, m);
+        soften(z + at, z_most, inverse_t, m, e);
+        z_sum += (double)sum_of(e, m);
+        soften(v + at, v_most, inverse_t, m, e);
+        v_sum += (double)sum_of(e, m);
+        for (size_t i = 0; i < m; i++)
+            d[i] = ((v[at + i] - v_most) - (z[at + i] - z_most)) * inverse_t;
+        apart += (double)dot(e, d, m);
+        memcpy(v + at, e, m * sizeof(*e));
+    }
+    const float own = mixture->scale * (1.0f - mixture->weight);
+    const float factor = own / (float)sum, softened = mixture->scale * mixture->weight * t;
+    tr_scale(v, 1.0f / (float)v_sum, n);
+    for (size_t at = 0; at < n; at += DISTILL_BLOCK) {
+        const size_t m = SH_MIN(n - at, (size_t)DISTILL_BLOCK);
+        soften(z + at, z_most, inverse_t, m, d);
+        tr_scale(d, 1.0f / (float)z_sum, m);
+        soften(z + at, z_most, 1.0f, m, e);
+        for (size_t i = 0; i < m; i++)
+            z[at + i] = factor * e[i] + softened * (d[i] - v[at + i]);
+    }
+    z[target] -= own;
+    return (tr_losses){.cross_entropy = log(sum) - of_target,
+                       .kl = apart / v_sum + log(z_sum) - log(v_sum)};
 }
 
 /* ---- products with a short side ---- */

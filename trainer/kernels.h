@@ -51,6 +51,21 @@ void tr_swiglu_backward(float *gate, float *up, const float *dh, size_t n);
 /* Returns -ln softmax(z)[target]; z becomes scale * (softmax(z) - onehot(target)). */
 double tr_cross_entropy(float *z, size_t n, size_t target, float scale);
 
+/* The loss of a position that has a teacher (Hinton et al. 2015, arXiv:1503.02531):
+ *     (1 - w) * -ln softmax(z)[target] + w T^2 KL(softmax(v / T) || softmax(z / T))
+ * z are the student's n logits and become scale times its gradient,
+ *     (1 - w) (softmax(z) - onehot(target)) + w T (softmax(z / T) - softmax(v / T)),
+ * v are the teacher's and become softmax(v / T). Equal logits: KL and its gradient are 0 exactly.
+ */
+typedef struct {
+    float weight, temperature, scale; /* w, T */
+} tr_mixture;
+typedef struct {
+    double cross_entropy, kl; /* neither is weighted */
+} tr_losses;
+tr_losses tr_distill(const tr_mixture *mixture, float *restrict z, float *restrict v, size_t n,
+                     size_t target);
+
 /* Products of wide [rows, n] (row stride ld), narrow [rows, rank] (row stride ld_narrow) and
  * p [rank, n]. Each value is summed in an order that depends on n alone, or on rank, or on rows. */
 typedef struct {

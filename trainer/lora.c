@@ -96,8 +96,7 @@ static sh_status net_open(const sh_model *base, const sh_adapter *adapter,
 {
     sh_status status = SH_OK;
     tr_net *net = NULL;
-    const uint64_t memory_max = options->memory_max;
-    const uint64_t copy = memory_max == 0 ? TR_COPY_BYTES : SH_MIN(TR_COPY_BYTES, memory_max / 4);
+    const uint64_t copy = tr_copy_bytes(options->memory_max);
     SH_GOTO(tr_data_check(&base->config, data, err));
     SH_GOTO(tr_net_create(&base->config, base, copy, data->length - 1, &net, err));
     SH_GOTO(tr_net_quantize(net, options->quantize_aware, err));
@@ -125,14 +124,19 @@ sh_status sh_lora_train(const sh_model *base, sh_adapter *adapter, const sh_trai
                         const sh_train_options *options, sh_train_result *result, sh_error *err)
 {
     sh_status status = SH_OK;
-    tr_net *net = NULL;
+    tr_net *net = NULL, *teacher = NULL;
     float *lora = NULL;
     SH_GOTO(net_open(base, adapter, data, options, &lora, &net, err));
-    SH_GOTO(tr_train(&(tr_trainee){.net = net, .params = lora, .mode = TR_GRAD_LORA}, data, options,
-                     result, err));
+    SH_GOTO(tr_teacher_open(options, &base->config, base->gguf, data, &teacher, err));
+    SH_GOTO(tr_train(&(tr_trainee){.net = net,
+                                   .params = lora,
+                                   .mode = TR_GRAD_LORA,
+                                   .teacher = tr_teacher_of(teacher, options)},
+                     data, options, result, err));
     tr_lora_scatter(net, lora, adapter);
 cleanup:
     free(lora);
+    tr_net_destroy(&teacher);
     tr_net_destroy(&net);
     return status;
 }

@@ -25,6 +25,7 @@
 #define SH_TRAINER_NETWORK_H
 
 #include "shared/math/bf16.h"
+#include "trainer/kernels.h"
 #include "trainer/trainer.h"
 
 enum {
@@ -233,9 +234,22 @@ typedef struct {
     float *lora;    /* n_lora */
 } tr_grads;
 
-/* After tr_forward: returns the sum of -ln p over the targets. With grads, these are those of
- * scale * sum. */
-double tr_backward(const tr_net *net, tr_work *work, float scale, const tr_grads *grads);
+/* A frozen network of the same vocabulary, whose probabilities at `temperature` are learnt with
+ * `weight` beside the targets (kernels.h). */
+typedef struct {
+    const tr_net *net; /* borrowed; NULL: none */
+    float weight, temperature;
+} tr_teacher;
+
+typedef struct {
+    float scale; /* gradients are those of scale * the sum of the loss over the targets */
+    tr_teacher teacher;
+    tr_work *teacher_work; /* after its tr_forward of the same sequences; as many logit_rows */
+} tr_objective;
+
+/* After tr_forward: returns the sums over the targets. */
+tr_losses tr_backward(const tr_net *net, tr_work *work, const tr_objective *objective,
+                      const tr_grads *grads);
 
 /* attention.c: all heads of sequence s; o [T, q] from qkv, and dqkv from do. */
 void tr_attention(const tr_net *net, const tr_work *work, const tr_acts *acts, size_t s);

@@ -238,26 +238,63 @@ static void attention_part_backward(const tr_net *net, tr_work *work, size_t lay
 
 /* ---- the last norm, the output matrix and the loss ---- */
 
-/* On rows that have a target only. With grads, final_in becomes its own gradient. */
-static double head(const tr_net *net, tr_work *work, float scale, const tr_grads *grads)
+/* On rows that have a target only. */
+static void last_norm(const tr_net *net, tr_work *work)
 {
-    const sh_model_config *c = &net->config;
-    const size_t width = c->width, vocab = c->vocab;
-    const float *x = work->acts[c->n_layers].x, *norm = tr_output_norm(net);
-    double loss = 0;
+    const size_t width = net->config.width;
+    const float *x = work->acts[net->config.n_layers].x, *norm = tr_output_norm(net);
     for (size_t i = 0; i < work->n_targets; i++) {
         const float *row = x + work->rows[i] * width;
-        work->final_r[i] = tr_rms_scale(row, c->norm_eps, width);
+        work->final_r[i] = tr_rms_scale(row, net->config.norm_eps, width);
         tr_rmsnorm(row, norm, work->final_r[i], width, work->final_in + i * width);
     }
+}
+
+/* Logits of targets [at, at + rows). */
+static void make_logits(const tr_net *net, tr_work *work, size_t at, size_t rows)
+{
+    const tr_place place = {.g = TR_HEAD, .rows = rows};
+    tr_weights_forward(net, work, &place, work->final_in + at * net->config.width, work->logits);
+}
+
+/* Adds the losses of targets [at, at + rows), whose logits become their gradients. */
+static void add_losses(const tr_net *net, tr_work *work, const tr_objective *o, size_t at,
+                       size_t rows, tr_losses *sum)
+{
+    const size_t vocab = net->config.vocab;
+    const tr_teacher *teacher = &o->teacher;
+    const tr_mixture mixture = {teacher->weight, teacher->temperature, o->scale};
+    make_logits(net, work, at, rows);
+    if (teacher->net)
+        make_logits(teacher->net, o->teacher_work, at, rows);
+    for (size_t i = 0; i < rows; i++) {
+        float *z = work->logits + i * vocab;
+        const size_t target = (size_t)work->targets[at + i];
+        if (!teacher->net) {
+            sum->cross_entropy += tr_cross_entropy(z, vocab, target, o->scale);
+            continue;
+        }
+        const tr_losses one =
+            tr_distill(&mixture, z, o->teacher_work->logits + i * vocab, vocab, target);
+        sum->cross_entropy += one.cross_entropy;
+        sum->kl += one.kl;
+    }
+}
+
+/* With grads, final_in becomes its own gradient. */
+static tr_losses head(const tr_net *net, tr_work *work, const tr_objective *o,
+                      const tr_grads *grads)
+{
+    const size_t width = net->config.width, vocab = net->config.vocab;
+    tr_losses sum = {0};
+    last_norm(net, work);
+    if (o->teacher.net)
+        last_norm(o->teacher.net, o->teacher_work);
     for (size_t at = 0; at < work->n_targets; at += work->shape.logit_rows) {
         const size_t rows = SH_MIN(work->shape.logit_rows, work->n_targets - at);
         float *in = work->final_in + at * width;
         const tr_place place = {.g = TR_HEAD, .rows = rows};
-        tr_weights_forward(net, work, &place, in, work->logits);
-        for (size_t i = 0; i < rows; i++)
-            loss += tr_cross_entropy(work->logits + i * vocab, vocab, (size_t)work->targets[at + i],
-                                     scale);
+        add_losses(net, work, o, at, rows, &sum);
         if (grads && grads->weights)
             sh_sgemm(&(sh_gemm){.trans_a = true,
                                 .m = vocab,
@@ -274,7 +311,7 @@ static double head(const tr_net *net, tr_work *work, float scale, const tr_grads
         if (grads)
             tr_weights_backward(net, work, &place, work->logits, in);
     }
-    return loss;
+    return sum;
 }
 
 static void final_norm_backward(const tr_net *net, tr_work *work, const tr_grads *grads)
@@ -302,18 +339,19 @@ static void embedding_backward(const tr_net *net, tr_work *work, float *grad)
                    work->dx + (s * positions + t) * width, width);
 }
 
-double tr_backward(const tr_net *net, tr_work *work, float scale, const tr_grads *grads)
+tr_losses tr_backward(const tr_net *net, tr_work *work, const tr_objective *objective,
+                      const tr_grads *grads)
 {
     if (grads && work->n_targets == 0) {
         if (grads->weights)
             memset(grads->weights, 0, net->layout.n * sizeof(float));
         if (grads->lora)
             memset(grads->lora, 0, net->n_lora * sizeof(float));
-        return 0;
+        return (tr_losses){0};
     }
-    const double loss = head(net, work, scale, grads);
+    const tr_losses losses = head(net, work, objective, grads);
     if (!grads)
-        return loss;
+        return losses;
     final_norm_backward(net, work, grads);
     const size_t n_layers = net->config.n_layers;
     for (size_t l = n_layers; l-- > 0;) {
@@ -328,5 +366,5 @@ double tr_backward(const tr_net *net, tr_work *work, float scale, const tr_grads
             memset(embd, 0, (size_t)net->config.vocab * net->config.width * sizeof(float));
         embedding_backward(net, work, embd);
     }
-    return loss;
+    return losses;
 }

@@ -103,16 +103,21 @@ done:
 /* The loss is not finite: a parameter may be, or a weight of the base. */
 static sh_status loss_not_finite(const tr_trainee *t, size_t n, uint32_t step, sh_error *err)
 {
-    char name[TENSOR_NAME_BYTES] = "no weight";
+    char name[TENSOR_NAME_BYTES] = "";
+    const char *whose = "";
     size_t at;
     if (t->mode == TR_GRAD_LORA && find_not_finite(t->params, n, &at))
         name_lora(t->net, at, name, sizeof(name));
     else
         name_weight(t->net, name, sizeof(name));
+    if (!name[0] && t->teacher.net) {
+        whose = "the teacher's ";
+        name_weight(t->teacher.net, name, sizeof(name));
+    }
     return sh_fail(err, SH_ERR_INVALID,
-                   "training: the loss is not finite at step %u (%s is not finite); a lower "
+                   "training: the loss is not finite at step %u (%s%s is not finite); a lower "
                    "learning rate or clipping may help",
-                   step, name);
+                   step, name[0] ? whose : "", name[0] ? name : "no weight");
 }
 
 static sh_status grad_not_finite(const tr_trainee *t, const float *grad, size_t n, uint32_t step,
@@ -178,7 +183,9 @@ static sh_status memory_left(const tr_trainee *t, size_t n, const sh_train_optio
                              uint64_t *out, sh_error *err)
 {
     const uint64_t memory_max = options->memory_max;
-    const uint64_t weights = t->net->weights ? t->net->layout.n : 0;
+    const tr_net *teacher = t->teacher.net;
+    const uint64_t weights = (t->net->weights ? t->net->layout.n : 0) +
+                             (teacher && teacher->weights ? teacher->layout.n : 0);
     const uint64_t lora = t->mode == TR_GRAD_LORA ? n + t->net->n_turned : 0;
     const uint64_t taken = (weights + lora + tr_optimizer_floats(options, n)) * sizeof(float);
     if (memory_max > 0 && taken >= memory_max)
@@ -212,7 +219,8 @@ static sh_status loop_init(loop *l, const tr_trainee *t, const sh_train_data *da
                                                    .mode = t->mode,
                                                    .batch = l->n_batch,
                                                    .threads = options->threads,
-                                                   .memory_max = left},
+                                                   .memory_max = left,
+                                                   .teacher = t->teacher},
                              &l->batcher, err);
 }
 
@@ -244,6 +252,8 @@ sh_status tr_train(const tr_trainee *t, const sh_train_data *data, const sh_trai
         }
         r.tokens_seen += sum.n_targets;
         r.loss_last = loss;
+        r.cross_entropy_last = sum.cross_entropy_sum / (double)SH_MAX(sum.n_targets, 1u);
+        r.kl_last = sum.kl_sum / (double)SH_MAX(sum.n_targets, 1u);
         if (step == 0)
             r.loss_first = loss;
         if (options->progress && !options->progress(options->progress_arg, step + 1, loss)) {

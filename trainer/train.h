@@ -28,6 +28,7 @@ typedef struct {
     size_t batch; /* sequences a call of tr_batcher_run, at most */
     unsigned threads;
     uint64_t memory_max; /* bytes for what the batcher allocates; 0: no limit */
+    tr_teacher teacher;
 } tr_batcher_options;
 /* SH_ERR_LIMIT: memory_max is too small, with what it would have to be. */
 SH_MUST_USE sh_status tr_batcher_create(const tr_batcher_options *options, tr_batcher **out,
@@ -37,6 +38,7 @@ sh_tile_plan tr_batcher_plan(const tr_batcher *batcher);
 typedef struct {
     double loss_sum;
     uint64_t n_targets;
+    double cross_entropy_sum, kl_sum; /* what loss_sum is made of; kl_sum 0: no teacher */
 } tr_batch_loss;
 /* Loss of sequences index[0, n), and in grad (NULL when TR_LOSS_ONLY) the gradient of its mean. */
 tr_batch_loss tr_batcher_run(tr_batcher *batcher, const uint32_t *index, size_t n, float *grad);
@@ -45,6 +47,25 @@ tr_batch_loss tr_batcher_run(tr_batcher *batcher, const uint32_t *index, size_t 
  * than the model's context. */
 SH_MUST_USE sh_status tr_data_check(const sh_model_config *config, const sh_train_data *data,
                                     sh_error *err);
+
+/* What of a base may be copied to F32 (tr_net_create) under a limit of memory. */
+static inline uint64_t tr_copy_bytes(uint64_t memory_max)
+{
+    return memory_max == 0 ? TR_COPY_BYTES : SH_MIN(TR_COPY_BYTES, memory_max / 4);
+}
+
+/* distill.c: the teacher of options, frozen, its net the caller's to destroy; net NULL: none.
+ * SH_ERR_MISMATCH: its vocabulary is not the student's, of config and, unless NULL, the file's
+ * keys. SH_ERR_LIMIT: its context is shorter than data's sequences. */
+SH_MUST_USE sh_status tr_teacher_open(const sh_train_options *options,
+                                      const sh_model_config *student, const sh_gguf *keys,
+                                      const sh_train_data *data, tr_net **net, sh_error *err);
+/* With the weight and temperature of options. */
+static inline tr_teacher tr_teacher_of(const tr_net *net, const sh_train_options *options)
+{
+    return (tr_teacher){net, options->distill_weight,
+                        options->temperature > 0 ? options->temperature : 1.0f};
+}
 
 /* Mean loss over all of data; net as it stands. */
 SH_MUST_USE sh_status tr_evaluate(const tr_net *net, const sh_train_data *data,
@@ -58,6 +79,7 @@ typedef struct {
     tr_net *net;
     float *params;
     tr_mode mode;
+    tr_teacher teacher;
 } tr_trainee;
 SH_MUST_USE sh_status tr_train(const tr_trainee *trainee, const sh_train_data *data,
                                const sh_train_options *options, sh_train_result *result,

@@ -14,7 +14,9 @@
 #include "shared/base/rng.h"
 #include "shared/model/model.h"
 
-#define SH_LORA_RANK_MAX 1024
+#define SH_LORA_RANK_MAX   1024
+#define SH_TEMPERATURE_MIN 0.01f /* of distillation */
+#define SH_TEMPERATURE_MAX 100.0f
 
 /* Bits of a mask. */
 enum {
@@ -78,6 +80,12 @@ typedef struct {
      * SH_TYPE_F32: off. SH_ERR_INVALID names a matrix whose rows are not whole blocks; not together
      * with dropout. */
     sh_type quantize_aware;
+    /* Distillation (Hinton et al. 2015, arXiv:1503.02531): the loss of a target is
+     * (1 - w) cross-entropy + w T^2 KL(teacher's || student's probabilities at temperature T). */
+    const sh_model *teacher; /* frozen; NULL: none. Of the student's vocabulary (sizes and strings
+                                are compared, else SH_ERR_MISMATCH); any architecture */
+    float distill_weight;    /* w in [0, 1]; above 0 it needs a teacher */
+    float temperature;       /* T in [SH_TEMPERATURE_MIN, SH_TEMPERATURE_MAX]; 0: 1 */
 } sh_train_options;
 
 /* How the batches were worked on. Results are the same bits for any number of threads and kept
@@ -96,6 +104,9 @@ typedef struct {
     double loss_first, loss_last; /* of a batch, before its update */
     uint64_t tokens_seen;         /* target tokens */
     double seconds;               /* CPU-independent callers ignore this */
+    /* What loss_last is made of, unweighted means over its targets; KL in nats at the temperature,
+     * 0 without a teacher. */
+    double cross_entropy_last, kl_last;
 } sh_train_result;
 
 /* The adapter of a plan before training: A0 from a_seed, B = 0, all seven matrices. */
@@ -120,8 +131,8 @@ typedef struct {
      * SH_TYPE_F32: of the weights as they are. Errors as in sh_train_options. */
     sh_type quantize_aware;
 } sh_train_limits;
-/* Mean NLL over the targets of data. adapter and limits may be NULL. Float forward pass of the
- * trainer. */
+/* Mean NLL over the targets of data, without any teacher. adapter and limits may be NULL. Float
+ * forward pass of the trainer. */
 SH_MUST_USE sh_status sh_train_evaluate(const sh_model *base, const sh_adapter *adapter,
                                         const sh_train_data *data, const sh_train_limits *limits,
                                         double *mean_nll, sh_error *err);

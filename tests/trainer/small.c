@@ -432,10 +432,29 @@ static void step(const reference *r, int32_t token, const place *at, cache keys,
     multiply(r->output, c->vocab, width, n, z);
 }
 
-double reference_loss(const reference *r, const sh_train_data *data)
+/* w T^2 KL of one position, whose logits are z and the teacher's v. */
+static double softened_kl(const reference_mixture *mixture, const double *z, const double *v,
+                          size_t n)
 {
-    cache *keys = must(sh_calloc(2, sizeof(*keys))), *values = keys + 1;
-    double z[MOST], loss = 0, n = 0;
+    const double t = mixture->temperature;
+    double p[MOST], q[MOST], kl = 0;
+    for (size_t i = 0; i < n; i++) {
+        q[i] = z[i] / t;
+        p[i] = v[i] / t;
+    }
+    softmax_nll(q, n, 0);
+    softmax_nll(p, n, 0);
+    for (size_t i = 0; i < n; i++)
+        kl += p[i] * log(p[i] / q[i]);
+    return mixture->weight * t * t * kl;
+}
+
+double reference_mixed_loss(const reference *r, const reference_mixture *mixture,
+                            const sh_train_data *data)
+{
+    const reference *teacher = mixture->teacher;
+    cache *keys = must(sh_calloc(teacher ? 4 : 2, sizeof(*keys)));
+    double z[MOST], v[MOST], loss = 0, n = 0;
     SH_ASSERT(data->length <= MOST && r->config.vocab <= MOST && r->config.ffn <= MOST);
     for (size_t s = 0; s < data->n; s++) {
         const int32_t *tokens = data->tokens + s * data->length;
@@ -444,15 +463,25 @@ double reference_loss(const reference *r, const sh_train_data *data)
             const uint8_t *mask = data->mask ? data->mask + s * data->length + t : NULL;
             if (mask && mask[0] & SH_TRAIN_BEGINS)
                 begin = t;
-            step(r, tokens[t], &(place){s, begin, t}, *keys, *values, z);
+            step(r, tokens[t], &(place){s, begin, t}, keys[0], keys[1], z);
+            if (teacher)
+                step(teacher, tokens[t], &(place){s, begin, t}, keys[2], keys[3], v);
             if (mask && !(mask[1] & SH_TRAIN_TARGET))
                 continue;
-            loss += softmax_nll(z, r->config.vocab, (size_t)tokens[t + 1]);
+            if (teacher)
+                loss += softened_kl(mixture, z, v, r->config.vocab);
+            loss += (teacher ? 1 - mixture->weight : 1) *
+                    softmax_nll(z, r->config.vocab, (size_t)tokens[t + 1]);
             n++;
         }
     }
     free(keys);
     return loss / n;
+}
+
+double reference_loss(const reference *r, const sh_train_data *data)
+{
+    return reference_mixed_loss(r, &(reference_mixture){0}, data);
 }
 
 void reference_release(reference *r)

@@ -59,6 +59,13 @@ void reference_init(reference *r, const sh_model *model);
 void reference_adapt(reference *r, const reference_lora *lora);
 /* Mean loss over the targets. */
 double reference_loss(const reference *r, const sh_train_data *data);
+/* The mean of (1 - weight) * cross-entropy + weight * T^2 * KL(teacher's || r's probabilities). */
+typedef struct {
+    const reference *teacher; /* NULL: cross-entropy alone */
+    double weight, temperature;
+} reference_mixture;
+double reference_mixed_loss(const reference *r, const reference_mixture *mixture,
+                            const sh_train_data *data);
 void reference_release(reference *r);
 
 #endif

@@ -70,6 +70,84 @@ static void test_softmax_and_cross_entropy(void **state)
     }
 }
 
+#define VOCABULARY 2500 /* more than the kernel works on at once */
+
+static double softmax_of(const float *x, double t, size_t n, double *p)
+{
+    double sum = 0, most = -1e9;
+    for (size_t i = 0; i < n; i++)
+        most = fmax(most, (double)x[i] / t);
+    for (size_t i = 0; i < n; i++)
+        sum += p[i] = exp((double)x[i] / t - most);
+    for (size_t i = 0; i < n; i++)
+        p[i] /= sum;
+    return log(sum) + most;
+}
+
+static void check_distill(const tr_mixture *m, size_t n)
+{
+    static float x[VOCABULARY], y[VOCABULARY], z[VOCABULARY], v[VOCABULARY];
+    static double one[VOCABULARY], p[VOCABULARY], q[VOCABULARY];
+    const double t = (double)m->temperature, w = (double)m->weight, scale = (double)m->scale;
+    const size_t target = n / 3;
+    double kl = 0;
+    fill(x, n, 3.0f, n);
+    fill(y, n, 3.0f, n + 1);
+    memcpy(z, x, sizeof(x));
+    memcpy(v, y, sizeof(y));
+    const tr_losses losses = tr_distill(m, z, v, n, target);
+    const double norm = softmax_of(x, 1, n, one), z_norm = softmax_of(x, t, n, q);
+    const double v_norm = softmax_of(y, t, n, p);
+    for (size_t i = 0; i < n; i++)
+        kl += p[i] * (((double)y[i] - (double)x[i]) / t - v_norm + z_norm);
+    must_be_near(losses.cross_entropy, norm - (double)x[target], 2e-6);
+    must_be_near(losses.kl, kl, 1e-5);
+    for (size_t i = 0; i < n; i++) {
+        must_be_near((double)v[i], p[i], 1e-6);
+        must_be_near((double)z[i],
+                     scale * ((1 - w) * (one[i] - (i == target)) + w * t * (q[i] - p[i])), 3e-6);
+    }
+}
+
+/* Weights and temperatures, at lengths around that of the vectors and of a vocabulary. */
+static void test_distill(void **state)
+{
+    (void)state;
+    static const float temperatures[] = {0.5f, 1.0f, 4.0f};
+    for (size_t n = 1; n <= VOCABULARY; n += n < MOST ? 1 : 810)
+        for (size_t i = 0; i < SH_COUNT(temperatures); i++)
+            check_distill(&(tr_mixture){0.25f * (float)(n % 5), temperatures[i], 0.5f}, n);
+}
+
+/* Equal logits teach nothing, exactly; those of a high temperature are matched themselves: the
+ * gradient goes to (z - v) / n, both without their means (Hinton et al. 2015, section 2.1). */
+static void test_distill_limits(void **state)
+{
+    (void)state;
+    enum { N = 1500 };
+    static float x[N], y[N], z[N], v[N];
+    double x_mean = 0, y_mean = 0;
+    for (float t = 0.25f; t <= 64; t *= 1.7f) {
+        fill(x, N, 3.0f, 1);
+        memcpy(y, x, sizeof(x));
+        const tr_losses losses = tr_distill(&(tr_mixture){1.0f, t, 1.0f}, x, y, N, 7);
+        must_be_near(losses.kl, 0, 0);
+        for (size_t i = 0; i < N; i++)
+            assert_true(x[i] == 0);
+    }
+    fill(x, N, 1.0f, 1);
+    fill(y, N, 1.0f, 2);
+    for (size_t i = 0; i < N; i++) {
+        x_mean += (double)x[i] / N;
+        y_mean += (double)y[i] / N;
+    }
+    memcpy(z, x, sizeof(x));
+    memcpy(v, y, sizeof(y));
+    (void)tr_distill(&(tr_mixture){1.0f, 100.0f, (float)N}, z, v, N, 7);
+    for (size_t i = 0; i < N; i++)
+        must_be_near((double)z[i], (double)x[i] - x_mean - (double)y[i] + y_mean, 0.1);
+}
+
 static void test_swiglu(void **state)
 {
     (void)state;
@@ -180,9 +258,10 @@ static void test_sums(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exp),    cmocka_unit_test(test_softmax_and_cross_entropy),
-        cmocka_unit_test(test_swiglu), cmocka_unit_test(test_rope_turns_back),
-        cmocka_unit_test(test_skinny), cmocka_unit_test(test_sums),
+        cmocka_unit_test(test_exp),     cmocka_unit_test(test_softmax_and_cross_entropy),
+        cmocka_unit_test(test_swiglu),  cmocka_unit_test(test_rope_turns_back),
+        cmocka_unit_test(test_skinny),  cmocka_unit_test(test_sums),
+        cmocka_unit_test(test_distill), cmocka_unit_test(test_distill_limits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
