@@ -71,6 +71,12 @@ CLONES void tr_scale(float *y, float s, size_t n)
         y[i] *= s;
 }
 
+CLONES void tr_blend(float *restrict y, float a, const float *restrict x, float b, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] = a * y[i] + b * x[i];
+}
+
 INLINE float dot(const float *a, const float *b, size_t n)
 {
     lanes sum = {0};

@@ -14,9 +14,10 @@
  * [-87.3, 88.3], NaN stays NaN. n values, in place. */
 void tr_exp(float *x, size_t n);
 
-/* y += x; y *= s */
+/* y += x; y *= s; y = a y + b x */
 void tr_add(float *y, const float *x, size_t n);
 void tr_scale(float *y, float s, size_t n);
+void tr_blend(float *y, float a, const float *x, float b, size_t n);
 double tr_sum_squares(const float *x, size_t n);
 
 /* RMSNorm: y = x * r * w, r = 1 / sqrt(mean(x^2) + eps). */

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "trainer/kernels.h"
 #include "trainer/optimizer.h"
 
 #define PURPOSE_ORDER 0x74726f72u /* names this use of the generator */
@@ -161,6 +162,8 @@ typedef struct {
     tr_batcher *batcher;
     uint32_t *batch; /* [n_batch] */
     size_t n_batch;
+    uint32_t accumulate; /* batches a step */
+    float *partial;      /* gradient of a batch after a step's first; NULL: there is none */
     sampler sampler;
     tr_optimizer optimizer;
 } loop;
@@ -169,6 +172,7 @@ static void loop_release(loop *l)
 {
     tr_batcher_destroy(&l->batcher);
     free(l->batch);
+    free(l->partial);
     free(l->sampler.order);
     tr_optimizer_release(&l->optimizer);
 }
@@ -180,7 +184,9 @@ static sh_status memory_left(const tr_trainee *t, size_t n, const sh_train_optio
     const uint64_t memory_max = options->memory_max;
     const uint64_t weights = t->net->weights ? t->net->layout.n : 0;
     const uint64_t lora = t->mode == TR_GRAD_LORA ? n + t->net->n_turned : 0;
-    const uint64_t taken = (weights + lora + tr_optimizer_floats(options, n)) * sizeof(float);
+    const uint64_t partial = options->accumulate > 1 ? n : 0;
+    const uint64_t taken =
+        (weights + lora + partial + tr_optimizer_floats(options, n)) * sizeof(float);
     if (memory_max > 0 && taken >= memory_max)
         return sh_fail(err, SH_ERR_LIMIT,
                        "training: weights and optimizer take %llu bytes, the memory limit is %llu",
@@ -197,12 +203,15 @@ static sh_status loop_init(loop *l, const tr_trainee *t, const sh_train_data *da
     uint64_t left = 0;
     SH_TRY(memory_left(t, n, options, &left, err));
     l->n_batch = SH_MIN((size_t)options->batch, data->n);
+    l->accumulate = SH_MAX(1u, options->accumulate);
     l->batch = sh_calloc(l->n_batch, sizeof(*l->batch));
     l->sampler = (sampler){.order = sh_calloc(data->n, sizeof(*l->sampler.order)),
                            .n = data->n,
                            .seed = options->shuffle_seed};
     if (!l->batch || !l->sampler.order)
         return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu sequences", data->n);
+    if (l->accumulate > 1 && !(l->partial = sh_alloc_aligned(n * sizeof(*l->partial))))
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for gradients");
     SH_TRY(tr_optimizer_create(t->net, t->mode == TR_GRAD_FULL, options, t->params, &l->optimizer,
                                err));
     for (size_t i = 0; i < data->n; i++)
@@ -214,6 +223,25 @@ static sh_status loop_init(loop *l, const tr_trainee *t, const sh_train_data *da
                                                    .threads = options->threads,
                                                    .memory_max = left},
                              &l->batcher, err);
+}
+
+/* The gradient of the mean over all targets of a step's batches: each batch's own mean counts by
+ * its targets, so that nothing has to be known of the batches that follow. */
+static tr_batch_loss step_gradient(loop *l)
+{
+    tr_batch_loss sum = {0};
+    for (uint32_t k = 0; k < l->accumulate; k++) {
+        sampler_next(&l->sampler, l->batch, l->n_batch);
+        const tr_batch_loss one = tr_batcher_run(l->batcher, l->batch, l->n_batch,
+                                                 k == 0 ? l->optimizer.grad : l->partial);
+        const double all = (double)(sum.n_targets + one.n_targets);
+        if (k > 0 && one.n_targets > 0)
+            tr_blend(l->optimizer.grad, (float)((double)sum.n_targets / all), l->partial,
+                     (float)((double)one.n_targets / all), l->optimizer.n);
+        sum.loss_sum += one.loss_sum;
+        sum.n_targets += one.n_targets;
+    }
+    return sum;
 }
 
 sh_status tr_train(const tr_trainee *t, const sh_train_data *data, const sh_train_options *options,
@@ -229,9 +257,8 @@ sh_status tr_train(const tr_trainee *t, const sh_train_data *data, const sh_trai
     for (uint32_t step = 0; step < options->steps; step++) {
         if (t->mode == TR_GRAD_LORA)
             tr_net_use(t->net, t->params);
-        sampler_next(&l.sampler, l.batch, l.n_batch);
-        tr_batch_loss sum = tr_batcher_run(l.batcher, l.batch, l.n_batch, l.optimizer.grad);
-        /* A batch that is masked out whole teaches nothing, but counts as a step. */
+        tr_batch_loss sum = step_gradient(&l);
+        /* A step whose batches are masked out whole teaches nothing, but counts. */
         double loss = sum.n_targets > 0 ? sum.loss_sum / (double)sum.n_targets : 0.0;
         if (!isfinite(loss)) {
             status = loss_not_finite(t, l.optimizer.n, step + 1, err);

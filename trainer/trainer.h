@@ -59,6 +59,9 @@ typedef struct {
     /* Called after each step; a false return cancels (SH_ERR_CANCELLED). May be NULL. */
     bool (*progress)(void *arg, uint32_t step, double loss);
     void *progress_arg;
+    /* Batches whose gradients make one step, that of the mean over all their targets; 0: 1. It takes
+     * the memory of one batch and of one more gradient. */
+    uint32_t accumulate;
 } sh_train_options;
 
 /* How the batches were worked on. Results are the same bits for any number of threads and kept
@@ -74,7 +77,7 @@ typedef struct {
 
 typedef struct {
     sh_tile_plan plan;
-    double loss_first, loss_last; /* of a batch, before its update */
+    double loss_first, loss_last; /* mean over a step's targets, before its update */
     uint64_t tokens_seen;         /* target tokens */
     double seconds;               /* CPU-independent callers ignore this */
 } sh_train_result;
