@@ -59,8 +59,8 @@ typedef struct {
     /* Called after each step; a false return cancels (SH_ERR_CANCELLED). May be NULL. */
     bool (*progress)(void *arg, uint32_t step, double loss);
     void *progress_arg;
-    /* Batches whose gradients make one step, that of the mean over all their targets; 0: 1. It takes
-     * the memory of one batch and of one more gradient. */
+    /* Batches whose gradients make one step, that of the mean over all their targets; 0: 1. It
+     * takes the memory of one batch and of one more gradient. */
     uint32_t accumulate;
 } sh_train_options;
 
