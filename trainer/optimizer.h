@@ -9,20 +9,31 @@
 #ifndef SH_TRAINER_OPTIMIZER_H
 #define SH_TRAINER_OPTIMIZER_H
 
+#include "trainer/kernels.h"
 #include "trainer/network.h"
+
+/* Moments as codes (kernels.h), and one block of them as floats while it is worked on. */
+typedef struct {
+    uint8_t *m, *v;           /* [n]; v NULL: SGD */
+    float *m_scale, *v_scale; /* [n / TR_BLOCK, rounded up] */
+    size_t block;             /* that is open; SIZE_MAX: none */
+    float open_m[TR_BLOCK], open_v[TR_BLOCK];
+} tr_coded;
 
 typedef struct {
     const tr_net *net; /* borrowed */
     const sh_train_options *options;
-    bool full;            /* params are the net's weights; else its LoRA vector */
-    size_t n;             /* parameters */
-    float *grad;          /* [n], the caller fills it before each step */
-    float *m, *v, *start; /* [n]; moments; v NULL: SGD; start NULL: no proximal term */
-    uint32_t step;        /* updates made */
+    bool full;       /* params are the net's weights; else its LoRA vector */
+    size_t n;        /* parameters */
+    float *grad;     /* [n], the caller fills it before each step */
+    float *m, *v;    /* [n], moments; v NULL: SGD */
+    tr_coded *coded; /* NULL: m and v are floats; else they are here */
+    float *start;    /* [n]; NULL: no proximal term */
+    uint32_t step;   /* updates made */
 } tr_optimizer;
 
-/* Floats that an optimizer holds, the gradient among them. */
-size_t tr_optimizer_floats(const sh_train_options *options, size_t n);
+/* What an optimizer of n parameters holds, the gradient among it. */
+uint64_t tr_optimizer_bytes(const sh_train_options *options, size_t n);
 /* options and net are borrowed. On error there is nothing to release. */
 SH_MUST_USE sh_status tr_optimizer_create(const tr_net *net, bool full,
                                           const sh_train_options *options, const float *params,

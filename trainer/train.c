@@ -186,7 +186,7 @@ static sh_status memory_left(const tr_trainee *t, size_t n, const sh_train_optio
     const uint64_t lora = t->mode == TR_GRAD_LORA ? n + t->net->n_turned : 0;
     const uint64_t partial = options->accumulate > 1 ? n : 0;
     const uint64_t taken =
-        (weights + lora + partial + tr_optimizer_floats(options, n)) * sizeof(float);
+        (weights + lora + partial) * sizeof(float) + tr_optimizer_bytes(options, n);
     if (memory_max > 0 && taken >= memory_max)
         return sh_fail(err, SH_ERR_LIMIT,
                        "training: weights and optimizer take %llu bytes, the memory limit is %llu",

@@ -62,6 +62,9 @@ typedef struct {
     /* Batches whose gradients make one step, that of the mean over all their targets; 0: 1. It
      * takes the memory of one batch and of one more gradient. */
     uint32_t accumulate;
+    /* The optimizer's moments in blocks of 8-bit numbers, a quarter of their memory (Dettmers et
+     * al. 2022, arXiv:2110.02861). */
+    bool state_8bit;
 } sh_train_options;
 
 /* How the batches were worked on. Results are the same bits for any number of threads and kept
