@@ -77,8 +77,8 @@ void tr_sgd_update(const tr_sgd *c, float *p, const float *g, float *m, size_t n
 /*
  * Moments in 8 bits: block-wise dynamic quantization (Dettmers et al. 2022, arXiv:2110.02861). The
  * leading 1 of a code of b bits chooses a decade below the block's largest value, the bits after it
- * a place in the decade: c = 2^k + j stands for scale * 10^(k + 1 - b) (0.1 + 0.9 j / 2^k), 0 for 0.
- * A first moment has a sign and b = 7; of a second moment the root is kept, b = 8, which is what
+ * a place in the decade: c = 2^k + j stands for scale * 10^(k + 1 - b) (0.1 + 0.9 j / 2^k), 0 for
+ * 0. A first moment has a sign and b = 7; of a second moment the root is kept, b = 8, which is what
  * AdamW divides by: it spans twice the decades.
  *
  * A moment moves by less a step than codes are apart, and rounding to the nearest would hold it

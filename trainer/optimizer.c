@@ -19,6 +19,14 @@ double tr_learning_rate(const sh_train_options *o, uint32_t step)
     return (double)o->lr * ((double)o->lr_final + (1.0 - (double)o->lr_final) * left);
 }
 
+sh_freeze tr_freeze(const sh_train_options *o, uint32_t step)
+{
+    if (o->alternate == 0)
+        return o->freeze;
+    const bool other = step / o->alternate % 2 == 1;
+    return (o->freeze == SH_FREEZE_B) != other ? SH_FREEZE_B : SH_FREEZE_A;
+}
+
 static size_t n_blocks_of(size_t n)
 {
     return (n + TR_BLOCK - 1) / TR_BLOCK;
@@ -210,44 +218,52 @@ static void learn_range(tr_optimizer *o, const step_numbers *s, float *params, s
     update_range(o, s, params, at, n, true);
 }
 
-static void update_lora(tr_optimizer *o, const step_numbers *s, float *params)
+static void update_lora(tr_optimizer *o, const step_numbers *s, sh_freeze freeze, float *params)
 {
-    if (o->options->freeze == SH_FREEZE_NONE)
+    if (freeze == SH_FREEZE_NONE)
         update_range(o, s, params, 0, o->n, true);
     else
-        each_factor(o, o->options->freeze == SH_FREEZE_A, s, params, learn_range);
+        each_factor(o, freeze == SH_FREEZE_A, s, params, learn_range);
+}
+
+/* updates: with this one, of what is updated. */
+static step_numbers numbers_of(const sh_train_options *o, double lr, uint32_t updates)
+{
+    const double beta1 = o->beta1 > 0 ? (double)o->beta1 : 0.9;
+    const double beta2 = o->beta2 > 0 ? (double)o->beta2 : 0.999;
+    return (step_numbers){
+        .adamw = {.beta1 = (float)beta1,
+                  .beta2 = (float)beta2,
+                  .eps = o->eps > 0 ? o->eps : 1e-8f,
+                  .step_size = (float)(lr / (1.0 - pow(beta1, updates))),
+                  .sqrt_correction = (float)sqrt(1.0 - pow(beta2, updates)),
+                  .decay = (float)(1.0 - lr * (double)o->weight_decay)},
+        .momentum = o->momentum,
+        .lr = (float)lr,
+    };
 }
 
 bool tr_optimizer_step(tr_optimizer *o, float *params)
 {
     const sh_train_options *options = o->options;
-    if (!o->full && options->freeze != SH_FREEZE_NONE)
-        each_factor(o, options->freeze == SH_FREEZE_B, NULL, params, forget_range);
+    const sh_freeze freeze = o->full ? SH_FREEZE_NONE : tr_freeze(options, o->step);
     if (o->start)
         tr_proximal(o->grad, params, o->start, options->proximal, o->n);
+    if (freeze != SH_FREEZE_NONE)
+        each_factor(o, freeze == SH_FREEZE_B, NULL, params, forget_range);
     const double norm = sqrt(tr_sum_squares(o->grad, o->n));
     if (!isfinite(norm))
         return false;
     if (options->clip > 0 && norm > (double)options->clip)
         tr_scale(o->grad, (float)((double)options->clip / (norm + CLIP_EPSILON)), o->n);
-    const double beta1 = options->beta1 > 0 ? (double)options->beta1 : 0.9;
-    const double beta2 = options->beta2 > 0 ? (double)options->beta2 : 0.999;
     const double lr = tr_learning_rate(options, o->step);
+    const step_numbers s = numbers_of(options, lr, ++o->updates[freeze == SH_FREEZE_A]);
+    o->norm = norm;
     o->step++;
-    const step_numbers s = {
-        .adamw = {.beta1 = (float)beta1,
-                  .beta2 = (float)beta2,
-                  .eps = options->eps > 0 ? options->eps : 1e-8f,
-                  .step_size = (float)(lr / (1.0 - pow(beta1, o->step))),
-                  .sqrt_correction = (float)sqrt(1.0 - pow(beta2, o->step)),
-                  .decay = (float)(1.0 - lr * (double)options->weight_decay)},
-        .momentum = options->momentum,
-        .lr = (float)lr,
-    };
     if (o->full)
         update_full(o, &s, params);
     else
-        update_lora(o, &s, params);
+        update_lora(o, &s, freeze, params);
     if (o->coded)
         close_block(o);
     return true;

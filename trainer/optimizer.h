@@ -23,13 +23,15 @@ typedef struct {
 typedef struct {
     const tr_net *net; /* borrowed */
     const sh_train_options *options;
-    bool full;       /* params are the net's weights; else its LoRA vector */
-    size_t n;        /* parameters */
-    float *grad;     /* [n], the caller fills it before each step */
-    float *m, *v;    /* [n], moments; v NULL: SGD */
-    tr_coded *coded; /* NULL: m and v are floats; else they are here */
-    float *start;    /* [n]; NULL: no proximal term */
-    uint32_t step;   /* updates made */
+    bool full;           /* params are the net's weights; else its LoRA vector */
+    size_t n;            /* parameters */
+    float *grad;         /* [n], the caller fills it before each step */
+    float *m, *v;        /* [n], moments; v NULL: SGD */
+    tr_coded *coded;     /* NULL: m and v are floats; else they are here */
+    float *start;        /* [n]; NULL: no proximal term */
+    uint32_t step;       /* updates made */
+    uint32_t updates[2]; /* of them those of all that is trained, or of A; those of B alone */
+    double norm;         /* of the last update's gradient, before clipping */
 } tr_optimizer;
 
 /* What an optimizer of n parameters holds, the gradient among it. */
@@ -42,6 +44,8 @@ void tr_optimizer_release(tr_optimizer *o);
 /* One update. false: the gradient's norm is not finite, and nothing was changed. */
 bool tr_optimizer_step(tr_optimizer *o, float *params);
 
+/* What is frozen at a step (from 0): in turns with `alternate`. */
+sh_freeze tr_freeze(const sh_train_options *options, uint32_t step);
 /* Learning rate of a step (from 0): linear warm-up, then the schedule's decay to lr * lr_final. */
 double tr_learning_rate(const sh_train_options *options, uint32_t step);
 
