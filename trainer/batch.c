@@ -68,21 +68,24 @@ static bool fits(const planning *p)
  * to be; sequences at once, which makes other sums; threads. */
 static sh_status make_plan(planning *p, sh_error *err)
 {
+    const sh_tile_plan *like = p->o->like;
     const size_t n_layers = p->o->net->config.n_layers;
     const size_t positions = p->shape.positions, vocab = p->o->net->config.vocab;
     for (;;) {
         const size_t rows = p->shape.sequences * positions;
         p->shape.logit_rows = SH_MIN(rows, SH_MAX((size_t)TR_LOGIT_ROWS, TR_LOGIT_FLOATS / vocab));
+        if (like)
+            p->shape.logit_rows = SH_MIN(rows, SH_MAX(like->logit_rows, 1u));
         p->shape.kept = n_layers;
-        while (!fits(p) && p->shape.logit_rows > 4 * (size_t)TR_LOGIT_ROWS)
+        while (!fits(p) && !like && p->shape.logit_rows > 4 * (size_t)TR_LOGIT_ROWS)
             p->shape.logit_rows /= 2;
         while (!fits(p) && p->shape.kept > 0 && p->shape.backward)
             p->shape.kept--;
-        while (!fits(p) && p->shape.logit_rows > TR_LOGIT_ROWS)
+        while (!fits(p) && !like && p->shape.logit_rows > TR_LOGIT_ROWS)
             p->shape.logit_rows /= 2;
         if (fits(p))
             return SH_OK;
-        if (p->shape.sequences > 1)
+        if (p->shape.sequences > 1 && !like)
             p->shape.sequences /= 2;
         else if (p->threads > 1)
             p->threads /= 2;
@@ -96,6 +99,28 @@ static sh_status make_plan(planning *p, sh_error *err)
     }
 }
 
+static planning planning_of(const tr_batcher_options *o)
+{
+    const size_t positions = o->data->length - 1;
+    const size_t sequences = o->like ? o->like->micro_sequences : TR_MICRO_ROWS / positions;
+    return (planning){.o = o,
+                      .n_grad = o->mode == TR_GRAD_FULL   ? o->net->layout.n
+                                : o->mode == TR_GRAD_LORA ? o->net->n_lora
+                                                          : 0,
+                      .threads = SH_MAX(1u, o->threads),
+                      .shape = {.sequences = SH_MIN(SH_MAX((size_t)1, sequences), o->batch),
+                                .positions = positions,
+                                .backward = o->mode != TR_LOSS_ONLY}};
+}
+
+uint64_t tr_batcher_bytes_least(const tr_batcher_options *options)
+{
+    tr_batcher_options o = *options;
+    o.memory_max = 1; /* nothing fits: what is given up last is what is left */
+    planning p = planning_of(&o);
+    return make_plan(&p, NULL) == SH_OK ? 1 : bytes_of(&p);
+}
+
 sh_tile_plan tr_batcher_plan(const tr_batcher *batcher)
 {
     return batcher->plan;
@@ -106,21 +131,13 @@ sh_tile_plan tr_batcher_plan(const tr_batcher *batcher)
 sh_status tr_batcher_create(const tr_batcher_options *options, tr_batcher **out, sh_error *err)
 {
     sh_status status = SH_OK;
-    const size_t positions = options->data->length - 1;
     tr_batcher *b = sh_calloc(1, sizeof(*b));
     if (!b)
         return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a batch");
     b->o = *options;
-    b->n_grad = options->mode == TR_GRAD_FULL   ? options->net->layout.n
-                : options->mode == TR_GRAD_LORA ? options->net->n_lora
-                                                : 0;
-    planning p = {
-        .o = options,
-        .n_grad = b->n_grad,
-        .threads = SH_MAX(1u, options->threads),
-        .shape = {.sequences = SH_MIN(SH_MAX((size_t)1, TR_MICRO_ROWS / positions), options->batch),
-                  .positions = positions,
-                  .backward = options->mode != TR_LOSS_ONLY}};
+    b->o.like = NULL;
+    planning p = planning_of(options);
+    b->n_grad = p.n_grad;
     SH_GOTO(make_plan(&p, err));
     b->micro = p.shape.sequences;
     b->n_slots = n_slots_of(&p);

@@ -1,5 +1,6 @@
 #include "trainer/kernels.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -69,6 +70,12 @@ CLONES void tr_scale(float *y, float s, size_t n)
 {
     for (size_t i = 0; i < n; i++)
         y[i] *= s;
+}
+
+CLONES void tr_blend(float *restrict y, float a, const float *restrict x, float b, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] = a * y[i] + b * x[i];
 }
 
 INLINE float dot(const float *a, const float *b, size_t n)
@@ -461,6 +468,151 @@ CLONES void tr_sgd_update(const tr_sgd *c, float *restrict p, const float *restr
         m[i] = k.momentum * m[i] + g[i];
         p[i] = p[i] * k.decay - k.lr * m[i];
     }
+}
+
+/* ---- moments in 8 bits ---- */
+
+#define BITS_FIRST   7 /* beside the sign */
+#define BITS_SECOND  8
+#define ROOT_LEAST   2.0f   /* code of 1e-7 */
+#define SCALE_LEAST  1e-30f /* a block of smaller values counts as zero: 1 / scale stays finite */
+#define ENCODED_MOST (0.99f * FLT_MAX) /* so that the scale is finite */
+
+static const float ten_to[BITS_SECOND + 1] = {1, 1e1f, 1e2f, 1e3f, 1e4f, 1e5f, 1e6f, 1e7f, 1e8f};
+
+/* Codes are a function of values that is linear in each decade, with a slope that grows from decade
+ * to decade downward: the least of all those lines. In decade k it is
+ * 2^k (8/9 + y 10^(bits - 1 - k) / 0.9), and below the last one 10^bits y. */
+INLINE float line_at_0(size_t k)
+{
+    return (float)(1u << k) * (8.0f / 9.0f);
+}
+
+INLINE float line_slope(size_t k, size_t bits)
+{
+    return (float)(1u << k) * ten_to[bits - 1 - k] * (10.0f / 9.0f);
+}
+
+/* y[TR_BLOCK] in [0, 1) becomes codes that are not rounded yet. */
+INLINE void to_codes(float *restrict y, size_t bits)
+{
+    float t[TR_BLOCK];
+    for (size_t i = 0; i < TR_BLOCK; i++)
+        t[i] = y[i] * ten_to[bits];
+    for (size_t k = 0; k < bits; k++) {
+        const float at_0 = line_at_0(k), slope = line_slope(k, bits);
+        for (size_t i = 0; i < TR_BLOCK; i++) {
+            const float line = at_0 + slope * y[i];
+            t[i] = line < t[i] ? line : t[i];
+        }
+    }
+    memcpy(y, t, sizeof(t));
+}
+
+/* And back: the largest of the inverse lines. */
+INLINE void from_codes(float *restrict t, size_t bits)
+{
+    float y[TR_BLOCK];
+    for (size_t i = 0; i < TR_BLOCK; i++)
+        y[i] = t[i] * (1.0f / ten_to[bits]);
+    for (size_t k = 0; k < bits; k++) {
+        const float at_0 = line_at_0(k), inverse = 1.0f / line_slope(k, bits);
+        for (size_t i = 0; i < TR_BLOCK; i++) {
+            const float line = (t[i] - at_0) * inverse;
+            y[i] = line > y[i] ? line : y[i];
+        }
+    }
+    memcpy(t, y, sizeof(y));
+}
+
+/* Uniform in [0, 1) from a hash of 32 bits (Wellons' lowbias32, in the public domain). */
+INLINE float chance(uint32_t x)
+{
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    x ^= x >> 16;
+    return (float)(int32_t)(x >> 8) * 0x1p-24f;
+}
+
+INLINE float block_maximum(const float *y)
+{
+    float most[LANES] = {0}, m = 0;
+    for (size_t i = 0; i < TR_BLOCK; i += LANES)
+        for (size_t l = 0; l < LANES; l++)
+            most[l] = y[i + l] > most[l] ? y[i + l] : most[l];
+    for (size_t l = 0; l < LANES; l++)
+        m = most[l] > m ? most[l] : m;
+    return m;
+}
+
+/* Codes of y[TR_BLOCK], not negative; y is lost. Returns the scale. */
+INLINE float encode(float *restrict y, float least, uint32_t key, size_t bits,
+                    uint8_t *restrict codes)
+{
+    const float top = (float)((1u << bits) - 1);
+    const float of_top = 0.1f + 0.9f * (1.0f - 1.0f / (float)(1u << (bits - 1)));
+    /* A second moment of infinity gives no step, as it does in floats. */
+    const float largest = block_maximum(y), most = largest < ENCODED_MOST ? largest : ENCODED_MOST;
+    const float scale = most / of_top;
+    if (most < SCALE_LEAST) {
+        memset(codes, 0, TR_BLOCK);
+        return 0;
+    }
+    const float inverse = 1.0f / scale;
+    for (size_t i = 0; i < TR_BLOCK; i++)
+        y[i] *= inverse;
+    to_codes(y, bits);
+    for (size_t i = 0; i < TR_BLOCK; i++) {
+        float t = y[i] > least ? y[i] : least;
+        t += chance(key + (uint32_t)i);
+        codes[i] = (uint8_t)(int32_t)(t < top ? t : top);
+    }
+    return scale;
+}
+
+CLONES float tr_encode_first(const float *m, uint32_t key, size_t n, uint8_t *codes)
+{
+    float y[TR_BLOCK] = {0};
+    uint8_t magnitude[TR_BLOCK];
+    for (size_t i = 0; i < n; i++)
+        y[i] = fabsf(m[i]);
+    const float scale = encode(y, 0.0f, key, BITS_FIRST, magnitude);
+    for (size_t i = 0; i < n; i++)
+        codes[i] = (uint8_t)(magnitude[i] | (m[i] < 0 ? 0x80u : 0u));
+    return scale;
+}
+
+CLONES float tr_encode_second(const float *v, uint32_t key, size_t n, uint8_t *codes)
+{
+    float y[TR_BLOCK] = {0};
+    uint8_t all[TR_BLOCK];
+    for (size_t i = 0; i < n; i++)
+        y[i] = sqrtf(v[i]);
+    const float scale = encode(y, ROOT_LEAST, key, BITS_SECOND, all);
+    memcpy(codes, all, n);
+    return scale;
+}
+
+CLONES void tr_decode_first(const uint8_t *codes, float scale, size_t n, float *m)
+{
+    float t[TR_BLOCK] = {0};
+    for (size_t i = 0; i < n; i++)
+        t[i] = (float)(codes[i] & 0x7f);
+    from_codes(t, BITS_FIRST);
+    for (size_t i = 0; i < n; i++)
+        m[i] = codes[i] & 0x80 ? -scale * t[i] : scale * t[i];
+}
+
+CLONES void tr_decode_second(const uint8_t *codes, float scale, size_t n, float *v)
+{
+    float t[TR_BLOCK] = {0};
+    for (size_t i = 0; i < n; i++)
+        t[i] = (float)codes[i];
+    from_codes(t, BITS_SECOND);
+    for (size_t i = 0; i < n; i++)
+        v[i] = scale * t[i] * (scale * t[i]);
 }
 
 CLONES void tr_proximal(float *restrict g, const float *restrict p, const float *restrict start,

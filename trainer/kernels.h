@@ -14,9 +14,10 @@
  * [-87.3, 88.3], NaN stays NaN. n values, in place. */
 void tr_exp(float *x, size_t n);
 
-/* y += x; y *= s */
+/* y += x; y *= s; y = a y + b x */
 void tr_add(float *y, const float *x, size_t n);
 void tr_scale(float *y, float s, size_t n);
+void tr_blend(float *y, float a, const float *x, float b, size_t n);
 double tr_sum_squares(const float *x, size_t n);
 
 /* RMSNorm: y = x * r * w, r = 1 / sqrt(mean(x^2) + eps). */
@@ -88,6 +89,25 @@ typedef struct {
     float momentum, lr, decay;
 } tr_sgd;
 void tr_sgd_update(const tr_sgd *c, float *p, const float *g, float *m, size_t n);
+/*
+ * Moments in 8 bits: block-wise dynamic quantization (Dettmers et al. 2022, arXiv:2110.02861). The
+ * leading 1 of a code of b bits chooses a decade below the block's largest value, the bits after it
+ * a place in the decade: c = 2^k + j stands for scale * 10^(k + 1 - b) (0.1 + 0.9 j / 2^k), 0 for
+ * 0. A first moment has a sign and b = 7; of a second moment the root is kept, b = 8, which is what
+ * AdamW divides by: it spans twice the decades.
+ *
+ * A moment moves by less a step than codes are apart, and rounding to the nearest would hold it
+ * where it is: it is rounded up or down by chance, right in the mean, from a hash of key and index.
+ * A root is never coded below 1e-7 of the block's largest, the least that a first moment is: it is
+ * divided by, and what is lost of it to rounding would make that step too long.
+ */
+#define TR_BLOCK 256 /* values of a block, at most */
+/* Return the block's scale. */
+float tr_encode_first(const float *m, uint32_t key, size_t n, uint8_t *codes);
+float tr_encode_second(const float *v, uint32_t key, size_t n, uint8_t *codes);
+void tr_decode_first(const uint8_t *codes, float scale, size_t n, float *m);
+void tr_decode_second(const uint8_t *codes, float scale, size_t n, float *v);
+
 /* g += mu * (p - start) */
 void tr_proximal(float *g, const float *p, const float *start, float mu, size_t n);
 

@@ -73,10 +73,10 @@ typedef struct {
     uint32_t steps;
 } progress;
 
-static bool on_step(void *arg, uint32_t step, double loss)
+static bool on_step(void *arg, const sh_train_progress *step)
 {
     const progress *p = arg;
-    return p->options->progress(p->options->progress_arg, step, p->steps, loss);
+    return p->options->progress(p->options->progress_arg, step->step, p->steps, step->loss);
 }
 
 static sh_train_options train_options(const sh_round_options *o, size_t n_sequences, progress *p)

@@ -283,9 +283,11 @@ typedef struct {
     sh_error save_error;
 } progress_state;
 
-static bool on_step(void *arg, uint32_t step, double loss)
+static bool on_step(void *arg, const sh_train_progress *made)
 {
     progress_state *p = arg;
+    const uint32_t step = made->step;
+    const double loss = made->loss;
     const common_options *o = p->options;
     double now = seconds_now(), spent = now - p->start;
     bool last = step == (uint32_t)o->steps;

@@ -6,8 +6,10 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
+#include <string.h>
 
+#include "shared/base/clock.h"
+#include "trainer/kernels.h"
 #include "trainer/optimizer.h"
 
 #define PURPOSE_ORDER 0x74726f72u /* names this use of the generator */
@@ -152,117 +154,265 @@ static sh_status options_check(const sh_train_options *o, sh_error *err)
         return sh_fail(err, SH_ERR_INVALID,
                        "training options: need a batch, steps and at most %d threads",
                        TR_THREADS_MAX);
+    if ((o->heldout_every > 0) != (o->heldout != NULL) || (o->patience > 0 && !o->heldout))
+        return sh_fail(err, SH_ERR_INVALID,
+                       "training options: held-out data, how often to measure its loss, and "
+                       "patience go together");
     return SH_OK;
 }
 
-static double seconds_now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+/* Where a training stands, beside vectors. */
+typedef struct {
+    double loss_first, loss_last, cross_entropy_last, kl_last, heldout_best, heldout_last;
+    uint32_t heldout_best_step, heldout_since; /* measurements since the best */
+    uint64_t tokens_seen;
+} standing;
 
 typedef struct {
+    const tr_trainee *t;
+    const sh_train_options *options;
+    const sh_train_data *data;
+    size_t n;             /* parameters */
+    uint64_t memory_left; /* for activations; 0: no limit */
+    sh_tile_plan plan;
     tr_batcher *batcher;
     uint32_t *batch; /* [n_batch] */
     size_t n_batch;
+    uint32_t accumulate; /* batches a step */
+    float *partial;      /* [n], gradient of a batch after a step's first; NULL: there is none */
+    float *best;         /* [n], parameters of the best measurement; NULL: no patience */
     sampler sampler;
     tr_optimizer optimizer;
+    standing at;
+    uint64_t start_ms;
 } loop;
 
 static void loop_release(loop *l)
 {
     tr_batcher_destroy(&l->batcher);
     free(l->batch);
+    free(l->partial);
+    free(l->best);
     free(l->sampler.order);
     tr_optimizer_release(&l->optimizer);
 }
 
-/* For the batcher, after weights, parameters and the optimizer. */
-static sh_status memory_left(const tr_trainee *t, size_t n, const sh_train_options *options,
-                             uint64_t *out, sh_error *err)
+static tr_batcher_options batcher_options(const loop *l)
 {
-    const uint64_t memory_max = options->memory_max;
-    const tr_net *teacher = t->teacher.net;
-    const uint64_t weights = (t->net->weights ? t->net->layout.n : 0) +
-                             (teacher && teacher->weights ? teacher->layout.n : 0);
-    const uint64_t lora = t->mode == TR_GRAD_LORA ? n + t->net->n_turned : 0;
-    const uint64_t taken = (weights + lora + tr_optimizer_floats(options, n)) * sizeof(float);
-    if (memory_max > 0 && taken >= memory_max)
+    return (tr_batcher_options){.net = l->t->net,
+                                .data = l->data,
+                                .mode = l->t->mode,
+                                .batch = l->n_batch,
+                                .threads = l->options->threads,
+                                .memory_max = l->memory_left,
+                                .teacher = l->t->teacher,
+                                .like = l->plan.micro_sequences > 0 ? &l->plan : NULL};
+}
+
+/* What weights, parameters, optimizer and the order of the data leave for activations. */
+static sh_status memory_left(loop *l, sh_error *err)
+{
+    const tr_net *net = l->t->net, *teacher = l->t->teacher.net;
+    const uint64_t memory_max = l->options->memory_max;
+    const uint64_t weights =
+        (net->weights ? net->layout.n : 0) + (teacher && teacher->weights ? teacher->layout.n : 0);
+    const uint64_t lora = l->t->mode == TR_GRAD_LORA ? l->n + net->n_turned : 0;
+    const uint64_t copies = (l->options->accumulate > 1) + (l->options->patience > 0);
+    const uint64_t taken = (weights + lora + copies * l->n) * sizeof(float) +
+                           (l->n_batch + l->sampler.n) * sizeof(uint32_t) +
+                           tr_optimizer_bytes(l->options, l->n);
+    if (memory_max == 0)
+        return SH_OK;
+    const tr_batcher_options o = batcher_options(l);
+    const uint64_t least = tr_batcher_bytes_least(&o);
+    if (taken + least > memory_max)
         return sh_fail(err, SH_ERR_LIMIT,
-                       "training: weights and optimizer take %llu bytes, the memory limit is %llu",
-                       (unsigned long long)taken, (unsigned long long)memory_max);
-    *out = memory_max > 0 ? memory_max - taken : 0;
+                       "training: weights and optimizer take %llu bytes and sequences of %u tokens "
+                       "%llu, the memory limit is %llu: %llu more are needed",
+                       (unsigned long long)taken, l->data->length - 1, (unsigned long long)least,
+                       (unsigned long long)memory_max,
+                       (unsigned long long)(taken + least - memory_max));
+    l->memory_left = memory_max - taken;
+    return SH_OK;
+}
+
+/* So that what is wrong with it is said before the first step. */
+static sh_status heldout_check(const loop *l, sh_error *err)
+{
+    tr_batcher *batcher = NULL;
+    const sh_train_data *heldout = l->options->heldout;
+    sh_status status = tr_data_check(&l->t->net->config, heldout, err);
+    if (status == SH_OK)
+        status = tr_net_reserve_positions(l->t->net, heldout->length - 1, err);
+    if (status == SH_OK) /* the least that tr_evaluate gets by with */
+        status = tr_batcher_create(&(tr_batcher_options){.net = l->t->net,
+                                                         .data = heldout,
+                                                         .mode = TR_LOSS_ONLY,
+                                                         .batch = 1,
+                                                         .threads = 1,
+                                                         .memory_max = l->memory_left},
+                                   &batcher, err);
+    tr_batcher_destroy(&batcher);
+    if (status != SH_OK)
+        (void)sh_fail_in(err, "held-out data");
+    return status;
+}
+
+static sh_status batcher_create(loop *l, sh_error *err)
+{
+    const tr_batcher_options o = batcher_options(l);
+    SH_TRY(tr_batcher_create(&o, &l->batcher, err));
+    l->plan = tr_batcher_plan(l->batcher);
     return SH_OK;
 }
 
 /* On error the caller releases what there is. */
-static sh_status loop_init(loop *l, const tr_trainee *t, const sh_train_data *data,
-                           const sh_train_options *options, sh_error *err)
+static sh_status loop_init(loop *l, sh_error *err)
 {
-    size_t n = t->mode == TR_GRAD_FULL ? t->net->layout.n : t->net->n_lora;
-    uint64_t left = 0;
-    SH_TRY(memory_left(t, n, options, &left, err));
-    l->n_batch = SH_MIN((size_t)options->batch, data->n);
+    const sh_train_options *options = l->options;
+    const size_t n = l->t->mode == TR_GRAD_FULL ? l->t->net->layout.n : l->t->net->n_lora;
+    l->start_ms = sh_clock_mono_ms();
+    l->n = n;
+    l->n_batch = SH_MIN((size_t)options->batch, l->data->n);
+    l->accumulate = SH_MAX(1u, options->accumulate);
+    l->at = (standing){.heldout_best = (double)NAN, .heldout_last = (double)NAN};
+    l->sampler = (sampler){.n = l->data->n, .seed = options->shuffle_seed};
+    SH_TRY(memory_left(l, err));
     l->batch = sh_calloc(l->n_batch, sizeof(*l->batch));
-    l->sampler = (sampler){.order = sh_calloc(data->n, sizeof(*l->sampler.order)),
-                           .n = data->n,
-                           .seed = options->shuffle_seed};
+    l->sampler.order = sh_calloc(l->data->n, sizeof(*l->sampler.order));
     if (!l->batch || !l->sampler.order)
-        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu sequences", data->n);
-    SH_TRY(tr_optimizer_create(t->net, t->mode == TR_GRAD_FULL, options, t->params, &l->optimizer,
-                               err));
-    for (size_t i = 0; i < data->n; i++)
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu sequences", l->data->n);
+    for (size_t i = 0; i < l->data->n; i++)
         l->sampler.order[i] = (uint32_t)i;
-    return tr_batcher_create(&(tr_batcher_options){.net = t->net,
-                                                   .data = data,
-                                                   .mode = t->mode,
-                                                   .batch = l->n_batch,
-                                                   .threads = options->threads,
-                                                   .memory_max = left,
-                                                   .teacher = t->teacher},
-                             &l->batcher, err);
+    if (l->accumulate > 1 && !(l->partial = sh_alloc_aligned(n * sizeof(*l->partial))))
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for gradients");
+    if (options->patience > 0 && !(l->best = sh_alloc_aligned(n * sizeof(*l->best))))
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for the best parameters");
+    SH_TRY(tr_optimizer_create(l->t->net, l->t->mode == TR_GRAD_FULL, options, l->t->params,
+                               &l->optimizer, err));
+    if (options->heldout)
+        SH_TRY(heldout_check(l, err));
+    return batcher_create(l, err);
+}
+
+/* The gradient of the mean over all targets of a step's batches: each batch's own mean counts by
+ * its targets, so that nothing has to be known of the batches that follow. */
+static tr_batch_loss step_gradient(loop *l)
+{
+    tr_batch_loss sum = {0};
+    l->t->net->dropout.step = l->optimizer.step;
+    for (uint32_t k = 0; k < l->accumulate; k++) {
+        sampler_next(&l->sampler, l->batch, l->n_batch);
+        l->t->net->dropout.first = (uint32_t)(k * l->n_batch);
+        const tr_batch_loss one = tr_batcher_run(l->batcher, l->batch, l->n_batch,
+                                                 k == 0 ? l->optimizer.grad : l->partial);
+        const double all = (double)(sum.n_targets + one.n_targets);
+        if (k > 0 && one.n_targets > 0)
+            tr_blend(l->optimizer.grad, (float)((double)sum.n_targets / all), l->partial,
+                     (float)((double)one.n_targets / all), l->n);
+        sum.loss_sum += one.loss_sum;
+        sum.cross_entropy_sum += one.cross_entropy_sum;
+        sum.kl_sum += one.kl_sum;
+        sum.n_targets += one.n_targets;
+    }
+    return sum;
+}
+
+/* The memory limit holds for activations of training or of this: the one gives way to the other. */
+static sh_status measure_heldout(loop *l, double *loss, sh_error *err)
+{
+    const sh_train_limits limits = {.threads = l->options->threads,
+                                    .memory_max = l->memory_left};
+    const float dropout = l->t->net->dropout.p;
+    tr_batcher_destroy(&l->batcher);
+    l->t->net->dropout.p = 0;
+    SH_TRY(tr_evaluate(l->t->net, l->options->heldout, &limits, loss, err));
+    l->t->net->dropout.p = dropout;
+    SH_TRY(batcher_create(l, err));
+    l->at.heldout_last = *loss;
+    if (l->at.heldout_best_step > 0 && *loss >= l->at.heldout_best) {
+        l->at.heldout_since++;
+        return SH_OK;
+    }
+    l->at.heldout_best = *loss;
+    l->at.heldout_best_step = l->optimizer.step;
+    l->at.heldout_since = 0;
+    if (l->best)
+        memcpy(l->best, l->t->params, l->n * sizeof(*l->best));
+    return SH_OK;
+}
+
+static bool loop_is_done(const loop *l)
+{
+    return l->optimizer.step == l->options->steps ||
+           (l->options->patience > 0 && l->at.heldout_since >= l->options->patience);
+}
+
+static double loop_seconds(const loop *l)
+{
+    return (double)(sh_clock_mono_ms() - l->start_ms) / 1e3;
+}
+
+static sh_status loop_step(loop *l, sh_error *err)
+{
+    const tr_trainee *t = l->t;
+    const sh_train_options *options = l->options;
+    const uint32_t step = l->optimizer.step + 1;
+    const tr_batch_loss sum = step_gradient(l);
+    /* A step whose batches are masked out whole teaches nothing, but counts. */
+    const double loss = sum.n_targets > 0 ? sum.loss_sum / (double)sum.n_targets : 0.0;
+    if (!isfinite(loss))
+        return loss_not_finite(t, l->n, step, err);
+    if (!tr_optimizer_step(&l->optimizer, t->params))
+        return grad_not_finite(t, l->optimizer.grad, l->n, step, err);
+    if (t->mode == TR_GRAD_LORA)
+        tr_net_use(t->net, t->params);
+    l->at.tokens_seen += sum.n_targets;
+    l->at.loss_last = loss;
+    l->at.cross_entropy_last = sum.cross_entropy_sum / (double)SH_MAX(sum.n_targets, 1u);
+    l->at.kl_last = sum.kl_sum / (double)SH_MAX(sum.n_targets, 1u);
+    if (step == 1)
+        l->at.loss_first = loss;
+    double heldout = (double)NAN;
+    if (options->heldout && (step % options->heldout_every == 0 || step == options->steps))
+        SH_TRY(measure_heldout(l, &heldout, err));
+    const sh_train_progress progress = {.step = step,
+                                        .steps = options->steps,
+                                        .loss = loss,
+                                        .heldout_loss = heldout,
+                                        .lr = tr_learning_rate(options, step - 1),
+                                        .grad_norm = l->optimizer.norm,
+                                        .tokens_seen = l->at.tokens_seen,
+                                        .seconds = loop_seconds(l)};
+    if (options->progress && !options->progress(options->progress_arg, &progress))
+        return sh_fail(err, SH_ERR_CANCELLED, "training: cancelled after step %u", step);
+    return SH_OK;
 }
 
 sh_status tr_train(const tr_trainee *t, const sh_train_data *data, const sh_train_options *options,
                    sh_train_result *result, sh_error *err)
 {
     sh_status status = SH_OK;
-    loop l = {0};
-    sh_train_result r = {0};
-    double start = seconds_now();
+    loop l = {.t = t, .data = data, .options = options};
     SH_GOTO(options_check(options, err));
-    SH_GOTO(loop_init(&l, t, data, options, err));
-    r.plan = tr_batcher_plan(l.batcher);
-    for (uint32_t step = 0; step < options->steps; step++) {
-        if (t->mode == TR_GRAD_LORA)
-            tr_net_use(t->net, t->params);
-        t->net->dropout.step = step;
-        sampler_next(&l.sampler, l.batch, l.n_batch);
-        tr_batch_loss sum = tr_batcher_run(l.batcher, l.batch, l.n_batch, l.optimizer.grad);
-        /* A batch that is masked out whole teaches nothing, but counts as a step. */
-        double loss = sum.n_targets > 0 ? sum.loss_sum / (double)sum.n_targets : 0.0;
-        if (!isfinite(loss)) {
-            status = loss_not_finite(t, l.optimizer.n, step + 1, err);
-            goto cleanup;
-        }
-        if (!tr_optimizer_step(&l.optimizer, t->params)) {
-            status = grad_not_finite(t, l.optimizer.grad, l.optimizer.n, step + 1, err);
-            goto cleanup;
-        }
-        r.tokens_seen += sum.n_targets;
-        r.loss_last = loss;
-        r.cross_entropy_last = sum.cross_entropy_sum / (double)SH_MAX(sum.n_targets, 1u);
-        r.kl_last = sum.kl_sum / (double)SH_MAX(sum.n_targets, 1u);
-        if (step == 0)
-            r.loss_first = loss;
-        if (options->progress && !options->progress(options->progress_arg, step + 1, loss)) {
-            status = sh_fail(err, SH_ERR_CANCELLED, "training: cancelled after step %u", step + 1);
-            goto cleanup;
-        }
-    }
-    r.seconds = seconds_now() - start;
-    *result = r;
+    SH_GOTO(loop_init(&l, err));
+    if (t->mode == TR_GRAD_LORA)
+        tr_net_use(t->net, t->params);
+    while (!loop_is_done(&l))
+        SH_GOTO(loop_step(&l, err));
+    if (l.best)
+        memcpy(t->params, l.best, l.n * sizeof(*l.best));
+    *result = (sh_train_result){.plan = l.plan,
+                                .loss_first = l.at.loss_first,
+                                .loss_last = l.at.loss_last,
+                                .cross_entropy_last = l.at.cross_entropy_last,
+                                .kl_last = l.at.kl_last,
+                                .tokens_seen = l.at.tokens_seen,
+                                .seconds = loop_seconds(&l),
+                                .steps = l.optimizer.step,
+                                .heldout_best = l.at.heldout_best,
+                                .heldout_last = l.at.heldout_last,
+                                .heldout_best_step = l.at.heldout_best_step};
 cleanup:
     loop_release(&l);
     return status;

@@ -29,7 +29,12 @@ typedef struct {
     unsigned threads;
     uint64_t memory_max; /* bytes for what the batcher allocates; 0: no limit */
     tr_teacher teacher;
+    /* Borrowed for the call: sums are made as in this plan, whatever the limit; NULL: as it allows
+     */
+    const sh_tile_plan *like;
 } tr_batcher_options;
+/* The least memory_max that will do. */
+uint64_t tr_batcher_bytes_least(const tr_batcher_options *options);
 /* SH_ERR_LIMIT: memory_max is too small, with what it would have to be. */
 SH_MUST_USE sh_status tr_batcher_create(const tr_batcher_options *options, tr_batcher **out,
                                         sh_error *err);

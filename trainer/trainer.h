@@ -38,6 +38,16 @@ typedef enum { SH_ADAMW, SH_SGD } sh_optimizer;
  * round each, RoLoRA (Chen et al. 2024, arXiv:2409.02346). */
 typedef enum { SH_FREEZE_NONE, SH_FREEZE_A, SH_FREEZE_B } sh_freeze;
 
+/* Of a step that was made. */
+typedef struct {
+    uint32_t step, steps; /* from 1; of how many */
+    double loss;          /* mean over the step's targets, before its update */
+    double heldout_loss;  /* after it; NaN: not measured at this step */
+    double lr, grad_norm; /* of the update; the norm before it is clipped */
+    uint64_t tokens_seen; /* target tokens since the training began */
+    double seconds;       /* since then, those before a resume too */
+} sh_train_progress;
+
 typedef struct {
     uint64_t a_seed; /* A0 ~ normal / sqrt(in) from this alone: every node's is the same; B0 = 0 */
     uint32_t rank;
@@ -59,7 +69,7 @@ typedef struct {
     uint64_t memory_max;   /* bytes that the training may allocate; the base's file is not counted,
                               nor what OpenBLAS takes. 0: no limit */
     /* Called after each step; a false return cancels (SH_ERR_CANCELLED). May be NULL. */
-    bool (*progress)(void *arg, uint32_t step, double loss);
+    bool (*progress)(void *arg, const sh_train_progress *p);
     void *progress_arg;
 
     /* LoRA: a pair's scale while it is trained is its alpha / rank, or with rslora alpha /
@@ -86,6 +96,23 @@ typedef struct {
                                 are compared, else SH_ERR_MISMATCH); any architecture */
     float distill_weight;    /* w in [0, 1]; above 0 it needs a teacher */
     float temperature;       /* T in [SH_TEMPERATURE_MIN, SH_TEMPERATURE_MAX]; 0: 1 */
+    /* Batches whose gradients make one step, that of the mean over all their targets; 0: 1. It
+     * takes the memory of one batch and of one more gradient. */
+    uint32_t accumulate;
+    /* The optimizer's moments in blocks of 8-bit numbers, a quarter of their memory (Dettmers et
+     * al. 2022, arXiv:2110.02861). */
+    bool state_8bit;
+    /* Every heldout_every steps, and after the last, the mean loss of heldout is measured
+     * (borrowed; 0: never). patience: after so many measurements without a new best the training
+     * stops, and the parameters of the best one are what remains, however it ends well; 0: it goes
+     * on to the end, and the last ones remain. patience takes the memory of one more vector of
+     * parameters. */
+    const sh_train_data *heldout;
+    uint32_t heldout_every;
+    uint32_t patience;
+    /* RoLoRA in one training: steps after which the frozen factor changes, beginning with freeze
+     * (SH_FREEZE_A when none); 0: never. */
+    uint32_t alternate;
 } sh_train_options;
 
 /* How the batches were worked on. Results are the same bits for any number of threads and kept
@@ -101,12 +128,15 @@ typedef struct {
 
 typedef struct {
     sh_tile_plan plan;
-    double loss_first, loss_last; /* of a batch, before its update */
-    uint64_t tokens_seen;         /* target tokens */
-    double seconds;               /* CPU-independent callers ignore this */
+    double loss_first, loss_last; /* mean over a step's targets, before its update */
     /* What loss_last is made of, unweighted means over its targets; KL in nats at the temperature,
      * 0 without a teacher. */
     double cross_entropy_last, kl_last;
+    uint64_t tokens_seen;              /* target tokens */
+    double seconds;                    /* CPU-independent callers ignore this */
+    uint32_t steps;                    /* made; fewer than asked for when it was stopped early */
+    double heldout_best, heldout_last; /* NaN: never measured */
+    uint32_t heldout_best_step;        /* 0: never measured */
 } sh_train_result;
 
 /* The adapter of a plan before training: A0 from a_seed, B = 0, all seven matrices. */

@@ -19,11 +19,11 @@ typedef struct {
     size_t n;
 } trace;
 
-static bool on_step(void *arg, uint32_t step, double loss)
+static bool on_step(void *arg, const sh_train_progress *p)
 {
     trace *t = arg;
-    if (step <= t->n)
-        t->losses[step - 1] = loss;
+    if (p->step <= t->n)
+        t->losses[p->step - 1] = p->loss;
     return true;
 }
 

@@ -255,13 +255,162 @@ static void test_sums(void **state)
     assert_true(isnan(tr_sum_squares(x, SH_COUNT(x))));
 }
 
+/* ---- moments in 8 bits ---- */
+
+/* What code c of `bits` bits stands for, of a block whose scale is 1. */
+static double code_value(unsigned c, int bits)
+{
+    int k = 0;
+    if (c == 0)
+        return 0;
+    while (c >> (k + 1))
+        k++;
+    return pow(10, k + 1 - bits) * (0.1 + 0.9 * (c - (1u << k)) / (1u << k));
+}
+
+static void test_codes(void **state)
+{
+    (void)state;
+    uint8_t codes[TR_BLOCK];
+    float first[TR_BLOCK], second[TR_BLOCK];
+    for (size_t i = 0; i < TR_BLOCK; i++)
+        codes[i] = (uint8_t)i;
+    tr_decode_first(codes, 2.0f, TR_BLOCK, first);
+    tr_decode_second(codes, 2.0f, TR_BLOCK, second);
+    for (unsigned i = 0; i < TR_BLOCK; i++) {
+        const double m = 2 * code_value(i % 128, 7) * (i < 128 ? 1 : -1);
+        const double v = pow(2 * code_value(i, 8), 2);
+        must_be_near((double)first[i], m, 1e-6 * fabs(m));
+        must_be_near((double)second[i], v, 1e-6 * v);
+    }
+}
+
+/* The code below y >= 0 of a block whose scale is 1. */
+static unsigned code_below(double y, int bits)
+{
+    unsigned c = 0;
+    while (c + 1 < 1u << bits && code_value(c + 1, bits) <= y)
+        c++;
+    return c;
+}
+
+/* ours must be of a code beside theirs; relative rounding of floats apart. */
+static void must_be_beside(double ours, double theirs, double scale, int bits, double least)
+{
+    const double y = fmax(fabs(theirs) / scale, least);
+    const unsigned below = code_below(y * (1 - 1e-5), bits),
+                   above = code_below(y * (1 + 1e-5), bits);
+    const double low = scale * code_value(below, bits) * (1 - 1e-5);
+    const unsigned next = SH_MIN(above + 1, (1u << bits) - 1);
+    const double high = scale * code_value(next, bits) * (1 + 1e-5);
+    if (!(fabs(ours) >= low && fabs(ours) <= high))
+        fail_msg("%.9g became %.9g, expected from %.9g to %.9g", theirs, ours, low, high);
+}
+
+/* Of every size and of values over ten decades, a value becomes one of the two codes beside it, the
+ * largest itself. */
+static void test_coding_error(void **state)
+{
+    (void)state;
+    for (size_t n = 1; n <= TR_BLOCK; n++) {
+        float m[TR_BLOCK], v[TR_BLOCK], back_m[TR_BLOCK], back_v[TR_BLOCK], most_m = 0, most_v = 0;
+        uint8_t codes[TR_BLOCK];
+        fill(m, n, 3e-4f, n);
+        for (size_t i = 0; i < n; i++) {
+            m[i] *= powf(10.0f, -(float)(i % 11));
+            v[i] = m[i] * m[i] * 0.3f;
+            most_m = fmaxf(most_m, fabsf(m[i]));
+            most_v = fmaxf(most_v, v[i]);
+        }
+        const double scale_m = (double)tr_encode_first(m, (uint32_t)n, n, codes);
+        tr_decode_first(codes, (float)scale_m, n, back_m);
+        const double scale_v = (double)tr_encode_second(v, (uint32_t)n, n, codes);
+        tr_decode_second(codes, (float)scale_v, n, back_v);
+        for (size_t i = 0; i < n; i++) {
+            must_be_beside((double)back_m[i], (double)m[i], scale_m, 7, 0);
+            assert_true(back_m[i] == 0 || (back_m[i] < 0) == (m[i] < 0));
+            must_be_beside(sqrt((double)back_v[i]), sqrt((double)v[i]), scale_v, 8, 1e-7);
+            if (fabsf(m[i]) == most_m)
+                must_be_near((double)back_m[i], (double)m[i], 0.008 * (double)most_m);
+            if (v[i] == most_v)
+                must_be_near((double)back_v[i], (double)v[i], 0.016 * (double)most_v);
+        }
+    }
+}
+
+/* The mean over many keys is the value; the same key gives the same codes. */
+static void test_coding_mean(void **state)
+{
+    (void)state;
+    enum { KEYS = 4000 };
+    float m[TR_BLOCK], v[TR_BLOCK], back[TR_BLOCK];
+    double sum_m[TR_BLOCK] = {0}, sum_v[TR_BLOCK] = {0}, scale_m = 0, scale_v = 0;
+    uint8_t codes[TR_BLOCK], again[TR_BLOCK];
+    sh_rng rng;
+    fill(m, TR_BLOCK, 1.0f, 5);
+    sh_rng_init(&rng, 1, 2, 3);
+    for (size_t i = 0; i < TR_BLOCK; i++) {
+        m[i] *= powf(10.0f, -(float)(i % 6));
+        v[i] = m[i] * m[i];
+    }
+    for (size_t k = 0; k < KEYS; k++) {
+        const uint32_t key = sh_rng_u32(&rng);
+        scale_m = (double)tr_encode_first(m, key, TR_BLOCK, codes);
+        (void)tr_encode_first(m, key, TR_BLOCK, again);
+        assert_memory_equal(codes, again, TR_BLOCK);
+        tr_decode_first(codes, (float)scale_m, TR_BLOCK, back);
+        for (size_t i = 0; i < TR_BLOCK; i++)
+            sum_m[i] += (double)back[i] / KEYS;
+        scale_v = (double)tr_encode_second(v, key, TR_BLOCK, codes);
+        tr_decode_second(codes, (float)scale_v, TR_BLOCK, back);
+        for (size_t i = 0; i < TR_BLOCK; i++)
+            sum_v[i] += sqrt((double)back[i]) / KEYS;
+    }
+    for (size_t i = 0; i < TR_BLOCK; i++) {
+        /* Of two values a gap apart the standard deviation is half a gap at most; 5 of the mean's.
+         */
+        const double y = fabs((double)m[i]);
+        const unsigned c = SH_MIN(code_below(y / scale_m, 7), 126u);
+        const unsigned d = SH_MIN(code_below(y / scale_v, 8), 254u);
+        const double gap_m = scale_m * (code_value(c + 1, 7) - code_value(c, 7));
+        const double gap_v = scale_v * (code_value(d + 1, 8) - code_value(d, 8));
+        must_be_near(sum_m[i], (double)m[i], 2.5 * gap_m / sqrt(KEYS) + 1e-6 * y);
+        must_be_near(sum_v[i], y, 2.5 * gap_v / sqrt(KEYS) + 1e-6 * y);
+    }
+}
+
+static void test_coding_ends(void **state)
+{
+    (void)state;
+    float x[4] = {0}, back[4];
+    uint8_t codes[4] = {1, 1, 1, 1};
+    assert_true(tr_encode_first(x, 1, 4, codes) == 0.0f);
+    tr_decode_first(codes, 0, 4, back);
+    assert_memory_equal(back, x, sizeof(x));
+    assert_true(tr_encode_second(x, 1, 4, codes) == 0.0f);
+    tr_decode_second(codes, 0, 4, back);
+    assert_memory_equal(back, x, sizeof(x));
+
+    x[1] = 4.0f; /* the others keep a root of at least 1e-7 of the largest: they are divided by */
+    float scale = tr_encode_second(x, 1, 4, codes);
+    tr_decode_second(codes, scale, 4, back);
+    must_be_near(sqrt((double)back[0]), 2e-7, 3e-8);
+    must_be_near((double)back[1], 4, 0.05);
+    x[2] = INFINITY;
+    scale = tr_encode_second(x, 1, 4, codes);
+    tr_decode_second(codes, scale, 4, back);
+    assert_true(back[2] == INFINITY && isfinite(scale));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exp),     cmocka_unit_test(test_softmax_and_cross_entropy),
-        cmocka_unit_test(test_swiglu),  cmocka_unit_test(test_rope_turns_back),
-        cmocka_unit_test(test_skinny),  cmocka_unit_test(test_sums),
-        cmocka_unit_test(test_distill), cmocka_unit_test(test_distill_limits),
+        cmocka_unit_test(test_exp),         cmocka_unit_test(test_softmax_and_cross_entropy),
+        cmocka_unit_test(test_swiglu),      cmocka_unit_test(test_rope_turns_back),
+        cmocka_unit_test(test_skinny),      cmocka_unit_test(test_sums),
+        cmocka_unit_test(test_distill),     cmocka_unit_test(test_distill_limits),
+        cmocka_unit_test(test_codes),       cmocka_unit_test(test_coding_error),
+        cmocka_unit_test(test_coding_mean), cmocka_unit_test(test_coding_ends),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -606,11 +606,11 @@ static void test_bf16(void **state)
 
 /* ---- refusals ---- */
 
-static bool stop_at_two(void *arg, uint32_t step, double loss)
+static bool stop_at_two(void *arg, const sh_train_progress *p)
 {
-    assert_true(isfinite(loss));
-    *(uint32_t *)arg = step;
-    return step < 2;
+    assert_true(isfinite(p->loss));
+    *(uint32_t *)arg = p->step;
+    return p->step < 2;
 }
 
 static void test_cancel(void **state)

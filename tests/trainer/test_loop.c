@@ -1,0 +1,643 @@
+/*
+ * What a training does between its steps: accumulated gradients, moments in 8 bits, held-out loss
+ * and early stop, factors in turns, checkpoints.
+ */
+#include <malloc.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/trainer/small.h"
+#include "tests/trainer/util.h"
+#include "trainer/optimizer.h"
+#include "trainer/train.h"
+
+static sh_error err;
+
+enum { SEQUENCES = 11, HELDOUT = 4, LENGTH = 33 };
+
+/* A base, what is trained on it, and what of it is held out. */
+typedef struct {
+    sh_model_config config;
+    sh_model *model;
+    sh_adapter *adapter;
+    sh_train_data data, heldout;
+} material;
+
+static material material_make(void)
+{
+    material m = {.config = small_config(true)};
+    m.model = small_model(&m.config, SH_TYPE_F32, 51);
+    m.data = small_data(&m.config, SEQUENCES, LENGTH, true, 52);
+    m.heldout = small_data(&m.config, HELDOUT, LENGTH + 4, true, 53);
+    m.adapter = small_adapter(&m.config, (const uint32_t[]){3, 5, 0, 2}, 4, 54);
+    return m;
+}
+
+static void material_release(material *m)
+{
+    sh_adapter_destroy(&m->adapter);
+    small_data_free(&m->data);
+    small_data_free(&m->heldout);
+    small_model_free(&m->model);
+}
+
+static sh_train_options options_of(uint32_t batch, uint32_t steps)
+{
+    return (sh_train_options){.lr = 0.01f,
+                              .batch = batch,
+                              .steps = steps,
+                              .warmup = 2,
+                              .lr_final = 0.1f,
+                              .shuffle_seed = 5,
+                              .clip = 1.0f};
+}
+
+/* What a training leaves. */
+typedef struct {
+    float *params;
+    size_t n;
+    sh_train_result result;
+} outcome;
+
+static void outcome_release(outcome *o)
+{
+    free(o->params);
+    *o = (outcome){0};
+}
+
+/* Parameters also of a training that fails. */
+static sh_status train(const material *m, bool full, const sh_train_options *options, outcome *out)
+{
+    tr_net *net = NULL;
+    float *lora = NULL;
+    must_be_ok(tr_net_create(&m->config, m->model, UINT64_MAX, m->data.length - 1, &net, &err));
+    if (!full) {
+        must_be_ok(tr_net_attach(net, m->adapter, &err));
+        lora = sh_alloc_aligned(net->n_lora * sizeof(*lora));
+        assert_non_null(lora);
+        tr_lora_gather(net, m->adapter, lora);
+    }
+    const tr_trainee t = {.net = net,
+                          .params = full ? net->weights : lora,
+                          .mode = full ? TR_GRAD_FULL : TR_GRAD_LORA};
+    *out = (outcome){.n = full ? net->layout.n : net->n_lora};
+    const sh_status status = tr_train(&t, &m->data, options, &out->result, &err);
+    out->params = sh_calloc(out->n, sizeof(*out->params));
+    assert_non_null(out->params);
+    memcpy(out->params, t.params, out->n * sizeof(*out->params));
+    free(lora);
+    tr_net_destroy(&net);
+    return status;
+}
+
+/* |x - y| / |x| */
+static double distance(const outcome *x, const outcome *y)
+{
+    double norm = 0, difference = 0;
+    assert_int_equal(x->n, y->n);
+    for (size_t i = 0; i < x->n; i++) {
+        const double a = (double)x->params[i], b = (double)y->params[i];
+        norm += a * a;
+        difference += (a - b) * (a - b);
+    }
+    return sqrt(difference / norm);
+}
+
+/* ---- accumulated gradients ---- */
+
+/* As one large batch, to rounding. The batches have unequal numbers of targets: the mean of their
+ * means would be another one. */
+static void test_accumulate(void **state)
+{
+    (void)state;
+    material m = material_make();
+    for (int full = 0; full < 2; full++) {
+        outcome large, small;
+        sh_train_options o = options_of(6, 4);
+        o.optimizer = SH_SGD;
+        o.momentum = 0.5f;
+        o.lr = 0.3f;
+        must_be_ok(train(&m, full, &o, &large));
+        o.batch = 2;
+        o.accumulate = 3;
+        must_be_ok(train(&m, full, &o, &small));
+        must_be_near(distance(&large, &small), 0, 1e-5); /* rounding, amplified */
+        must_be_near(small.result.loss_first, large.result.loss_first, 1e-6);
+        must_be_near(small.result.loss_last, large.result.loss_last, 1e-5);
+        assert_int_equal(small.result.tokens_seen, large.result.tokens_seen);
+        outcome_release(&small);
+        o.accumulate = 1;
+        must_be_ok(train(&m, full, &o, &small));
+        assert_true(distance(&large, &small) > 1e-4);
+        outcome_release(&small);
+        outcome_release(&large);
+    }
+    material_release(&m);
+}
+
+/* A batch that is masked out whole, first or later, weighs nothing. */
+static void test_accumulate_masked_batch(void **state)
+{
+    (void)state;
+    material m = material_make();
+    outcome with, without;
+    sh_train_options o = options_of(1, 1);
+    uint8_t *mask = (uint8_t *)(uintptr_t)m.data.mask;
+    memset(mask, 0, LENGTH);
+    memset(mask + 2 * LENGTH, 0, LENGTH);
+    o.shuffle_seed = 0;
+    o.accumulate = 3;
+    must_be_ok(train(&m, false, &o, &with));
+    sh_train_data second = m.data;
+    m.data.tokens += LENGTH;
+    m.data.mask += LENGTH;
+    m.data.n = 1;
+    o.accumulate = 1;
+    must_be_ok(train(&m, false, &o, &without));
+    assert_memory_equal(with.params, without.params, with.n * sizeof(*with.params));
+    must_be_near(with.result.loss_last, without.result.loss_last, 0);
+    m.data = second;
+    outcome_release(&with);
+    outcome_release(&without);
+    material_release(&m);
+}
+
+/* The least memory_max that a step gets by with. */
+static uint64_t least_memory(const material *m, bool full, const sh_train_options *options)
+{
+    uint64_t low = 0, high = 1u << 26; /* refused, enough */
+    while (high - low > 1) {
+        sh_train_options o = *options;
+        outcome out;
+        o.memory_max = low + (high - low) / 2;
+        const sh_status status = train(m, full, &o, &out);
+        if (status != SH_OK)
+            assert_int_equal(status, SH_ERR_LIMIT);
+        outcome_release(&out);
+        if (status == SH_OK)
+            high = o.memory_max;
+        else
+            low = o.memory_max;
+    }
+    return high;
+}
+
+static void test_accumulate_memory(void **state)
+{
+    (void)state;
+    material m = material_make();
+    outcome out;
+    sh_train_options o = options_of(2, 1);
+    must_be_ok(train(&m, false, &o, &out));
+    const uint64_t plain = least_memory(&m, false, &o);
+    o.accumulate = 2;
+    const uint64_t two = least_memory(&m, false, &o);
+    o.accumulate = 40;
+    const uint64_t forty = least_memory(&m, false, &o);
+    assert_int_equal(two - plain, out.n * sizeof(float));
+    assert_int_equal(forty, two);
+    outcome_release(&out);
+    material_release(&m);
+}
+
+/* ---- moments in 8 bits ---- */
+
+/* A training ends where it does with moments in floats. Rounding has no mean, and its standard
+ * deviation, some hundredths of a moment, moves each step's length by less: a twentieth of what is
+ * learnt is three times what was seen in any of these. */
+static void test_state_8bit(void **state)
+{
+    (void)state;
+    material m = material_make();
+    for (int full = 0; full < 2; full++) {
+        for (sh_optimizer optimizer = SH_ADAMW; optimizer <= SH_SGD; optimizer++) {
+            sh_train_options o = options_of(SEQUENCES, 60);
+            outcome plain, coded, again;
+            o.optimizer = optimizer;
+            o.lr = optimizer == SH_SGD ? 0.2f : 0.01f;
+            o.momentum = 0.9f;
+            o.weight_decay = 0.01f;
+            must_be_ok(train(&m, full, &o, &plain));
+            o.state_8bit = true;
+            must_be_ok(train(&m, full, &o, &coded));
+            o.threads = 3;
+            must_be_ok(train(&m, full, &o, &again));
+            assert_memory_equal(coded.params, again.params, coded.n * sizeof(float));
+            const double learnt = plain.result.loss_first - plain.result.loss_last;
+            print_message("%.4f to %.4f in floats, %.4f in 8 bits\n", plain.result.loss_first,
+                          plain.result.loss_last, coded.result.loss_last);
+            assert_true(learnt > 0.3);
+            must_be_near(coded.result.loss_last, plain.result.loss_last, 0.05 * learnt);
+            assert_true(distance(&plain, &coded) > 1e-5); /* it is another training */
+            outcome_release(&plain);
+            outcome_release(&coded);
+            outcome_release(&again);
+        }
+    }
+    material_release(&m);
+}
+
+/* Parameters that no batch reaches, in blocks with others that move, stay where they are: their
+ * second moments' codes do not make steps. */
+static void test_state_8bit_untouched(void **state)
+{
+    (void)state;
+    material m = material_make();
+    outcome before, out;
+    sh_train_options o = options_of(3, 20);
+    int32_t *tokens = (int32_t *)(uintptr_t)m.data.tokens;
+    sh_model_config untied = small_config(false); /* embeddings are read, and nothing else */
+    small_model_free(&m.model);
+    m.config = untied;
+    m.model = small_model(&untied, SH_TYPE_F32, 51);
+    for (size_t i = 0; i < m.data.n * m.data.length; i++)
+        tokens[i] = tokens[i] % 2 ? tokens[i] - 1 : tokens[i];
+    o.state_8bit = true;
+    o.steps = 1;
+    o.lr = 0;
+    must_be_ok(train(&m, true, &o, &before));
+    o = options_of(3, 20);
+    o.state_8bit = true;
+    must_be_ok(train(&m, true, &o, &out));
+    for (size_t token = 0; token < untied.vocab; token++) /* the embeddings lie first */
+        for (size_t i = token * untied.width; i < (token + 1) * untied.width; i++)
+            if (token % 2)
+                assert_true(before.params[i] == out.params[i]);
+            else
+                must_be_near((double)out.params[i], (double)before.params[i], 20 * 0.02);
+    outcome_release(&before);
+    outcome_release(&out);
+    material_release(&m);
+}
+
+static size_t usable(void *p)
+{
+    return p ? malloc_usable_size(p) : 0;
+}
+
+/* tr_optimizer_bytes is what is allocated, to the allocator's rounding. */
+static void test_optimizer_bytes(void **state)
+{
+    (void)state;
+    material m = material_make();
+    tr_net *net = NULL;
+    must_be_ok(tr_net_create(&m.config, m.model, UINT64_MAX, LENGTH, &net, &err));
+    for (unsigned i = 0; i < 8; i++) {
+        const sh_train_options o = {.optimizer = i & 1 ? SH_SGD : SH_ADAMW,
+                                    .state_8bit = (i & 2) != 0,
+                                    .proximal = i & 4 ? 1.0f : 0.0f};
+        tr_optimizer optimizer;
+        must_be_ok(tr_optimizer_create(net, true, &o, net->weights, &optimizer, &err));
+        const uint64_t counted = tr_optimizer_bytes(&o, net->layout.n);
+        uint64_t held = usable(optimizer.grad) + usable(optimizer.m) + usable(optimizer.v) +
+                        usable(optimizer.start) + usable(optimizer.coded);
+        if (optimizer.coded)
+            held += usable(optimizer.coded->m) + usable(optimizer.coded->v) +
+                    usable(optimizer.coded->m_scale) + usable(optimizer.coded->v_scale);
+        if (held < counted || held > counted + 9 * 128)
+            fail_msg("case %u: %llu bytes are held, %llu counted", i, (unsigned long long)held,
+                     (unsigned long long)counted);
+        tr_optimizer_release(&optimizer);
+    }
+    const sh_train_options plain = {0}, coded = {.state_8bit = true};
+    assert_true(tr_optimizer_bytes(&coded, 1u << 20) - (4u << 20) <
+                (tr_optimizer_bytes(&plain, 1u << 20) - (4u << 20)) * 26 / 100);
+    tr_net_destroy(&net);
+    material_release(&m);
+}
+
+/* ---- held-out loss and early stop ---- */
+
+enum { STEPS_MOST = 64 };
+
+/* What progress was told. */
+typedef struct {
+    sh_train_progress steps[STEPS_MOST];
+    uint32_t n, cancel_at; /* 0: never */
+} diary;
+
+static bool note_step(void *arg, const sh_train_progress *p)
+{
+    diary *d = arg;
+    assert_true(d->n < STEPS_MOST);
+    d->steps[d->n++] = *p;
+    return p->step != d->cancel_at;
+}
+
+/* Steps that do not depend on how many there are: a shorter training is the beginning of a longer
+ * one. */
+static sh_train_options constant_options(uint32_t steps)
+{
+    sh_train_options o = options_of(3, steps);
+    o.schedule = SH_SCHEDULE_CONSTANT;
+    o.warmup = 0;
+    o.lr = 0.03f;
+    return o;
+}
+
+static void must_be_same(const outcome *x, const outcome *y)
+{
+    assert_int_equal(x->n, y->n);
+    if (memcmp(x->params, y->params, x->n * sizeof(float)) != 0)
+        fail_msg("the parameters differ, by %g of their norm", distance(x, y));
+}
+
+static void test_progress(void **state)
+{
+    (void)state;
+    material m = material_make();
+    outcome out;
+    diary d = {0};
+    sh_train_options o = options_of(3, 7);
+    o.heldout = &m.heldout;
+    o.heldout_every = 3;
+    o.progress = note_step;
+    o.progress_arg = &d;
+    must_be_ok(train(&m, false, &o, &out));
+    assert_int_equal(d.n, 7);
+    for (uint32_t i = 0; i < 7; i++) {
+        const sh_train_progress *p = &d.steps[i];
+        assert_int_equal(p->step, i + 1);
+        assert_int_equal(p->steps, 7);
+        must_be_near(p->lr, tr_learning_rate(&o, i), 0);
+        assert_true(p->grad_norm > 0 && isfinite(p->grad_norm));
+        assert_int_equal(isnan(p->heldout_loss), i != 2 && i != 5 && i != 6);
+        assert_true(i == 0 || (p->tokens_seen > p[-1].tokens_seen && p->seconds >= p[-1].seconds));
+    }
+    assert_true(d.steps[0].loss == out.result.loss_first);
+    assert_true(d.steps[6].loss == out.result.loss_last);
+    assert_true(d.steps[6].heldout_loss == out.result.heldout_last);
+    assert_int_equal(d.steps[6].tokens_seen, out.result.tokens_seen);
+    assert_int_equal(out.result.steps, 7);
+
+    outcome unmeasured; /* to measure changes nothing */
+    o.heldout = NULL;
+    o.heldout_every = 0;
+    o.progress = NULL;
+    must_be_ok(train(&m, false, &o, &unmeasured));
+    must_be_same(&out, &unmeasured);
+    assert_true(isnan(unmeasured.result.heldout_best) && isnan(unmeasured.result.heldout_last));
+    assert_int_equal(unmeasured.result.heldout_best_step, 0);
+    outcome_release(&unmeasured);
+    outcome_release(&out);
+    material_release(&m);
+}
+
+/* The norm that is told is the gradient's, before clipping. */
+static void test_progress_norm(void **state)
+{
+    (void)state;
+    material m = material_make();
+    outcome before, after;
+    diary d = {0};
+    sh_train_options o = constant_options(1);
+    o.optimizer = SH_SGD;
+    o.lr = 0;
+    must_be_ok(train(&m, true, &o, &before));
+    o.lr = 0.5f;
+    o.clip = 0;
+    o.progress = note_step;
+    o.progress_arg = &d;
+    must_be_ok(train(&m, true, &o, &after));
+    double moved = 0;
+    for (size_t i = 0; i < after.n; i++)
+        moved += pow((double)after.params[i] - (double)before.params[i], 2);
+    must_be_near(d.steps[0].grad_norm, sqrt(moved) / 0.5, 1e-5 * d.steps[0].grad_norm);
+    const double norm = d.steps[0].grad_norm;
+    outcome_release(&after);
+    d.n = 0;
+    o.clip = 1e-3f;
+    must_be_ok(train(&m, true, &o, &after));
+    assert_true(d.steps[0].grad_norm == norm);
+    outcome_release(&before);
+    outcome_release(&after);
+    material_release(&m);
+}
+
+/* So that one text teaches something of another: which tokens there are. */
+static void fewer_tokens(sh_train_data *data)
+{
+    int32_t *tokens = (int32_t *)(uintptr_t)data->tokens;
+    for (size_t i = 0; i < data->n * data->length; i++)
+        tokens[i] %= 7;
+}
+
+static void check_early_stop(bool full)
+{
+    enum { EVERY = 4, STEPS = 60, PATIENCE = 4 };
+    material m = material_make();
+    outcome whole, stopped, shorter;
+    diary d = {0};
+    fewer_tokens(&m.data);
+    fewer_tokens(&m.heldout);
+    sh_train_options o = constant_options(STEPS);
+    o.heldout = &m.heldout;
+    o.heldout_every = EVERY;
+    o.progress = note_step;
+    o.progress_arg = &d;
+    must_be_ok(train(&m, full, &o, &whole));
+    uint32_t best = 0, since = 0, stop = 0;
+    for (uint32_t i = EVERY; i <= STEPS && stop == 0; i += EVERY) {
+        const double loss = d.steps[i - 1].heldout_loss;
+        since = best > 0 && loss >= d.steps[best - 1].heldout_loss ? since + 1 : 0;
+        best = since == 0 ? i : best;
+        stop = since == PATIENCE ? i : 0;
+    }
+    assert_true(best > EVERY && stop > best); /* it learns and overfits: else this tries nothing */
+    assert_int_equal(whole.result.heldout_best_step, best);
+    assert_true(whole.result.heldout_best == d.steps[best - 1].heldout_loss);
+    assert_int_equal(whole.result.steps, STEPS);
+
+    o.progress = NULL;
+    for (unsigned threads = 1; threads <= 3; threads += 2) {
+        o.patience = PATIENCE;
+        o.threads = threads;
+        must_be_ok(train(&m, full, &o, &stopped));
+        assert_int_equal(stopped.result.steps, stop);
+        assert_int_equal(stopped.result.heldout_best_step, best);
+        assert_true(stopped.result.heldout_last == d.steps[stop - 1].heldout_loss);
+        sh_train_options until = constant_options(best);
+        must_be_ok(train(&m, full, &until, &shorter));
+        must_be_same(&stopped, &shorter);
+        outcome_release(&shorter);
+        /* And when the steps end before the patience does. */
+        o.steps = stop - 1;
+        o.patience = STEPS;
+        must_be_ok(train(&m, full, &o, &shorter));
+        assert_int_equal(shorter.result.steps, stop - 1);
+        must_be_same(&stopped, &shorter);
+        outcome_release(&shorter);
+        outcome_release(&stopped);
+        o.steps = STEPS;
+    }
+    outcome_release(&whole);
+    material_release(&m);
+}
+
+static void test_early_stop(void **state)
+{
+    (void)state;
+    check_early_stop(false);
+    check_early_stop(true);
+}
+
+/* Measuring fits into the memory of training; patience takes one vector of parameters. */
+static void test_early_stop_memory(void **state)
+{
+    (void)state;
+    material m = material_make();
+    outcome free_one, limited;
+    sh_train_options o = constant_options(2);
+    const uint64_t plain = least_memory(&m, false, &o);
+    o.heldout = &m.heldout;
+    o.heldout_every = 1;
+    assert_int_equal(least_memory(&m, false, &o), plain);
+    o.patience = 5;
+    must_be_ok(train(&m, false, &o, &free_one));
+    const uint64_t least = least_memory(&m, false, &o);
+    assert_int_equal(least - plain, free_one.n * sizeof(float));
+    o.memory_max = least;
+    must_be_ok(train(&m, false, &o, &limited));
+    must_be_near(limited.result.heldout_best, free_one.result.heldout_best, 1e-5);
+    outcome_release(&limited);
+    /* The refusal says what is missing. */
+    o.memory_max = least - 123;
+    must_fail(train(&m, false, &o, &limited), SH_ERR_LIMIT);
+    assert_non_null(strstr(err.text, ": 123 more are needed"));
+    outcome_release(&limited);
+    o.memory_max = 5;
+    must_fail(train(&m, false, &o, &limited), SH_ERR_LIMIT);
+    char missing[64];
+    snprintf(missing, sizeof missing, ": %llu more", (unsigned long long)(least - 5));
+    assert_non_null(strstr(err.text, missing));
+    outcome_release(&limited);
+    outcome_release(&free_one);
+    material_release(&m);
+}
+
+static void test_heldout_refusals(void **state)
+{
+    (void)state;
+    material m = material_make();
+    outcome out;
+    int32_t *tokens = (int32_t *)(uintptr_t)m.heldout.tokens;
+    sh_train_options o = constant_options(2);
+    o.patience = 1;
+    must_fail(train(&m, false, &o, &out), SH_ERR_INVALID);
+    outcome_release(&out);
+    o.heldout_every = 1;
+    must_fail(train(&m, false, &o, &out), SH_ERR_INVALID);
+    outcome_release(&out);
+    o.heldout = &m.heldout;
+    tokens[5] = -7;
+    must_fail(train(&m, false, &o, &out), SH_ERR_INVALID);
+    assert_non_null(strstr(err.text, "held-out"));
+    assert_non_null(strstr(err.text, "token -7"));
+    outcome_release(&out);
+    material_release(&m);
+}
+
+/* ---- factors in turns ---- */
+
+/* Which factors of pairs differ: 1: an A, 2: a B. */
+static unsigned changed_factors(const material *m, const outcome *x, const outcome *y)
+{
+    unsigned changed = 0;
+    tr_net *net = NULL;
+    sh_adapter *of[2];
+    must_be_ok(tr_net_create(&m->config, m->model, UINT64_MAX, LENGTH, &net, &err));
+    must_be_ok(tr_net_attach(net, m->adapter, &err));
+    for (size_t i = 0; i < 2; i++) {
+        of[i] = small_adapter(&m->config, (const uint32_t[]){3, 5, 0, 2}, 4, 54);
+        tr_lora_scatter(net, (i ? y : x)->params, of[i]);
+    }
+    for (size_t i = 0; i < (size_t)m->config.n_layers * SH_LAYER_MATRICES; i++) {
+        const sh_lora_pair *p = &of[0]->pairs[i], *q = &of[1]->pairs[i];
+        if (!p->a)
+            continue;
+        changed |= memcmp(p->a, q->a, (size_t)p->rank * p->in * sizeof(float)) != 0;
+        changed |= (memcmp(p->b, q->b, (size_t)p->rank * p->out * sizeof(float)) != 0) << 1;
+    }
+    sh_adapter_destroy(&of[0]);
+    sh_adapter_destroy(&of[1]);
+    tr_net_destroy(&net);
+    return changed;
+}
+
+static void test_alternate(void **state)
+{
+    (void)state;
+    material m = material_make();
+    for (sh_freeze freeze = SH_FREEZE_NONE; freeze <= SH_FREEZE_B; freeze++) {
+        for (unsigned coded = 0; coded < 2; coded++) {
+            outcome last = {0}, next;
+            for (uint32_t steps = 1; steps <= 7; steps++) {
+                sh_train_options o = constant_options(steps);
+                o.alternate = 2;
+                o.freeze = freeze;
+                o.state_8bit = coded;
+                o.proximal = 0.1f;
+                must_be_ok(train(&m, false, &o, &next));
+                const bool b_frozen = ((steps - 1) / 2 % 2 == 0) == (freeze == SH_FREEZE_B);
+                if (steps > 1)
+                    assert_int_equal(changed_factors(&m, &last, &next), b_frozen ? 1 : 2);
+                outcome_release(&last);
+                last = next;
+            }
+            outcome_release(&last);
+        }
+    }
+    material_release(&m);
+}
+
+/* A factor's first turn is as a training of that factor alone: its moments and their correction
+ * begin with its own first update, whenever that is. */
+static void test_alternate_moments(void **state)
+{
+    (void)state;
+    material m = material_make();
+    outcome turns, first, second;
+    sh_train_options o = constant_options(40);
+    o.batch = SEQUENCES;
+    o.shuffle_seed = 0;
+    o.alternate = 20;
+    must_be_ok(train(&m, false, &o, &turns));
+    o.steps = 20;
+    o.alternate = 0;
+    o.freeze = SH_FREEZE_A;
+    must_be_ok(train(&m, false, &o, &first));
+    tr_net *net = NULL;
+    must_be_ok(tr_net_create(&m.config, m.model, UINT64_MAX, LENGTH, &net, &err));
+    must_be_ok(tr_net_attach(net, m.adapter, &err));
+    tr_lora_scatter(net, first.params, m.adapter);
+    o.freeze = SH_FREEZE_B;
+    must_be_ok(train(&m, false, &o, &second));
+    must_be_same(&turns, &second);
+    tr_net_destroy(&net);
+    outcome_release(&turns);
+    outcome_release(&first);
+    outcome_release(&second);
+    material_release(&m);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_accumulate),
+        cmocka_unit_test(test_accumulate_masked_batch),
+        cmocka_unit_test(test_accumulate_memory),
+        cmocka_unit_test(test_state_8bit),
+        cmocka_unit_test(test_state_8bit_untouched),
+        cmocka_unit_test(test_optimizer_bytes),
+        cmocka_unit_test(test_progress),
+        cmocka_unit_test(test_progress_norm),
+        cmocka_unit_test(test_early_stop),
+        cmocka_unit_test(test_early_stop_memory),
+        cmocka_unit_test(test_heldout_refusals),
+        cmocka_unit_test(test_alternate),
+        cmocka_unit_test(test_alternate_moments),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
