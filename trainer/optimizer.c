@@ -103,6 +103,22 @@ void tr_optimizer_release(tr_optimizer *o)
     *o = (tr_optimizer){0};
 }
 
+size_t tr_optimizer_moments(const tr_optimizer *o, tr_area out[TR_MOMENT_AREAS])
+{
+    const size_t floats = o->n * sizeof(float), scales = n_blocks_of(o->n) * sizeof(float);
+    const tr_coded *c = o->coded;
+    if (c) {
+        out[0] = (tr_area){c->m, o->n};
+        out[1] = (tr_area){c->m_scale, scales};
+        out[2] = (tr_area){c->v, o->n};
+        out[3] = (tr_area){c->v_scale, scales};
+        return c->v ? 4 : 2;
+    }
+    out[0] = (tr_area){o->m, floats};
+    out[1] = (tr_area){o->v, floats};
+    return o->v ? 2 : 1;
+}
+
 /* ---- moments in 8 bits ---- */
 
 static size_t block_values(const tr_optimizer *o, size_t block)

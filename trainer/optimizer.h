@@ -44,6 +44,14 @@ void tr_optimizer_release(tr_optimizer *o);
 /* One update. false: the gradient's norm is not finite, and nothing was changed. */
 bool tr_optimizer_step(tr_optimizer *o, float *params);
 
+/* The memory that moments lie in, of a constant size; returns how many areas there are. */
+#define TR_MOMENT_AREAS 4
+typedef struct {
+    void *bytes;
+    size_t n;
+} tr_area;
+size_t tr_optimizer_moments(const tr_optimizer *o, tr_area out[TR_MOMENT_AREAS]);
+
 /* What is frozen at a step (from 0): in turns with `alternate`. */
 sh_freeze tr_freeze(const sh_train_options *options, uint32_t step);
 /* Learning rate of a step (from 0): linear warm-up, then the schedule's decay to lr * lr_final. */

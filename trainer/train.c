@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "shared/base/clock.h"
+#include "trainer/checkpoint.h"
 #include "trainer/kernels.h"
 #include "trainer/optimizer.h"
 
@@ -158,15 +159,13 @@ static sh_status options_check(const sh_train_options *o, sh_error *err)
         return sh_fail(err, SH_ERR_INVALID,
                        "training options: held-out data, how often to measure its loss, and "
                        "patience go together");
+    const sh_train_checkpoint *c = o->checkpoint;
+    if (c && (!c->path || !c->path[0] || !isfinite(c->every_s) || c->every_s < 0))
+        return sh_fail(err, SH_ERR_INVALID,
+                       "training options: a checkpoint needs a path, and seconds between two that "
+                       "are not negative");
     return SH_OK;
 }
-
-/* Where a training stands, beside vectors. */
-typedef struct {
-    double loss_first, loss_last, cross_entropy_last, kl_last, heldout_best, heldout_last;
-    uint32_t heldout_best_step, heldout_since; /* measurements since the best */
-    uint64_t tokens_seen;
-} standing;
 
 typedef struct {
     const tr_trainee *t;
@@ -183,8 +182,12 @@ typedef struct {
     float *best;         /* [n], parameters of the best measurement; NULL: no patience */
     sampler sampler;
     tr_optimizer optimizer;
-    standing at;
-    uint64_t start_ms;
+    tr_state
+        at; /* what optimizer, sampler and plan hold themselves is there only when it is saved */
+    tr_checkpoint checkpoint;
+    uint64_t start_ms, saved_ms;
+    double seconds_before; /* that a resume adds */
+    uint32_t resumed_step;
 } loop;
 
 static void loop_release(loop *l)
@@ -266,6 +269,58 @@ static sh_status batcher_create(loop *l, sh_error *err)
     return SH_OK;
 }
 
+static double loop_seconds(const loop *l)
+{
+    return l->seconds_before + (double)(sh_clock_mono_ms() - l->start_ms) / 1e3;
+}
+
+static sh_status checkpoint_save(loop *l, sh_error *err)
+{
+    tr_state state = l->at;
+    state.step = l->optimizer.step;
+    memcpy(state.updates, l->optimizer.updates, sizeof state.updates);
+    state.pass = l->sampler.pass;
+    state.order_at = l->sampler.at;
+    state.micro_sequences = l->plan.micro_sequences;
+    state.logit_rows = l->plan.logit_rows;
+    state.seconds = loop_seconds(l);
+    SH_TRY(tr_checkpoint_save(&l->checkpoint, &state, err));
+    l->saved_ms = sh_clock_mono_ms();
+    return SH_OK;
+}
+
+/* Before the batcher is made: its plan is the checkpoint's. */
+static sh_status checkpoint_init(loop *l, sh_error *err)
+{
+    bool found = false;
+    l->checkpoint = (tr_checkpoint){.trainee = l->t,
+                                    .data = l->data,
+                                    .options = l->options,
+                                    .order = l->sampler.order,
+                                    .best = l->best};
+    l->checkpoint.n_moments = tr_optimizer_moments(&l->optimizer, l->checkpoint.moments);
+    l->saved_ms = sh_clock_mono_ms();
+    tr_checkpoint_identify(&l->checkpoint);
+    if (l->options->checkpoint->resume)
+        SH_TRY(tr_checkpoint_load(&l->checkpoint, &l->at, &found, err));
+    if (!found)
+        return SH_OK;
+    l->optimizer.step = l->resumed_step = l->at.step;
+    memcpy(l->optimizer.updates, l->at.updates, sizeof l->at.updates);
+    l->sampler.pass = l->at.pass;
+    l->sampler.at = (size_t)l->at.order_at;
+    l->plan.micro_sequences = l->at.micro_sequences;
+    l->plan.logit_rows = l->at.logit_rows;
+    l->seconds_before = l->at.seconds;
+    return SH_OK;
+}
+
+static bool checkpoint_is_due(const loop *l)
+{
+    const double since_ms = (double)(sh_clock_mono_ms() - l->saved_ms);
+    return l->options->checkpoint && since_ms >= l->options->checkpoint->every_s * 1e3;
+}
+
 /* On error the caller releases what there is. */
 static sh_status loop_init(loop *l, sh_error *err)
 {
@@ -275,7 +330,7 @@ static sh_status loop_init(loop *l, sh_error *err)
     l->n = n;
     l->n_batch = SH_MIN((size_t)options->batch, l->data->n);
     l->accumulate = SH_MAX(1u, options->accumulate);
-    l->at = (standing){.heldout_best = (double)NAN, .heldout_last = (double)NAN};
+    l->at = (tr_state){.heldout_best = (double)NAN, .heldout_last = (double)NAN};
     l->sampler = (sampler){.n = l->data->n, .seed = options->shuffle_seed};
     SH_TRY(memory_left(l, err));
     l->batch = sh_calloc(l->n_batch, sizeof(*l->batch));
@@ -292,6 +347,8 @@ static sh_status loop_init(loop *l, sh_error *err)
                                &l->optimizer, err));
     if (options->heldout)
         SH_TRY(heldout_check(l, err));
+    if (options->checkpoint)
+        SH_TRY(checkpoint_init(l, err));
     return batcher_create(l, err);
 }
 
@@ -348,11 +405,6 @@ static bool loop_is_done(const loop *l)
            (l->options->patience > 0 && l->at.heldout_since >= l->options->patience);
 }
 
-static double loop_seconds(const loop *l)
-{
-    return (double)(sh_clock_mono_ms() - l->start_ms) / 1e3;
-}
-
 static sh_status loop_step(loop *l, sh_error *err)
 {
     const tr_trainee *t = l->t;
@@ -384,8 +436,13 @@ static sh_status loop_step(loop *l, sh_error *err)
                                         .grad_norm = l->optimizer.norm,
                                         .tokens_seen = l->at.tokens_seen,
                                         .seconds = loop_seconds(l)};
-    if (options->progress && !options->progress(options->progress_arg, &progress))
-        return sh_fail(err, SH_ERR_CANCELLED, "training: cancelled after step %u", step);
+    const bool goes_on = !options->progress || options->progress(options->progress_arg, &progress);
+    if (options->checkpoint && (!goes_on || loop_is_done(l) || checkpoint_is_due(l)))
+        SH_TRY(checkpoint_save(l, err));
+    if (!goes_on)
+        return sh_fail(err, SH_ERR_CANCELLED, "training: cancelled after step %u%s%s", step,
+                       options->checkpoint ? "; it can go on from " : "",
+                       options->checkpoint ? options->checkpoint->path : "");
     return SH_OK;
 }
 
@@ -412,7 +469,8 @@ sh_status tr_train(const tr_trainee *t, const sh_train_data *data, const sh_trai
                                 .steps = l.optimizer.step,
                                 .heldout_best = l.at.heldout_best,
                                 .heldout_last = l.at.heldout_last,
-                                .heldout_best_step = l.at.heldout_best_step};
+                                .heldout_best_step = l.at.heldout_best_step,
+                                .resumed_step = l.resumed_step};
 cleanup:
     loop_release(&l);
     return status;

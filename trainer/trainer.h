@@ -11,6 +11,7 @@
 #ifndef SH_TRAINER_H
 #define SH_TRAINER_H
 
+#include "shared/base/failpoint.h"
 #include "shared/base/rng.h"
 #include "shared/model/model.h"
 
@@ -47,6 +48,21 @@ typedef struct {
     uint64_t tokens_seen; /* target tokens since the training began */
     double seconds;       /* since then, those before a resume too */
 } sh_train_progress;
+
+/* A file that a training can go on from, with the bytes of one that was not interrupted. It is
+ * written at a step's end and replaced as a whole, with mode 0600, and stays when the training is
+ * done. If it cannot be written, the training ends with that error, and the file before is whole.
+ * (A program ignores SIGXFSZ, or a limit of file sizes kills it.) */
+typedef struct {
+    const char *path;
+    double every_s; /* between two, of wall time; 0: after each step. And when progress cancels, and
+                       at the end */
+    bool resume;    /* go on from the file, if it is there. SH_ERR_MISMATCH: it is of other options,
+                       data, shapes, parameters at the start, or another identity, and which */
+    sh_hash identity;          /* of what the library cannot see: the files of base and teacher */
+    sh_failpoints *failpoints; /* borrowed, NULL: none. One that is hit ends the training with
+                                  SH_ERR_CRASHED and leaves files as a crash would */
+} sh_train_checkpoint;
 
 typedef struct {
     uint64_t a_seed; /* A0 ~ normal / sqrt(in) from this alone: every node's is the same; B0 = 0 */
@@ -113,6 +129,7 @@ typedef struct {
     /* RoLoRA in one training: steps after which the frozen factor changes, beginning with freeze
      * (SH_FREEZE_A when none); 0: never. */
     uint32_t alternate;
+    const sh_train_checkpoint *checkpoint; /* borrowed; NULL: none */
 } sh_train_options;
 
 /* How the batches were worked on. Results are the same bits for any number of threads and kept
@@ -137,6 +154,7 @@ typedef struct {
     uint32_t steps;                    /* made; fewer than asked for when it was stopped early */
     double heldout_best, heldout_last; /* NaN: never measured */
     uint32_t heldout_best_step;        /* 0: never measured */
+    uint32_t resumed_step;             /* steps that came from a checkpoint */
 } sh_train_result;
 
 /* The adapter of a plan before training: A0 from a_seed, B = 0, all seven matrices. */

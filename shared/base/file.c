@@ -2,8 +2,10 @@
 
 #include "shared/base/buf.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +17,7 @@
 #define READ_STEP_BYTES   65536
 #define TEMP_TRIES        100
 #define TEMP_SUFFIX_BYTES 48
+#define TEMP_MARK         ".tmp-"
 
 static sh_status fail_errno(sh_error *err, int reason, const char *verb, const char *path)
 {
@@ -122,18 +125,23 @@ static int write_all(int fd, const uint8_t *bytes, size_t n)
     return 0;
 }
 
+static void folder_of(const char *path, char folder[SH_PATH_BYTES])
+{
+    const char *slash = strrchr(path, '/');
+    size_t n = slash ? (size_t)(slash - path) : 0;
+    if (!slash)
+        snprintf(folder, SH_PATH_BYTES, ".");
+    else if (n == 0)
+        snprintf(folder, SH_PATH_BYTES, "/");
+    else
+        snprintf(folder, SH_PATH_BYTES, "%.*s", (int)n, path);
+}
+
 /* Syncs the folder that holds path, so that a rename in it survives a power loss. */
 static int sync_folder(const char *path)
 {
     char folder[SH_PATH_BYTES];
-    const char *slash = strrchr(path, '/');
-    size_t n = slash ? (size_t)(slash - path) : 0;
-    if (!slash)
-        snprintf(folder, sizeof folder, ".");
-    else if (n == 0)
-        snprintf(folder, sizeof folder, "/");
-    else
-        snprintf(folder, sizeof folder, "%.*s", (int)n, path);
+    folder_of(path, folder);
     int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0)
         return errno;
@@ -146,13 +154,43 @@ static int open_temporary(const char *path, mode_t mode, char *temp, size_t temp
 {
     static atomic_uint serial;
     for (int i = 0; i < TEMP_TRIES; i++) {
-        snprintf(temp, temp_bytes, "%s.tmp-%ld-%u", path, (long)getpid(),
+        snprintf(temp, temp_bytes, "%s" TEMP_MARK "%ld-%u", path, (long)getpid(),
                  atomic_fetch_add(&serial, 1));
         int fd = open(temp, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
         if (fd >= 0 || errno != EEXIST)
             return fd;
     }
     return -1;
+}
+
+/* Whether name is one that open_temporary makes for base, by a process that is gone or by this one,
+ * which may have been given the number of one that is gone. */
+static bool is_leftover(const char *name, const char *base)
+{
+    const size_t n = strlen(base);
+    char *end;
+    if (strncmp(name, base, n) != 0 || strncmp(name + n, TEMP_MARK, strlen(TEMP_MARK)) != 0)
+        return false;
+    const char *digits = name + n + strlen(TEMP_MARK);
+    const long pid = strtol(digits, &end, 10);
+    if (end == digits || pid <= 0 || *end != '-' || end[1 + strspn(end + 1, "0123456789")] != 0)
+        return false;
+    return pid == (long)getpid() || (kill((pid_t)pid, 0) != 0 && errno == ESRCH);
+}
+
+void sh_file_remove_leftovers(const char *path)
+{
+    char folder[SH_PATH_BYTES];
+    if (strlen(path) >= SH_PATH_BYTES)
+        return;
+    folder_of(path, folder);
+    const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path;
+    DIR *dir = opendir(folder);
+    for (struct dirent *entry; dir && (entry = readdir(dir)) != NULL;)
+        if (is_leftover(entry->d_name, base))
+            (void)unlinkat(dirfd(dir), entry->d_name, 0);
+    if (dir)
+        closedir(dir);
 }
 
 static sh_status writer_open(const char *path, bool private, sh_file_writer *out, sh_error *err)
@@ -185,6 +223,11 @@ static sh_status writer_open(const char *path, bool private, sh_file_writer *out
 sh_status sh_file_writer_open(const char *path, sh_file_writer *out, sh_error *err)
 {
     return writer_open(path, false, out, err);
+}
+
+sh_status sh_file_writer_open_private(const char *path, sh_file_writer *out, sh_error *err)
+{
+    return writer_open(path, true, out, err);
 }
 
 sh_status sh_file_writer_append(sh_file_writer *w, const void *bytes, size_t n, sh_error *err)

@@ -29,10 +29,16 @@ typedef struct {
     bool open;
 } sh_file_writer;
 SH_MUST_USE sh_status sh_file_writer_open(const char *path, sh_file_writer *out, sh_error *err);
+/* With mode 0600. */
+SH_MUST_USE sh_status sh_file_writer_open_private(const char *path, sh_file_writer *out,
+                                                  sh_error *err);
 SH_MUST_USE sh_status sh_file_writer_append(sh_file_writer *w, const void *bytes, size_t n,
                                             sh_error *err);
 SH_MUST_USE sh_status sh_file_writer_commit(sh_file_writer *w, sh_error *err);
 void sh_file_writer_abandon(sh_file_writer *w);
+/* Removes the temporary files beside path that processes left which were killed while they wrote
+ * it. This process must not be writing it. */
+void sh_file_remove_leftovers(const char *path);
 typedef struct {
     const uint8_t *data;
     size_t bytes;
