@@ -15,11 +15,10 @@
 #include "trainer/round_main.h"
 #include "trainer/tokenizer_train.h"
 
-#define PROGRAM     "shoal-train"
-#define TENTHS      10  /* progress lines when stderr is no terminal */
-#define REDRAW_S    0.2 /* between two of them when it is */
-#define EXTENSION   ".txt"
-#define SPECIAL_SEP ','
+#define PROGRAM   "shoal-train"
+#define TENTHS    10  /* progress lines when stderr is no terminal */
+#define REDRAW_S  0.2 /* between two of them when it is */
+#define EXTENSION ".txt"
 
 typedef struct {
     const char *data, *out, *kind, *special, *bos, *eos, *add_bos, *add_eos, *pre;
@@ -186,19 +185,16 @@ static sh_status parse_yes_no(const char *value, const char *key, bool *out, sh_
 /* The items of a list, cut in place; *items is malloc'ed. */
 static sh_status split_list(char *list, const char ***items, size_t *n, sh_error *err)
 {
-    size_t most = 1;
-    for (const char *at = list; *at != '\0'; at++)
-        most += *at == SPECIAL_SEP;
-    const char **out = sh_calloc(most, sizeof *out);
+    const char **out = sh_calloc(SH_TOKENIZER_SPECIALS_MAX, sizeof *out);
     if (out == NULL)
         return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for special tokens");
     *n = 0;
-    for (char *at = list; at != NULL;) {
-        char *end = strchr(at, SPECIAL_SEP);
-        if (end != NULL)
-            *end++ = '\0';
-        out[(*n)++] = at;
-        at = end;
+    for (char *item; (item = strsep(&list, ",")) != NULL; out[(*n)++] = item) {
+        if (*n == SH_TOKENIZER_SPECIALS_MAX) {
+            free(out);
+            return sh_fail(err, SH_ERR_LIMIT, "--special: over %d tokens",
+                           SH_TOKENIZER_SPECIALS_MAX);
+        }
     }
     *items = out;
     return SH_OK;

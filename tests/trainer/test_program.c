@@ -281,6 +281,73 @@ static void test_lora_options(void **state)
 #undef LORA
 }
 
+/* ---- a vocabulary ---- */
+
+/* From files and a folder's *.txt, then a model with it. */
+static void test_tokenizer(void **state)
+{
+    (void)state;
+    static const char words[] = "the sea the sea and the ships of the sea\n";
+    must_be_ok(sh_dir_make(path_of("texts/c.txt"), &err)); /* a folder: not taken */
+    must_be_ok(sh_file_write_atomic(path_of("texts/a.txt"), words, sizeof words - 1, &err));
+    must_be_ok(sh_file_write_atomic(path_of("texts/b.txt"), words, 8, &err));
+    must_be_ok(sh_file_write_atomic(path_of("texts/b.md"), "QQQQ", 4, &err));
+#define TOKENIZER "tokenizer --data texts,text --out made.gguf --json "
+    json_t *j = run_json(TOKENIZER "--vocab-size 300 --special '<|im_start|>,<|im_end|>'");
+    must_be_near(number_of(j, "vocab"), 300, 0);
+    must_be_near(number_of(j, "documents"), 3, 0);
+    must_be_near(number_of(j, "bytes_per_token"),
+                 number_of(j, "text_bytes") / number_of(j, "text_tokens"), 1e-9);
+    json_decref(j);
+    sh_gguf *gguf = NULL;
+    sh_tokenizer *t = NULL;
+    must_be_ok(sh_gguf_open(path_of("made.gguf"), &gguf, &err));
+    must_be_ok(sh_tokenizer_load(gguf, &t, &err));
+    assert_int_equal(sh_tokenizer_find(t, "<|im_end|>", 10), 2);
+    assert_true(sh_tokenizer_find(t,
+                                  "\xc4\xa0"
+                                  "the",
+                                  5) > 0);
+    assert_int_equal(sh_tokenizer_find(t, "QQ", 2), -1);
+    sh_tokenizer_destroy(&t);
+    sh_gguf_close(&gguf);
+    json_decref(run_json(TOKENIZER "--kind spm --vocab-size 320 --bos '<b>' --eos '<e>' "
+                                   "--add-bos no --add-eos yes --coverage 1 --keep-numbers "
+                                   "--no-space-prefix"));
+    j = run_json(
+        "full --vocab made.gguf --data text --width 32 --layers 1 --heads 2 --kv-heads 1 "
+        "--ffn 32 --context-length 32 --context 16 --steps 2 --out made-model.gguf --json");
+    json_decref(j);
+    sh_model *model = NULL;
+    must_be_ok(sh_model_open(path_of("made-model.gguf"), &model, &err));
+    assert_int_equal(model->config.vocab, 320);
+    assert_false(sh_tokenizer_adds_bos(model->tokenizer));
+    assert_true(sh_tokenizer_adds_eos(model->tokenizer));
+    assert_int_equal(sh_tokenizer_find(model->tokenizer, "<e>", 3), 2);
+    sh_model_close(&model);
+    static const char *const wrong[][2] = {
+        {"--vocab-size 5000", "at most"},    {"--vocab-size 100", "at least 257"},
+        {"--kind bpe2", "bpe, spm"},         {"--kind spm --pre gpt-2", "--pre"},
+        {"--no-space-prefix", "--kind spm"}, {"--pre absent", "absent"},
+        {"--add-bos maybe", "yes nor no"},   {"--special 'a,,b'", "special token 2"},
+        {"--data text,,text", "--data"},     {"--data texts/c.txt", "no file *.txt"},
+        {"--data absent.txt", "absent.txt"},
+    };
+    for (size_t i = 0; i < SH_COUNT(wrong); i++) {
+        char arguments[256];
+        snprintf(arguments, sizeof arguments, TOKENIZER "%s", wrong[i][0]);
+        expect_error(arguments, 2, wrong[i][1]);
+    }
+    expect_error("tokenizer --out x.gguf", 2, "--data is missing");
+#undef TOKENIZER
+    static const char *const made[] = {"texts/a.txt", "texts/b.txt", "texts/b.md", "made.gguf",
+                                       "made-model.gguf"};
+    for (size_t i = 0; i < SH_COUNT(made); i++)
+        unlink(path_of(made[i]));
+    rmdir(path_of("texts/c.txt"));
+    rmdir(path_of("texts"));
+}
+
 /* ---- a node's round ---- */
 
 static void make_snapshot(size_t n_sessions)
@@ -439,6 +506,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_full_of_architectures),
         cmocka_unit_test(test_lora),
         cmocka_unit_test(test_lora_options),
+        cmocka_unit_test(test_tokenizer),
         cmocka_unit_test(test_round),
         cmocka_unit_test(test_round_errors),
         cmocka_unit_test(test_round_memory),
