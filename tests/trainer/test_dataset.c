@@ -176,6 +176,10 @@ static void test_plain_text(void **state)
     sh_tokenizer_destroy(&bare);
 }
 
+#define CHAT                                                                                       \
+    "<s> <|system|>\ns</s> \n<|user|> \na</s> \n<|assistant|>\n[b</s>] \n<|user|> \nc</s> \n"      \
+    "<|assistant|>\n[d</s>]"
+
 static void test_lines(void **state)
 {
     (void)state;
@@ -196,8 +200,7 @@ static void test_lines(void **state)
         "<s> in[ the</s>]",
         "<s>[ the</s>]",
         "<s> in[</s>]",
-        "<s> <|system|>\ns</s> \n<|user|> \na</s> \n<|assistant|>\n[b</s>] \n<|user|> \nc</s> \n"
-        "<|assistant|>\n[d</s>]",
+        CHAT,
     };
     sh_dataset *d = open_path(path);
     expect_documents(d, 5, expected);
@@ -393,18 +396,16 @@ static void test_bad_lines(void **state)
          ":2:20: duplicate object key near '\"text\"': write one JSON object a line"},
         {"{\"text\": \"a\\u0000b\"}", ":2:19: \\u0000 is not allowed without JSON_ALLOW_NUL near "
                                       "'\"a\\u0000b\"': write one JSON object a line"},
-        {"[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]",
-         ":2: JSON of 17 levels, at most 16 are read: split the document over more lines"},
     };
     for (size_t i = 0; i < SH_COUNT(cases); i++) {
         char text[512];
         snprintf(text, sizeof text, GOOD "%s\n" GOOD, cases[i].line);
         write_text("bad.jsonl", text);
-        expect_error("bad.jsonl",
-                     SH_ERR_INVALID +
-                         (i + 1 == SH_COUNT(cases) ? SH_ERR_LIMIT - SH_ERR_INVALID : 0),
-                     cases[i].text);
+        expect_error("bad.jsonl", SH_ERR_INVALID, cases[i].text);
     }
+    write_text("bad.jsonl", GOOD "[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]");
+    expect_error("bad.jsonl", SH_ERR_LIMIT,
+                 ":2: JSON of 17 levels, at most 16 are read: split the document over more lines");
 }
 
 /* A sample whose only token is its first. */
