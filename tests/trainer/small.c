@@ -268,17 +268,20 @@ void reference_init(reference *r, const sh_model *model)
         add_layer(r, &at, model, l);
 }
 
-void reference_adapt(reference *r, const sh_adapter *shape, double *const *a, double *const *b)
+void reference_adapt(reference *r, const reference_lora *lora)
 {
+    if (lora->mask) {
+        r->beside = lora;
+        return;
+    }
     for (size_t i = 0; i < (size_t)r->config.n_layers * SH_LAYER_MATRICES; i++) {
-        const sh_lora_pair *pair = &shape->pairs[i];
+        const sh_lora_pair *pair = &lora->shape->pairs[i];
         double *w = r->layers[i / SH_LAYER_MATRICES].m[i % SH_LAYER_MATRICES];
-        double scale = a[i] ? (double)shape->alpha / pair->rank : 0;
-        for (size_t o = 0; a[i] && o < pair->out; o++)
+        for (size_t o = 0; lora->a[i] && o < pair->out; o++)
             for (size_t j = 0; j < pair->in; j++)
                 for (size_t k = 0; k < pair->rank; k++)
-                    w[o * pair->in + j] +=
-                        scale * b[i][o * pair->rank + k] * a[i][k * pair->in + j];
+                    w[o * pair->in + j] += lora->scales[i] * lora->b[i][o * pair->rank + k] *
+                                           lora->a[i][k * pair->in + j];
     }
 }
 
@@ -357,23 +360,54 @@ static void attend(const sh_model_config *c, const double *q, double k[MOST][MOS
     }
 }
 
-typedef double cache[8][MOST][MOST]; /* [layer][position][dimension] */
+/* One token: of a sequence, the first position that it sees, its own. */
+typedef struct {
+    size_t sequence, begin, t;
+} place;
 
-/* Logits after token at position t, given the caches of the positions before. */
-static void step(const reference *r, int32_t token, size_t begin, size_t t, cache keys,
-                 cache values, double *z)
+/* y = W x of a matrix (layer * SH_LAYER_MATRICES + SH_ATTN_Q..) and the adapter beside it. */
+static void project(const reference *r, const place *at, size_t pair, const double *x, double *y)
 {
     const sh_model_config *c = &r->config;
+    const size_t q = (size_t)c->n_heads * c->head_size, kv = (size_t)c->n_kv_heads * c->head_size;
+    const size_t shapes[SH_LAYER_MATRICES][2] = {
+        {q, c->width},      {kv, c->width},     {kv, c->width},    {c->width, q},
+        {c->ffn, c->width}, {c->ffn, c->width}, {c->width, c->ffn}};
+    const size_t *shape = shapes[pair % SH_LAYER_MATRICES];
+    const reference_lora *l = r->beside;
+    multiply(r->layers[pair / SH_LAYER_MATRICES].m[pair % SH_LAYER_MATRICES], shape[0], shape[1], x,
+             y);
+    if (!l || !l->a[pair])
+        return;
+    const float *mask = l->mask(l->mask_arg, pair, at->sequence, at->t);
+    const size_t rank = l->shape->pairs[pair].rank;
+    double dropped[MOST], u[MOST], change[MOST];
+    for (size_t i = 0; i < shape[1]; i++)
+        dropped[i] = x[i] * (double)mask[i];
+    multiply(l->a[pair], rank, shape[1], dropped, u);
+    multiply(l->b[pair], shape[0], rank, u, change);
+    for (size_t o = 0; o < shape[0]; o++)
+        y[o] += l->scales[pair] * change[o];
+}
+
+typedef double cache[8][MOST][MOST]; /* [layer][position][dimension] */
+
+/* Logits after a token, given the caches of the positions before. */
+static void step(const reference *r, int32_t token, const place *at, cache keys, cache values,
+                 double *z)
+{
+    const sh_model_config *c = &r->config;
+    const size_t t = at->t;
     size_t width = c->width, q_size = (size_t)c->n_heads * c->head_size;
     size_t kv_size = (size_t)c->n_kv_heads * c->head_size;
     double x[MOST], n[MOST], q[MOST], o[MOST], y[MOST], g[MOST], u[MOST];
     memcpy(x, r->token_embd + (size_t)token * width, width * sizeof(*x));
     for (size_t l = 0; l < c->n_layers; l++) {
-        double *const *m = r->layers[l].m;
+        const size_t m = l * SH_LAYER_MATRICES;
         normalize(x, r->layers[l].attn_norm, (double)c->norm_eps, width, n);
-        multiply(m[SH_ATTN_Q], q_size, width, n, q);
-        multiply(m[SH_ATTN_K], kv_size, width, n, keys[l][t]);
-        multiply(m[SH_ATTN_V], kv_size, width, n, values[l][t]);
+        project(r, at, m + SH_ATTN_Q, n, q);
+        project(r, at, m + SH_ATTN_K, n, keys[l][t]);
+        project(r, at, m + SH_ATTN_V, n, values[l][t]);
         double *const rows[] = {q, keys[l][t], values[l][t]};
         const size_t sizes[] = {q_size, kv_size, kv_size};
         for (size_t p = 0; p < 3; p++)
@@ -381,16 +415,16 @@ static void step(const reference *r, int32_t token, size_t begin, size_t t, cach
                 rows[p][i] += r->layers[l].bias[p][i];
         turn(r, q, c->n_heads, r->layers[l].head_norm[0], t);
         turn(r, keys[l][t], c->n_kv_heads, r->layers[l].head_norm[1], t);
-        attend(c, q, keys[l], values[l], begin, t, o);
-        multiply(m[SH_ATTN_OUTPUT], width, q_size, o, y);
+        attend(c, q, keys[l], values[l], at->begin, t, o);
+        project(r, at, m + SH_ATTN_OUTPUT, o, y);
         for (size_t i = 0; i < width; i++)
             x[i] += y[i];
         normalize(x, r->layers[l].ffn_norm, (double)c->norm_eps, width, n);
-        multiply(m[SH_FFN_GATE], c->ffn, width, n, g);
-        multiply(m[SH_FFN_UP], c->ffn, width, n, u);
+        project(r, at, m + SH_FFN_GATE, n, g);
+        project(r, at, m + SH_FFN_UP, n, u);
         for (size_t i = 0; i < c->ffn; i++)
             u[i] *= g[i] / (1.0 + exp(-g[i]));
-        multiply(m[SH_FFN_DOWN], width, c->ffn, u, y);
+        project(r, at, m + SH_FFN_DOWN, u, y);
         for (size_t i = 0; i < width; i++)
             x[i] += y[i];
     }
@@ -429,9 +463,10 @@ double reference_mixed_loss(const reference *r, const reference_mixture *mixture
             const uint8_t *mask = data->mask ? data->mask + s * data->length + t : NULL;
             if (mask && mask[0] & SH_TRAIN_BEGINS)
                 begin = t;
-            step(r, tokens[t], begin, t, keys[0], keys[1], z);
+            const place at = {s, begin, t};
+            step(r, tokens[t], &at, keys[0], keys[1], z);
             if (teacher)
-                step(teacher, tokens[t], begin, t, keys[2], keys[3], v);
+                step(teacher, tokens[t], &at, keys[2], keys[3], v);
             if (mask && !(mask[1] & SH_TRAIN_TARGET))
                 continue;
             if (teacher)

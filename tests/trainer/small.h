@@ -25,6 +25,16 @@ sh_train_data small_data(const sh_model_config *config, size_t n, uint32_t lengt
                          uint64_t seed);
 void small_data_free(sh_train_data *data);
 
+/* An adapter in double. */
+typedef struct {
+    const sh_adapter *shape;
+    double *const *a, *const *b; /* of pair i; NULL: not adapted */
+    const double *scales;        /* of pair i */
+    /* What the input of A is multiplied with; NULL: nothing. */
+    const float *(*mask)(const void *arg, size_t pair, size_t sequence, size_t position);
+    const void *mask_arg;
+} reference_lora;
+
 /* All weights in double; tensors in the order of names. */
 typedef struct {
     sh_model_config config;
@@ -34,6 +44,7 @@ typedef struct {
         double *bias[3], *head_norm[2]; /* of q, k, v; of q and k; NULL: none */
     } layers[8];
     double frequency[64], magnitude; /* of RoPE */
+    const reference_lora *beside;    /* NULL: none */
     struct {
         char name[64];
         double *values;
@@ -44,8 +55,8 @@ typedef struct {
 } reference;
 
 void reference_init(reference *r, const sh_model *model);
-/* Adds scale * B·A of an adapter given in double; a[i], b[i] of pair i (NULL: not adapted). */
-void reference_adapt(reference *r, const sh_adapter *shape, double *const *a, double *const *b);
+/* Adds scale * B·A to the weights, or with a mask keeps it beside them (borrowed). */
+void reference_adapt(reference *r, const reference_lora *lora);
 /* Mean loss over the targets. */
 double reference_loss(const reference *r, const sh_train_data *data);
 /* The mean of (1 - weight) * cross-entropy + weight * T^2 * KL(teacher's || r's probabilities). */

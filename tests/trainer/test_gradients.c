@@ -8,11 +8,13 @@
 
 #include "tests/trainer/small.h"
 #include "tests/trainer/util.h"
+#include "trainer/train.h"
 
 #define STEP 1e-5
 /* Against the largest gradient of the tensor: float32 sums over some 100 rows with 2^-24 each. */
-#define RELATIVE 1e-5
-#define ABSOLUTE 5e-8 /* gradients of the residual stream are sums of terms of about 0.1 */
+#define RELATIVE         1e-5
+#define RELATIVE_DROPPED 1e-4 /* what is left of few inputs is larger: seen are 3e-5 */
+#define ABSOLUTE         5e-8 /* gradients of the residual stream are sums of terms of about 0.1 */
 
 static sh_error err;
 
@@ -116,16 +118,16 @@ static void test_full_long(void **state)
 /* The reference's weights are W + scale·B·A: perturbing A or B means forming them again. */
 typedef struct {
     const sh_model *model;
-    const sh_adapter *adapter;
     const sh_train_data *data;
-    double **a, **b;
+    reference_lora lora;
+    double relative;
 } lora_case;
 
 static double lora_loss(const lora_case *c)
 {
     reference r;
     reference_init(&r, c->model);
-    reference_adapt(&r, c->adapter, c->a, c->b);
+    reference_adapt(&r, &c->lora);
     double loss = reference_loss(&r, c->data);
     reference_release(&r);
     return loss;
@@ -155,27 +157,117 @@ static void compare_lora(const lora_case *c, const char *name, double *values, c
         most = fmax(most, fabs(expected));
         worst = fmax(worst, fabs(expected - (double)grad[i]));
     }
-    if (!(most > 0) || !(worst <= ABSOLUTE + RELATIVE * most))
+    if (!(most > 0) || !(worst <= ABSOLUTE + c->relative * most))
         fail_msg("%s: gradients differ by %g, the largest is %g", name, worst, most);
 }
 
-static void check_lora(const uint32_t *ranks, size_t n_ranks, bool tied)
+/* ---- a training's own scales, and its dropout ---- */
+
+#define DROPOUT_STEP 5
+
+/* Masks of all groups: at[layer * TR_GROUPS + g] is [sequences * positions, in]. */
+typedef struct {
+    float *at[2 * TR_GROUPS];
+    size_t in[2 * TR_GROUPS], positions;
+} masks;
+
+/* What ones become. */
+static void masks_make(masks *m, const tr_net *net, const sh_train_data *data)
 {
+    tr_work *work = NULL;
+    const tr_work_shape shape = {
+        .sequences = data->n, .positions = data->length - 1, .logit_rows = 1};
+    must_be_ok(tr_work_create(net, &shape, &work, &err));
+    m->positions = shape.positions;
+    for (size_t i = 0; i < SH_COUNT(m->at); i++) {
+        const tr_place place = {i / TR_GROUPS, i % TR_GROUPS, data->n * m->positions};
+        const size_t in = net->groups[place.g].in, n = place.rows * in;
+        m->in[i] = in;
+        m->at[i] = sh_calloc(n, sizeof(float));
+        assert_non_null(m->at[i]);
+        for (size_t j = 0; j < n; j++)
+            m->at[i][j] = 1.0f;
+        tr_drop(net, work, &place, m->at[i], m->at[i]);
+    }
+    tr_work_destroy(&work);
+}
+
+static const float *mask_of(const void *arg, size_t pair, size_t sequence, size_t position)
+{
+    const masks *m = arg;
+    size_t g, part;
+    tr_matrix_group(pair % SH_LAYER_MATRICES, &g, &part);
+    const size_t i = pair / SH_LAYER_MATRICES * TR_GROUPS + g;
+    return m->at[i] + (sequence * m->positions + position) * m->in[i];
+}
+
+/* Loss and gradient of a training's first batch, in its own parametrisation; `at` becomes where it
+ * begins. */
+static void training_gradient(const lora_case *c, const sh_train_options *options, masks *m,
+                              sh_adapter *at, sh_adapter *grad, double *loss)
+{
+    tr_net *nets[2] = {0}; /* with the training's scales, and with the adapter's */
+    for (size_t i = 0; i < 2; i++) {
+        must_be_ok(tr_net_create(&c->model->config, c->model, TR_COPY_BYTES, c->data->length - 1,
+                                 &nets[i], &err));
+        must_be_ok(tr_net_attach(nets[i], at, &err));
+    }
+    float *lora = sh_alloc_aligned(nets[0]->n_lora * sizeof(*lora));
+    float *values = sh_alloc_aligned(nets[0]->n_lora * sizeof(*values));
+    assert_true(lora && values);
+    must_be_ok(tr_net_set_lora(nets[0], at, options, &err));
+    nets[0]->dropout.step = DROPOUT_STEP;
+    tr_lora_gather(nets[0], at, lora);
+    tr_net_use(nets[0], lora);
+    must_be_ok(tr_gradient(nets[0], c->data, TR_GRAD_LORA, values, loss, &err));
+    tr_lora_scatter(nets[1], lora, at);
+    tr_lora_scatter(nets[1], values, grad);
+    if (options->dropout > 0)
+        masks_make(m, nets[0], c->data);
+    free(lora);
+    free(values);
+    tr_net_destroy(&nets[0]);
+    tr_net_destroy(&nets[1]);
+}
+
+static double scale_of(const sh_train_options *o, const sh_adapter *adapter, size_t i)
+{
+    const float own = o->alphas[i % SH_LAYER_MATRICES];
+    const double rank = adapter->pairs[i].rank, alpha = (double)(own > 0 ? own : adapter->alpha);
+    return alpha / (o->rslora ? sqrt(rank) : rank);
+}
+
+/* options NULL: sh_lora_gradient. */
+static void check_lora(const uint32_t *ranks, size_t n_ranks, bool tied,
+                       const sh_train_options *options)
+{
+    const sh_train_options none = {0};
     sh_model_config config = small_config(tied);
     sh_model *model = small_model(&config, SH_TYPE_F32, 3);
     sh_train_data data = small_data(&config, 2, 6, true, 5);
     sh_adapter *adapter = small_adapter(&config, ranks, n_ranks, 13);
     sh_adapter *grad = small_adapter(&config, ranks, n_ranks, 14);
     double *a[2 * SH_LAYER_MATRICES] = {0}, *b[2 * SH_LAYER_MATRICES] = {0}, loss = 0;
-    lora_case c = {model, adapter, &data, a, b};
+    double scales[2 * SH_LAYER_MATRICES];
+    masks m = {0};
+    lora_case c = {model, &data, {.shape = adapter, .a = a, .b = b, .scales = scales}, RELATIVE};
+    if (options)
+        training_gradient(&c, options, &m, adapter, grad, &loss);
+    else
+        must_be_ok(sh_lora_gradient(model, adapter, &data, grad, &loss, &err));
+    if (options && options->dropout > 0) {
+        c.lora.mask = mask_of;
+        c.lora.mask_arg = &m;
+        c.relative = RELATIVE_DROPPED;
+    }
     for (size_t i = 0; i < SH_COUNT(a); i++) {
         const sh_lora_pair *pair = &adapter->pairs[i];
         if (!pair->a)
             continue;
+        scales[i] = scale_of(options ? options : &none, adapter, i);
         a[i] = to_double(pair->a, (size_t)pair->rank * pair->in);
         b[i] = to_double(pair->b, (size_t)pair->rank * pair->out);
     }
-    must_be_ok(sh_lora_gradient(model, adapter, &data, grad, &loss, &err));
     double expected = lora_loss(&c);
     if (!(fabs(loss - expected) <= 1e-6 * expected))
         fail_msg("loss is %.9g, expected %.9g", loss, expected);
@@ -193,6 +285,8 @@ static void check_lora(const uint32_t *ranks, size_t n_ranks, bool tied)
         free(a[i]);
         free(b[i]);
     }
+    for (size_t i = 0; i < SH_COUNT(m.at); i++)
+        free(m.at[i]);
     sh_adapter_destroy(&adapter);
     sh_adapter_destroy(&grad);
     small_data_free(&data);
@@ -202,14 +296,36 @@ static void check_lora(const uint32_t *ranks, size_t n_ranks, bool tied)
 static void test_lora(void **state)
 {
     (void)state;
-    check_lora((const uint32_t[]){3}, 1, true);
+    check_lora((const uint32_t[]){3}, 1, true, NULL);
 }
 
 /* Ranks that differ between matrices of one GEMM, and matrices that are not adapted. */
 static void test_lora_mixed_ranks(void **state)
 {
     (void)state;
-    check_lora((const uint32_t[]){2, 0, 5, 1, 0}, 5, false);
+    check_lora((const uint32_t[]){2, 0, 5, 1, 0}, 5, false, NULL);
+}
+
+static void test_lora_scales(void **state)
+{
+    (void)state;
+    static const uint32_t ranks[] = {2, 0, 5, 1, 3};
+    sh_train_options o = {.alphas = {[SH_ATTN_Q] = 3, [SH_ATTN_V] = 1.5f, [SH_FFN_DOWN] = 7}};
+    check_lora(ranks, SH_COUNT(ranks), false, &o);
+    o.rslora = true;
+    check_lora(ranks, SH_COUNT(ranks), false, &o);
+}
+
+/* Under a fixed mask the loss is smooth. */
+static void test_lora_dropout(void **state)
+{
+    (void)state;
+    static const uint32_t ranks[] = {2, 0, 5, 1, 3};
+    sh_train_options o = {.dropout = 0.3f, .dropout_seed = 9};
+    check_lora(ranks, SH_COUNT(ranks), false, &o);
+    o.rslora = true;
+    o.dropout = 0.6f;
+    check_lora(ranks, SH_COUNT(ranks), true, &o);
 }
 
 int main(void)
@@ -218,7 +334,8 @@ int main(void)
         cmocka_unit_test(test_full_tied),        cmocka_unit_test(test_full_untied_masked),
         cmocka_unit_test(test_full_long),        cmocka_unit_test(test_full_architectures),
         cmocka_unit_test(test_full_documents),   cmocka_unit_test(test_lora),
-        cmocka_unit_test(test_lora_mixed_ranks),
+        cmocka_unit_test(test_lora_mixed_ranks), cmocka_unit_test(test_lora_scales),
+        cmocka_unit_test(test_lora_dropout),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
