@@ -148,7 +148,7 @@ enum { PAIRS = 2 * SH_LAYER_MATRICES };
 static double moved_loss(const setup *s, const reference_mixture *mixture, const sh_adapter *grad,
                          double by)
 {
-    double *a[PAIRS], *b[PAIRS];
+    double *a[PAIRS], *b[PAIRS], scales[PAIRS];
     reference r;
     for (size_t i = 0; i < PAIRS; i++) {
         const sh_lora_pair *p = &s->adapter->pairs[i], *g = &grad->pairs[i];
@@ -156,13 +156,14 @@ static double moved_loss(const setup *s, const reference_mixture *mixture, const
         a[i] = sh_calloc(n_a + n_b, sizeof(double));
         assert_non_null(a[i]);
         b[i] = a[i] + n_a;
+        scales[i] = (double)s->adapter->alpha / p->rank;
         for (size_t j = 0; j < n_a; j++)
             a[i][j] = (double)p->a[j] + by * (double)g->a[j];
         for (size_t j = 0; j < n_b; j++)
             b[i][j] = (double)p->b[j] + by * (double)g->b[j];
     }
     reference_init(&r, s->model);
-    reference_adapt(&r, s->adapter, a, b);
+    reference_adapt(&r, &(reference_lora){.shape = s->adapter, .a = a, .b = b, .scales = scales});
     const double loss = reference_mixed_loss(&r, mixture, &s->data);
     reference_release(&r);
     for (size_t i = 0; i < PAIRS; i++)
