@@ -8,21 +8,28 @@
 #include "aggregator/job_internal.h"
 
 #define FILE_TYPE_ALL_F32 0
+#define OUTPUT_TENSOR     "output.weight"
 
 typedef struct {
     const sh_gguf *src;
     const sh_merge_source *sources;
-    size_t n, n_layers; /* n_layers 0: nothing to add */
+    size_t n;
+    uint32_t n_layers; /* 0: nothing to add */
     double factor;
     float **values;   /* [tensors] F32 weights of each */
     sh_error *errors; /* [tensors] */
 } fold_job;
 
-/* "blk.3.attn_q.weight" -> 3 * SH_LAYER_MATRICES + SH_ATTN_Q; false for what no adapter touches. */
-static bool matrix_index(const char *name, size_t n_layers, size_t *index)
+/* "blk.3.attn_q.weight" -> 3 * SH_LAYER_MATRICES + SH_ATTN_Q, "output.weight" -> the pair of the
+ * output matrix; false for what no adapter touches. */
+static bool matrix_index(const char *name, uint32_t n_layers, size_t *index)
 {
     unsigned layer;
     int at = 0;
+    if (n_layers > 0 && strcmp(name, OUTPUT_TENSOR) == 0) {
+        *index = sh_lora_output_pair(n_layers);
+        return true;
+    }
     if (sscanf(name, "blk.%u.%n", &layer, &at) != 1 || at == 0 || layer >= n_layers)
         return false;
     for (size_t k = 0; k < SH_LAYER_MATRICES; k++) {
@@ -112,6 +119,20 @@ cleanup:
     return status;
 }
 
+/* How many layers the good updates have; none changes a matrix that is not there. */
+static sh_status count_layers(fold_job *job, sh_error *err)
+{
+    const bool untied = sh_gguf_tensor_find(job->src, OUTPUT_TENSOR) != NULL;
+    for (size_t i = 0; i < job->n; i++) {
+        const sh_adapter *adapter = job->sources[i].adapter;
+        if (job->sources[i].reason != SH_REASON_NONE)
+            continue;
+        job->n_layers = adapter->n_layers;
+        SH_TRY(sh_adapter_check_output(adapter, &(sh_model_config){.tied_output = !untied}, err));
+    }
+    return SH_OK;
+}
+
 sh_status job_fold(const sh_gguf *src, const sh_merge_source *sources, size_t n, double factor,
                    sh_pool *pool, sh_buf *out, sh_error *err)
 {
@@ -122,9 +143,7 @@ sh_status job_fold(const sh_gguf *src, const sh_merge_source *sources, size_t n,
     sh_status status = SH_OK;
     sh_buf bytes;
     sh_buf_init(&bytes, JOB_FILE_BYTES_MAX);
-    for (size_t i = 0; i < n; i++)
-        if (sources[i].reason == SH_REASON_NONE)
-            job.n_layers = sources[i].adapter->n_layers;
+    SH_GOTO(count_layers(&job, err));
     if (job.values == NULL || job.errors == NULL) {
         status = sh_fail(err, SH_ERR_NO_MEMORY, "fold: no memory for a model");
         goto cleanup;

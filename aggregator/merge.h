@@ -94,7 +94,7 @@ SH_MUST_USE sh_status sh_merge_adapter(const sh_merge_source *sources, size_t n,
                                        sh_pool *pool, sh_adapter **out, double *discarded,
                                        sh_error *err);
 
-/* Factors of matrix m (layer * SH_LAYER_MATRICES + kind) of the good sources, scaled by factor and
+/* Factors of matrix m (an index of sh_adapter's pairs) of the good sources, scaled by factor and
  * the normalized weights; factors [n]. Returns how many. */
 size_t sh_merge_factors(const sh_merge_source *sources, size_t n, double factor, size_t m,
                         sh_factor *factors);

@@ -64,7 +64,10 @@ sh_status sh_merge_adapter(const sh_merge_source *sources, size_t n, double fact
 {
     if (!any_good(sources, n))
         return sh_fail(err, SH_ERR_INVALID, "merge: no update is good");
-    size_t matrices = (size_t)config->n_layers * SH_LAYER_MATRICES;
+    size_t matrices = sh_lora_pair_count(config->n_layers);
+    for (size_t i = 0; i < n; i++)
+        if (sources[i].reason == SH_REASON_NONE)
+            SH_TRY(sh_adapter_check_output(sources[i].adapter, config, err));
     truncate_job job = {.sources = sources, .n = n, .factor = factor, .options = options};
     job.done = sh_calloc(matrices, sizeof *job.done);
     job.errors = sh_calloc(matrices, sizeof *job.errors);

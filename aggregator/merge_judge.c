@@ -43,7 +43,7 @@ static sh_factor factor_of(const sh_merge_source *source, size_t m, double scale
 
 static size_t matrices_of(const sh_merge_source *source)
 {
-    return (size_t)source->adapter->n_layers * SH_LAYER_MATRICES;
+    return sh_lora_pair_count(source->adapter->n_layers);
 }
 
 size_t sh_merge_factors(const sh_merge_source *sources, size_t n, double factor, size_t m,
@@ -73,7 +73,7 @@ size_t sh_merge_factors(const sh_merge_source *sources, size_t n, double factor,
 
 static bool values_are_finite(const sh_adapter *adapter)
 {
-    for (size_t m = 0; m < (size_t)adapter->n_layers * SH_LAYER_MATRICES; m++) {
+    for (size_t m = 0; m < sh_lora_pair_count(adapter->n_layers); m++) {
         const sh_lora_pair *pair = &adapter->pairs[m];
         if (pair->a == NULL || pair->b == NULL)
             continue;

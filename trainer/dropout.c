@@ -37,7 +37,7 @@ void tr_drop(const tr_net *net, const tr_work *work, const tr_place *at, const f
         SH_MIN((uint32_t)lrintf(net->dropout.p * DRAW_VALUES), (uint32_t)DRAW_VALUES - 1);
     const float scale = (float)DRAW_VALUES / (float)(DRAW_VALUES - below);
     for (size_t row = 0; row < at->rows; row++, x += in, y += in) {
-        row_draws d = draws_of(net, work, at, row);
+        row_draws d = draws_of(net, work, at, at->index ? at->index[row] : row);
         for (size_t i = 0; i < in; i += DRAWS, d.counter[0]++) {
             uint32_t bits[DRAWS / 2];
             sh_philox4x32(d.counter, d.key, bits);

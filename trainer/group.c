@@ -67,16 +67,42 @@ static void lora_gradients(const tr_net *net, tr_work *work, const tr_product *p
 {
     const tr_group *group = &net->groups[p->at.g];
     const tr_lora *lora = lora_of(net, p);
+    float *da = grad + lora->a;
     tr_outer(&(tr_skinny){p->at.rows, group->in, group->in, lora->total, net->rank_total},
-             a_input(net, work, p), work->du, grad + lora->a);
+             a_input(net, work, p), work->du, p->add ? work->turned : da);
+    if (p->add)
+        tr_add(da, work->turned, lora->total * group->in);
     for (size_t part = 0; part < group->n_parts; part++) {
         const tr_skinny s = part_of(net, p, part);
         float *db = grad + lora->b[part];
         tr_outer(&s, dy + group->part_at[part], p->u + lora->at[part], work->turned);
         for (size_t o = 0; o < s.n; o++)
             for (size_t k = 0; k < s.rank; k++)
-                db[o * s.rank + k] = lora->scale[part] * work->turned[k * s.n + o];
+                db[o * s.rank + k] = (p->add ? db[o * s.rank + k] : 0.0f) +
+                                     lora->scale[part] * work->turned[k * s.n + o];
     }
+}
+
+/* dW = dyᵀ·x */
+static void weights_gradient(const tr_net *net, const tr_product *p, const float *dy, float *grad)
+{
+    const tr_group *group = &net->groups[p->at.g];
+    const tr_layout *l = &net->layout;
+    sh_sgemm(&(sh_gemm){.trans_a = true,
+                        .m = group->out,
+                        .n = group->in,
+                        .k = p->at.rows,
+                        .alpha = 1.0f,
+                        .beta = p->add ? 1.0f : 0.0f,
+                        .a = dy,
+                        .lda = group->out,
+                        .b = p->x,
+                        .ldb = group->in,
+                        .c = grad +
+                             (p->at.g == TR_HEAD
+                                  ? l->output
+                                  : l->layers + p->at.layer * l->layer_stride + l->group[p->at.g]),
+                        .ldc = group->in});
 }
 
 /* dx += du·A, under the mask of dropout. */
@@ -99,30 +125,17 @@ static void add_lora_dx(const tr_net *net, tr_work *work, const tr_product *p, f
 void tr_group_backward(const tr_net *net, tr_work *work, const tr_product *p, const float *dy,
                        float *dx, const tr_grads *grads)
 {
-    const tr_group *group = &net->groups[p->at.g];
     const tr_lora *lora = lora_of(net, p);
     if (lora) {
         rank_gradient(net, work, p, dy);
         if (grads->lora)
             lora_gradients(net, work, p, dy, grads->lora);
     }
-    if (dx) {
-        tr_weights_backward(net, work, &p->at, dy, dx);
-        if (lora && net->quantize == SH_TYPE_F32)
-            add_lora_dx(net, work, p, dx);
-    }
     if (grads->weights)
-        sh_sgemm(&(sh_gemm){.trans_a = true,
-                            .m = group->out,
-                            .n = group->in,
-                            .k = p->at.rows,
-                            .alpha = 1.0f,
-                            .a = dy,
-                            .lda = group->out,
-                            .b = p->x,
-                            .ldb = group->in,
-                            .c = grads->weights + net->layout.layers +
-                                 p->at.layer * net->layout.layer_stride +
-                                 net->layout.group[p->at.g],
-                            .ldc = group->in});
+        weights_gradient(net, p, dy, grads->weights);
+    if (!dx)
+        return;
+    tr_weights_backward(net, work, &p->at, dy, dx);
+    if (lora && net->quantize == SH_TYPE_F32)
+        add_lora_dx(net, work, p, dx);
 }

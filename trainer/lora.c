@@ -8,19 +8,25 @@
 
 #define PURPOSE_A0 0x6c6f7241u /* names this use of the generator */
 
+/* A0 of pair i of an adapter. */
+static void random_a(sh_lora_pair *pair, uint64_t a_seed, size_t i)
+{
+    const float std = 1.0f / sqrtf((float)pair->in);
+    sh_rng rng;
+    sh_rng_init(&rng, a_seed, i, PURPOSE_A0);
+    for (size_t j = 0; j < (size_t)pair->rank * pair->in; j++)
+        pair->a[j] = std * sh_rng_normal(&rng);
+}
+
 /* Pair i of an adapter, of its rank: A0 and B = 0. */
 static sh_status pair_init(sh_lora_pair *pair, uint64_t a_seed, size_t i, sh_error *err)
 {
     const size_t a_n = (size_t)pair->rank * pair->in, b_n = (size_t)pair->rank * pair->out;
-    const float std = 1.0f / sqrtf((float)pair->in);
-    sh_rng rng;
     pair->a = sh_alloc_aligned(a_n * sizeof(*pair->a));
     pair->b = sh_alloc_aligned(b_n * sizeof(*pair->b));
     if (!pair->a || !pair->b)
         return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for an adapter of rank %u", pair->rank);
-    sh_rng_init(&rng, a_seed, i, PURPOSE_A0);
-    for (size_t j = 0; j < a_n; j++)
-        pair->a[j] = std * sh_rng_normal(&rng);
+    random_a(pair, a_seed, i);
     return SH_OK;
 }
 
@@ -60,6 +66,18 @@ sh_status sh_lora_initialize(const sh_model_config *config, uint64_t a_seed, uin
     return sh_lora_initialize_ranks(config, a_seed, ranks, alpha, out, err);
 }
 
+sh_status sh_lora_add_output(sh_adapter *adapter, const sh_model_config *config, uint64_t a_seed,
+                             uint32_t rank, sh_error *err)
+{
+    const size_t i = sh_lora_output_pair(adapter->n_layers);
+    if (rank == 0 || rank > SH_LORA_RANK_MAX)
+        return sh_fail(err, SH_ERR_INVALID, "LoRA: rank %u of output.weight must be in [1, %d]",
+                       rank, SH_LORA_RANK_MAX);
+    SH_TRY(sh_adapter_add_output(adapter, config, rank, err));
+    random_a(&adapter->pairs[i], a_seed, i);
+    return SH_OK;
+}
+
 static sh_status adapter_check(const sh_model *base, const sh_adapter *adapter, sh_error *err)
 {
     bool any = false;
@@ -68,16 +86,18 @@ static sh_status adapter_check(const sh_model *base, const sh_adapter *adapter, 
                        adapter->n_layers, base->config.n_layers);
     if (!isfinite(adapter->alpha))
         return sh_fail(err, SH_ERR_INVALID, "adapter: alpha is not finite");
-    for (size_t i = 0; i < (size_t)adapter->n_layers * SH_LAYER_MATRICES; i++) {
+    SH_TRY(sh_adapter_check_output(adapter, &base->config, err));
+    for (size_t i = 0; i < sh_lora_pair_count(adapter->n_layers); i++) {
         const sh_lora_pair *pair = &adapter->pairs[i];
-        const sh_matrix *m = &base->layers[i / SH_LAYER_MATRICES].m[i % SH_LAYER_MATRICES];
+        const sh_matrix *m = sh_lora_pair_matrix(base, i);
+        char name[SH_GGUF_NAME_MAX];
         if (!pair->a)
             continue;
         any = true;
+        sh_lora_pair_name(adapter->n_layers, i, name);
         if (!pair->b || pair->in != m->in || pair->out != m->out)
             return sh_fail(err, SH_ERR_MISMATCH,
-                           "adapter is for another base: blk.%zu.%s is %u x %u there, %u x %u here",
-                           i / SH_LAYER_MATRICES, sh_layer_matrix_names[i % SH_LAYER_MATRICES],
+                           "adapter is for another base: %s is %u x %u there, %u x %u here", name,
                            pair->out, pair->in, m->out, m->in);
         if (pair->rank == 0 || pair->rank > SH_LORA_RANK_MAX)
             return sh_fail(err, SH_ERR_LIMIT, "adapter: rank %u is not in [1, %d]", pair->rank,
@@ -167,7 +187,7 @@ sh_status sh_lora_gradient(const sh_model *base, const sh_adapter *adapter,
     float *lora = NULL, *values = NULL;
     SH_GOTO(adapter_check(base, adapter, err));
     SH_GOTO(adapter_check(base, grad, err));
-    for (size_t i = 0; i < (size_t)grad->n_layers * SH_LAYER_MATRICES; i++) {
+    for (size_t i = 0; i < sh_lora_pair_count(grad->n_layers); i++) {
         const sh_lora_pair *g = &grad->pairs[i], *pair = &adapter->pairs[i];
         if (!g->a != !pair->a || (g->a && g->rank != pair->rank)) {
             status = sh_fail(err, SH_ERR_MISMATCH, "gradient and adapter differ in shape");

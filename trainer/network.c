@@ -391,12 +391,14 @@ tr_tensor tr_tensor_at(const tr_net *net, size_t i)
 
 sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, sh_error *err)
 {
-    size_t n_layers = net->config.n_layers, at = 0, turned = 0;
-    tr_lora *lora = sh_calloc(n_layers * TR_GROUPS, sizeof(*lora));
+    const size_t n_layers = net->config.n_layers;
+    size_t at = 0, turned = 0;
+    tr_lora *lora = sh_calloc(tr_lora_count(net), sizeof(*lora));
     if (!lora)
         return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for an adapter's layout");
-    for (size_t i = 0; i < n_layers * TR_GROUPS; i++) {
-        const tr_group *group = &net->groups[i % TR_GROUPS];
+    net->lora_from = n_layers;
+    for (size_t i = 0; i < tr_lora_count(net); i++) {
+        const tr_group *group = &net->groups[tr_lora_group(net, i)];
         const sh_lora_pair *pairs = &adapter->pairs[i / TR_GROUPS * SH_LAYER_MATRICES];
         for (size_t p = 0; p < group->n_parts; p++) {
             const sh_lora_pair *pair = &pairs[group->first + p];
@@ -413,6 +415,8 @@ sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, sh_error *err)
             lora[i].bt[p] = place(&turned, n);
         }
         net->rank_total = SH_MAX(net->rank_total, lora[i].total);
+        if (lora[i].total > 0)
+            net->lora_from = SH_MIN(net->lora_from, i / TR_GROUPS);
     }
     net->b_turned = sh_alloc_aligned(SH_MAX(turned, (size_t)1) * sizeof(float));
     if (!net->b_turned) {
@@ -447,11 +451,12 @@ sh_status tr_net_set_lora(tr_net *net, const sh_adapter *adapter, const sh_train
                           sh_error *err)
 {
     SH_TRY(lora_options_check(options, err));
-    for (size_t i = 0; i < (size_t)net->config.n_layers * TR_GROUPS; i++) {
-        const tr_group *group = &net->groups[i % TR_GROUPS];
+    for (size_t i = 0; i < tr_lora_count(net); i++) {
+        const size_t g = tr_lora_group(net, i);
+        const tr_group *group = &net->groups[g];
         tr_lora *l = &net->lora[i];
         for (size_t p = 0; p < group->n_parts; p++) {
-            const float own = options->alphas[group->first + p];
+            const float own = g == TR_HEAD ? 0 : options->alphas[group->first + p];
             const float alpha = own > 0 ? own : adapter->alpha, rank = (float)l->rank[p];
             if (l->rank[p] > 0)
                 l->scale[p] = alpha / (options->rslora ? sqrtf(rank) : rank);
@@ -469,15 +474,28 @@ sh_status tr_net_set_lora(tr_net *net, const sh_adapter *adapter, const sh_train
 
 const tr_lora *tr_lora_of(const tr_net *net, size_t layer, size_t g)
 {
-    const tr_lora *l = net->lora && g < TR_GROUPS ? &net->lora[layer * TR_GROUPS + g] : NULL;
-    return l && l->total > 0 ? l : NULL;
+    if (!net->lora)
+        return NULL;
+    const size_t i = g == TR_HEAD ? tr_lora_count(net) - 1 : layer * TR_GROUPS + g;
+    return net->lora[i].total > 0 ? &net->lora[i] : NULL;
+}
+
+const tr_lora *tr_pair_lora(const tr_net *net, size_t pair, size_t *group, size_t *part)
+{
+    if (pair == sh_lora_output_pair(net->config.n_layers)) {
+        *group = TR_HEAD;
+        *part = 0;
+        return &net->lora[tr_lora_count(net) - 1];
+    }
+    tr_matrix_group(pair % SH_LAYER_MATRICES, group, part);
+    return &net->lora[pair / SH_LAYER_MATRICES * TR_GROUPS + *group];
 }
 
 void tr_net_use(tr_net *net, const float *lora)
 {
     net->lora_values = lora;
-    for (size_t i = 0; i < net->config.n_layers * (size_t)TR_GROUPS; i++) {
-        const tr_group *group = &net->groups[i % TR_GROUPS];
+    for (size_t i = 0; i < tr_lora_count(net); i++) {
+        const tr_group *group = &net->groups[tr_lora_group(net, i)];
         const tr_lora *l = &net->lora[i];
         for (size_t p = 0; p < group->n_parts; p++) {
             const size_t out = group->part_at[p + 1] - group->part_at[p], rank = l->rank[p];
@@ -502,8 +520,7 @@ static bool pair_at(const tr_net *net, const sh_lora_pair *pair, size_t i, pair_
     size_t g, part;
     if (!pair->a)
         return false;
-    tr_matrix_group(i % SH_LAYER_MATRICES, &g, &part);
-    const tr_lora *l = &net->lora[i / SH_LAYER_MATRICES * TR_GROUPS + g];
+    const tr_lora *l = tr_pair_lora(net, i, &g, &part);
     *out = (pair_place){.a = l->a + l->at[part] * pair->in,
                         .b = l->b[part],
                         .a_n = (size_t)pair->rank * pair->in,
@@ -525,7 +542,7 @@ static void copy_scaled(float *to, const float *from, size_t n, float times, flo
 
 void tr_lora_gather(const tr_net *net, const sh_adapter *adapter, float *lora)
 {
-    for (size_t i = 0; i < (size_t)net->config.n_layers * SH_LAYER_MATRICES; i++) {
+    for (size_t i = 0; i < sh_lora_pair_count(net->config.n_layers); i++) {
         const sh_lora_pair *pair = &adapter->pairs[i];
         pair_place p;
         if (!pair_at(net, pair, i, &p))
@@ -537,7 +554,7 @@ void tr_lora_gather(const tr_net *net, const sh_adapter *adapter, float *lora)
 
 void tr_lora_scatter(const tr_net *net, const float *lora, sh_adapter *adapter)
 {
-    for (size_t i = 0; i < (size_t)net->config.n_layers * SH_LAYER_MATRICES; i++) {
+    for (size_t i = 0; i < sh_lora_pair_count(net->config.n_layers); i++) {
         sh_lora_pair *pair = &adapter->pairs[i];
         pair_place p;
         if (!pair_at(net, pair, i, &p))

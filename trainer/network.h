@@ -101,9 +101,10 @@ typedef struct {
     bool bf16;             /* products with weights round their operands (math/bf16.h) */
     sh_type quantize;      /* matrices are seen as after quantization to it; SH_TYPE_F32: off */
 
-    tr_lora *lora;     /* [n_layers * TR_GROUPS]; NULL: no adapter */
+    tr_lora *lora;     /* [tr_lora_count], last that of TR_HEAD; NULL: no adapter */
     size_t n_lora;     /* floats of the flat LoRA vector */
     size_t rank_total; /* the largest of tr_lora's totals */
+    size_t lora_from;  /* the lowest layer that is adapted; n_layers: none is */
     const float *lora_values;
     float *b_turned;
     size_t n_turned;
@@ -149,13 +150,25 @@ tr_tensor tr_tensor_at(const tr_net *net, size_t i);
 /* Which group and part a matrix (SH_ATTN_Q..) is. */
 void tr_matrix_group(size_t matrix, size_t *group, size_t *part);
 
+static inline size_t tr_lora_count(const tr_net *net)
+{
+    return (size_t)net->config.n_layers * TR_GROUPS + 1;
+}
+/* The group that net->lora[i] is of. */
+static inline size_t tr_lora_group(const tr_net *net, size_t i)
+{
+    return i + 1 == tr_lora_count(net) ? (size_t)TR_HEAD : i % TR_GROUPS;
+}
+/* The LoRA of an adapter's pair (sh_lora_pair_count), the group that it is of, its part there. */
+const tr_lora *tr_pair_lora(const tr_net *net, size_t pair, size_t *group, size_t *part);
+
 /* Lays out the LoRA parameters of an adapter whose shapes were checked, with its own scales. */
 SH_MUST_USE sh_status tr_net_attach(tr_net *net, const sh_adapter *adapter, sh_error *err);
 /* After it: the scales, dropout and frozen factors of a training. SH_ERR_INVALID: bad options, or
  * an adapter whose own scale is not above zero. */
 SH_MUST_USE sh_status tr_net_set_lora(tr_net *net, const sh_adapter *adapter,
                                       const sh_train_options *options, sh_error *err);
-/* A group's LoRA; NULL: not adapted. */
+/* A group's LoRA, of TR_HEAD that of any layer; NULL: not adapted. */
 const tr_lora *tr_lora_of(const tr_net *net, size_t layer, size_t g);
 /* The passes take the LoRA values from this flat vector; to be called after each change of it. */
 void tr_net_use(tr_net *net, const float *lora);
@@ -200,6 +213,7 @@ typedef struct {
     tr_acts *acts; /* [n_layers + 1]; the last has x alone. All the same without `backward` */
     float *final_in, *final_r; /* [M, width]: rows with a target after the last norm; [M] */
     float *logits;             /* [logit_rows, vocab] */
+    float *head_u;             /* [logit_rows, rank_total]; NULL: the head is not adapted */
     float *tile;               /* of weights */
     sh_bf16 *a16, *b16;        /* operands of a product with a tile, rounded; NULL without bf16 */
     float *narrow, *wide;      /* [M, the widest in]: inputs of groups; [M, ffn] */
@@ -208,7 +222,7 @@ typedef struct {
     float *dnarrow;            /* [M, the widest in] */
     float *dwide;              /* [M, the widest of q + 2 kv and 2 ffn] */
     float *du;                 /* [M, rank_total] */
-    float *turned;             /* [the largest rank, the widest out] */
+    float *turned;             /* [the largest rank, the widest out, with the head's in] */
     uint32_t *rows;            /* [M]: rows with a target */
     uint32_t *begins;          /* [M]: position in its sequence where the row's document begins */
     int32_t *targets;          /* [M] */
@@ -260,6 +274,7 @@ void tr_attention_backward(const tr_net *net, const tr_work *work, const tr_acts
 /* product.c: y [rows, out] = x·Wᵀ, and dx [rows, in] = dy·W, with W in tiles of rows. */
 typedef struct {
     size_t layer, g, rows;
+    const uint32_t *index; /* [rows]: which rows of the micro-batch; NULL: its first ones */
 } tr_place;
 void tr_weights_forward(const tr_net *net, tr_work *work, const tr_place *at, const float *x,
                         float *y);
@@ -274,10 +289,12 @@ typedef struct {
     tr_place at;
     const float *x; /* [rows, in] */
     float *u;       /* [rows, rank_total] */
+    bool add;       /* the gradients of W, A and B are added to what is there */
 } tr_product;
 /* u = x·Aᵀ, and y [rows, out] = x·Wᵀ + u·(sB)ᵀ unless y is NULL. */
 void tr_group_forward(const tr_net *net, tr_work *work, const tr_product *p, float *y);
-/* From dy [rows, out]: the gradients of W and of A and B, and dx [rows, in] unless NULL. */
+/* From dy [rows, out]: the gradients of W and of A and B, and dx [rows, in] unless NULL, which may
+ * be x. */
 void tr_group_backward(const tr_net *net, tr_work *work, const tr_product *p, const float *dy,
                        float *dx, const tr_grads *grads);
 

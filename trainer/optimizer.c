@@ -212,8 +212,8 @@ typedef void (*range_fn)(tr_optimizer *o, const step_numbers *s, float *params, 
 /* fn on all A's or all B's. */
 static void each_factor(tr_optimizer *o, bool b, const step_numbers *s, float *params, range_fn fn)
 {
-    for (size_t i = 0; i < (size_t)o->net->config.n_layers * TR_GROUPS; i++) {
-        const tr_group *group = &o->net->groups[i % TR_GROUPS];
+    for (size_t i = 0; i < tr_lora_count(o->net); i++) {
+        const tr_group *group = &o->net->groups[tr_lora_group(o->net, i)];
         const tr_lora *l = &o->net->lora[i];
         if (!b)
             fn(o, s, params, l->a, l->total * group->in);

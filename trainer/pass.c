@@ -3,7 +3,6 @@
  */
 #include <string.h>
 
-#include "shared/math/blas.h"
 #include "trainer/kernels.h"
 #include "trainer/network.h"
 
@@ -214,7 +213,7 @@ static void bias_backward(const tr_net *net, size_t layer, const float *dqkv, si
     }
 }
 
-/* need_dx false: the layer's own input needs no gradient (a frozen embedding is below). */
+/* need_dx false: the layer's own input needs no gradient (only what is frozen is below). */
 static void attention_part_backward(const tr_net *net, tr_work *work, size_t layer, bool need_dx,
                                     const tr_grads *grads)
 {
@@ -238,6 +237,12 @@ static void attention_part_backward(const tr_net *net, tr_work *work, size_t lay
 
 /* ---- the last norm, the output matrix and the loss ---- */
 
+/* Below it nothing has a gradient; n_layers: only the head has. */
+static size_t first_layer(const tr_net *net, const tr_grads *grads)
+{
+    return grads->weights ? 0 : net->lora_from;
+}
+
 /* On rows that have a target only. */
 static void last_norm(const tr_net *net, tr_work *work)
 {
@@ -250,23 +255,28 @@ static void last_norm(const tr_net *net, tr_work *work)
     }
 }
 
-/* Logits of targets [at, at + rows). */
-static void make_logits(const tr_net *net, tr_work *work, size_t at, size_t rows)
+/* Targets [at, at + rows) as rows of the output matrix's product. */
+static tr_product head_product(const tr_net *net, const tr_work *work, size_t at, size_t rows)
 {
-    const tr_place place = {.g = TR_HEAD, .rows = rows};
-    tr_weights_forward(net, work, &place, work->final_in + at * net->config.width, work->logits);
+    return (tr_product){.at = {.g = TR_HEAD, .rows = rows, .index = work->rows + at},
+                        .x = work->final_in + at * net->config.width,
+                        .u = work->head_u,
+                        .add = at > 0};
 }
 
-/* Adds the losses of targets [at, at + rows), whose logits become their gradients. */
+/* Adds the losses of these targets, whose logits become their gradients. */
 static void add_losses(const tr_net *net, tr_work *work, const tr_objective *o, size_t at,
                        size_t rows, tr_losses *sum)
 {
     const size_t vocab = net->config.vocab;
     const tr_teacher *teacher = &o->teacher;
     const tr_mixture mixture = {teacher->weight, teacher->temperature, o->scale};
-    make_logits(net, work, at, rows);
-    if (teacher->net)
-        make_logits(teacher->net, o->teacher_work, at, rows);
+    const tr_product p = head_product(net, work, at, rows);
+    tr_group_forward(net, work, &p, work->logits);
+    if (teacher->net) {
+        const tr_product beside = head_product(teacher->net, o->teacher_work, at, rows);
+        tr_group_forward(teacher->net, o->teacher_work, &beside, o->teacher_work->logits);
+    }
     for (size_t i = 0; i < rows; i++) {
         float *z = work->logits + i * vocab;
         const size_t target = (size_t)work->targets[at + i];
@@ -281,35 +291,22 @@ static void add_losses(const tr_net *net, tr_work *work, const tr_objective *o, 
     }
 }
 
-/* With grads, final_in becomes its own gradient. */
+/* With grads, final_in becomes its own gradient, if anything below the head needs it. */
 static tr_losses head(const tr_net *net, tr_work *work, const tr_objective *o,
                       const tr_grads *grads)
 {
-    const size_t width = net->config.width, vocab = net->config.vocab;
+    const bool below = grads && first_layer(net, grads) < net->config.n_layers;
     tr_losses sum = {0};
     last_norm(net, work);
     if (o->teacher.net)
         last_norm(o->teacher.net, o->teacher_work);
     for (size_t at = 0; at < work->n_targets; at += work->shape.logit_rows) {
         const size_t rows = SH_MIN(work->shape.logit_rows, work->n_targets - at);
-        float *in = work->final_in + at * width;
-        const tr_place place = {.g = TR_HEAD, .rows = rows};
+        const tr_product p = head_product(net, work, at, rows);
         add_losses(net, work, o, at, rows, &sum);
-        if (grads && grads->weights)
-            sh_sgemm(&(sh_gemm){.trans_a = true,
-                                .m = vocab,
-                                .n = width,
-                                .k = rows,
-                                .alpha = 1.0f,
-                                .beta = at > 0 ? 1.0f : 0.0f,
-                                .a = work->logits,
-                                .lda = vocab,
-                                .b = in,
-                                .ldb = width,
-                                .c = grads->weights + net->layout.output,
-                                .ldc = width});
         if (grads)
-            tr_weights_backward(net, work, &place, work->logits, in);
+            tr_group_backward(net, work, &p, work->logits,
+                              below ? work->final_in + at * net->config.width : NULL, grads);
     }
     return sum;
 }
@@ -350,15 +347,15 @@ tr_losses tr_backward(const tr_net *net, tr_work *work, const tr_objective *obje
         return (tr_losses){0};
     }
     const tr_losses losses = head(net, work, objective, grads);
-    if (!grads)
+    const size_t n_layers = net->config.n_layers, end = grads ? first_layer(net, grads) : n_layers;
+    if (end == n_layers)
         return losses;
     final_norm_backward(net, work, grads);
-    const size_t n_layers = net->config.n_layers;
-    for (size_t l = n_layers; l-- > 0;) {
+    for (size_t l = n_layers; l-- > end;) {
         if (l < n_layers - work->shape.kept)
             layer_forward(net, work, l, NULL);
         ffn_backward(net, work, l, grads);
-        attention_part_backward(net, work, l, l > 0 || grads->weights, grads);
+        attention_part_backward(net, work, l, l > end || grads->weights, grads);
     }
     if (grads->weights) {
         float *embd = grads->weights + net->layout.embd;

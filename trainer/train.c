@@ -50,18 +50,18 @@ static void name_full(const tr_net *net, size_t at, char *out, size_t bytes)
 
 static void name_lora(const tr_net *net, size_t at, char *out, size_t bytes)
 {
-    for (size_t i = 0; i < (size_t)net->config.n_layers * SH_LAYER_MATRICES; i++) {
-        size_t g, part, layer = i / SH_LAYER_MATRICES, matrix = i % SH_LAYER_MATRICES;
-        tr_matrix_group(matrix, &g, &part);
+    for (size_t i = 0; i < sh_lora_pair_count(net->config.n_layers); i++) {
+        char matrix[SH_GGUF_NAME_MAX];
+        size_t g, part;
+        const tr_lora *l = tr_pair_lora(net, i, &g, &part);
         const tr_group *group = &net->groups[g];
-        const tr_lora *l = &net->lora[layer * TR_GROUPS + g];
+        sh_lora_pair_name(net->config.n_layers, i, matrix);
         size_t a = l->a + l->at[part] * group->in, b = l->b[part];
         size_t out_p = group->part_at[part + 1] - group->part_at[part];
         bool in_a = at >= a && at < a + l->rank[part] * group->in;
         bool in_b = at >= b && at < b + l->rank[part] * out_p;
         if (in_a || in_b)
-            snprintf(out, bytes, "blk.%zu.%s.weight.lora_%s", layer, sh_layer_matrix_names[matrix],
-                     in_a ? "a" : "b");
+            snprintf(out, bytes, "%s.weight.lora_%s", matrix, in_a ? "a" : "b");
     }
 }
 
@@ -85,8 +85,8 @@ static void name_weight(const tr_net *net, char *out, size_t bytes)
     for (size_t g = 0; g < TR_GROUPS; g++)
         most = SH_MAX(most, net->groups[g].in);
     float *row = sh_calloc(most, sizeof(*row));
-    for (size_t i = 0; row && i < (size_t)net->config.n_layers * SH_LAYER_MATRICES; i++) {
-        const sh_matrix *m = &net->model->layers[i / SH_LAYER_MATRICES].m[i % SH_LAYER_MATRICES];
+    for (size_t i = 0; row && i < sh_lora_pair_count(net->config.n_layers); i++) {
+        const sh_matrix *m = sh_lora_pair_matrix(net->model, i);
         for (uint32_t o = 0; o < m->out; o++) {
             sh_row_dequantize(m->type,
                               (const uint8_t *)m->data + o * sh_type_row_bytes(m->type, m->in), row,

@@ -92,7 +92,8 @@ typedef struct {
      * sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732). The adapter keeps its own alpha: what its
      * scale differs by is folded into B when it is taken up and given back. */
     bool rslora;
-    float alphas[SH_LAYER_MATRICES]; /* of a matrix, by SH_ATTN_Q..; 0: the adapter's */
+    float alphas[SH_LAYER_MATRICES]; /* of a matrix, by SH_ATTN_Q..; 0: the adapter's, which that
+                                        of the output matrix is always */
     /* LoRA: the share of A's inputs that a step forgets, the others times 1 / (1 - dropout); in
      * [0, 1), to the nearest 2^-16. Matrices that read the same input share its mask (PEFT draws
      * one for each). A mask hangs on dropout_seed, the step, the sequence's place in the batch,
@@ -166,6 +167,10 @@ SH_MUST_USE sh_status sh_lora_initialize(const sh_model_config *config, uint64_t
 SH_MUST_USE sh_status sh_lora_initialize_ranks(const sh_model_config *config, uint64_t a_seed,
                                                const uint32_t ranks[SH_LAYER_MATRICES], float alpha,
                                                sh_adapter **out, sh_error *err);
+/* A pair for the output matrix of that rank beside those that there are, as sh_lora_initialize
+ * makes them. SH_ERR_UNSUPPORTED: the output is tied to the embedding. */
+SH_MUST_USE sh_status sh_lora_add_output(sh_adapter *adapter, const sh_model_config *config,
+                                         uint64_t a_seed, uint32_t rank, sh_error *err);
 /* Trains adapter in place (its own rank and alpha count, not those of options); on error it is as
  * before. base of any readable type. SH_ERR_INVALID names tensor and step when a
  * loss or gradient is not finite. */

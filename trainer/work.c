@@ -44,7 +44,9 @@ static void carve_backward(const tr_net *net, tr_work *w, float *base, size_t *a
         for (size_t p = 0; p < g[i].n_parts; p++)
             out = SH_MAX(out, g[i].part_at[p + 1] - g[i].part_at[p]);
     }
-    for (size_t i = 0; net->lora && i < (size_t)net->config.n_layers * TR_GROUPS; i++)
+    if (tr_lora_of(net, 0, TR_HEAD))
+        out = SH_MAX(out, SH_MAX(g[TR_HEAD].in, g[TR_HEAD].out));
+    for (size_t i = 0; net->lora && i < tr_lora_count(net); i++)
         for (size_t p = 0; p < TR_PARTS_MAX; p++)
             rank = SH_MAX(rank, net->lora[i].rank[p]);
     w->dx = carve(base, at, rows * net->config.width);
@@ -83,6 +85,7 @@ static size_t carve_all(const tr_net *net, tr_work *w, float *base)
     w->final_in = carve(base, &at, rows * c->width);
     w->final_r = carve(base, &at, rows);
     w->logits = carve(base, &at, s->logit_rows * c->vocab);
+    w->head_u = carve(base, &at, tr_lora_of(net, 0, TR_HEAD) ? s->logit_rows * net->rank_total : 0);
     w->tile = carve(base, &at, tr_makes_tiles(net) ? tile : 0);
     w->dropped = carve(base, &at, net->dropout.p > 0 ? rows * widest : 0);
     if (net->bf16) {

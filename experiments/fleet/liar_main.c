@@ -99,7 +99,7 @@ static sh_status poison(const command *c, sh_hash *sha256, sh_error *err)
     sh_buf_init(&out, UPDATE_BYTES_MAX);
     SH_GOTO(sh_model_open(c->model, &model, err));
     SH_GOTO(sh_adapter_open(c->out, &model->config, &adapter, err));
-    for (size_t i = 0; i < (size_t)adapter->n_layers * SH_LAYER_MATRICES; i++) {
+    for (size_t i = 0; i < sh_lora_pair_count(adapter->n_layers); i++) {
         sh_lora_pair *p = &adapter->pairs[i];
         for (size_t k = 0; p->b && k < (size_t)p->out * p->rank; k++)
             p->b[k] *= LIAR_FACTOR;

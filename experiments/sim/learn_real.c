@@ -34,7 +34,7 @@ static sh_status poison(sim_job *job)
     sh_buf *update = &job->learned.update;
     SH_TRY(sh_adapter_decode(update->data, update->len, "update", &job->model->config, &adapter,
                              &job->err));
-    for (size_t i = 0; i < (size_t)adapter->n_layers * SH_LAYER_MATRICES; i++) {
+    for (size_t i = 0; i < sh_lora_pair_count(adapter->n_layers); i++) {
         sh_lora_pair *p = &adapter->pairs[i];
         for (size_t k = 0; p->b && k < (size_t)p->out * p->rank; k++)
             p->b[k] *= job->poison;

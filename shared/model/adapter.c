@@ -5,6 +5,7 @@
  *   adapter.lora.alpha (f32)
  *   blk.<layer>.<matrix>.weight.lora_a  ne = {in, rank}: A [rank, in], row-major
  *   blk.<layer>.<matrix>.weight.lora_b  ne = {rank, out}: B [out, rank], row-major
+ *   output.weight.lora_a, .lora_b       of the output matrix, if the base's is not tied
  *
  * ΔW = alpha / rank * B·A, each pair with its own rank.
  */
@@ -16,8 +17,35 @@
 #include "shared/base/buf.h"
 #include "shared/model/model.h"
 
-/* W [out, in] of a matrix of this model. */
-static void matrix_shape(const sh_model_config *config, size_t matrix, uint32_t *out, uint32_t *in)
+void sh_lora_pair_name(uint32_t n_layers, size_t pair, char out[SH_GGUF_NAME_MAX])
+{
+    if (pair == sh_lora_output_pair(n_layers))
+        snprintf(out, SH_GGUF_NAME_MAX, "output");
+    else
+        snprintf(out, SH_GGUF_NAME_MAX, "blk.%zu.%s", pair / SH_LAYER_MATRICES,
+                 sh_layer_matrix_names[pair % SH_LAYER_MATRICES]);
+}
+
+const sh_matrix *sh_lora_pair_matrix(const sh_model *model, size_t pair)
+{
+    return pair == sh_lora_output_pair(model->config.n_layers)
+               ? &model->output
+               : &model->layers[pair / SH_LAYER_MATRICES].m[pair % SH_LAYER_MATRICES];
+}
+
+sh_status sh_adapter_check_output(const sh_adapter *adapter, const sh_model_config *config,
+                                  sh_error *err)
+{
+    const sh_lora_pair *output = &adapter->pairs[sh_lora_output_pair(adapter->n_layers)];
+    if ((output->a != NULL || output->b != NULL) && config->tied_output)
+        return sh_fail(err, SH_ERR_MISMATCH,
+                       "the adapter changes output.weight, and the model's output is tied to its "
+                       "embedding; is it for another base?");
+    return SH_OK;
+}
+
+/* W [out, in] of a pair's matrix in this model. */
+static void pair_shape(const sh_model_config *config, size_t pair, uint32_t *out, uint32_t *in)
 {
     uint32_t q = config->n_heads * config->head_size, kv = config->n_kv_heads * config->head_size;
     const uint32_t shapes[SH_LAYER_MATRICES][2] = {
@@ -29,8 +57,9 @@ static void matrix_shape(const sh_model_config *config, size_t matrix, uint32_t 
         [SH_FFN_UP] = {config->ffn, config->width},
         [SH_FFN_DOWN] = {config->width, config->ffn},
     };
-    *out = shapes[matrix][0];
-    *in = shapes[matrix][1];
+    const bool is_output = pair == sh_lora_output_pair(config->n_layers);
+    *out = is_output ? config->vocab : shapes[pair % SH_LAYER_MATRICES][0];
+    *in = is_output ? config->width : shapes[pair % SH_LAYER_MATRICES][1];
 }
 
 void sh_adapter_destroy(sh_adapter **adapter)
@@ -38,7 +67,7 @@ void sh_adapter_destroy(sh_adapter **adapter)
     sh_adapter *a = *adapter;
     if (a == NULL)
         return;
-    for (size_t i = 0; a->pairs != NULL && i < (size_t)a->n_layers * SH_LAYER_MATRICES; i++) {
+    for (size_t i = 0; a->pairs != NULL && i < sh_lora_pair_count(a->n_layers); i++) {
         free(a->pairs[i].a);
         free(a->pairs[i].b);
     }
@@ -51,7 +80,7 @@ sh_status sh_adapter_create_empty(const sh_model_config *config, float alpha, sh
                                   sh_error *err)
 {
     SH_ASSERT(config->n_layers > 0 && config->n_layers <= SH_MODEL_LAYERS_MAX);
-    size_t n = (size_t)config->n_layers * SH_LAYER_MATRICES;
+    size_t n = sh_lora_pair_count(config->n_layers);
     sh_adapter *a = sh_calloc(1, sizeof *a);
     sh_lora_pair *pairs = sh_calloc(n, sizeof *pairs);
     if (a == NULL || pairs == NULL) {
@@ -61,10 +90,53 @@ sh_status sh_adapter_create_empty(const sh_model_config *config, float alpha, sh
                        config->n_layers);
     }
     for (size_t i = 0; i < n; i++)
-        matrix_shape(config, i % SH_LAYER_MATRICES, &pairs[i].out, &pairs[i].in);
+        pair_shape(config, i, &pairs[i].out, &pairs[i].in);
     *a = (sh_adapter){
         .arch = config->arch, .n_layers = config->n_layers, .alpha = alpha, .pairs = pairs};
     *out = a;
+    return SH_OK;
+}
+
+/* The pair's factors; on error it is as before. */
+static sh_status make_zeros(sh_lora_pair *pair, uint32_t rank, sh_error *err)
+{
+    float *a = sh_alloc_aligned((size_t)rank * pair->in * sizeof *a);
+    float *b = sh_alloc_aligned((size_t)rank * pair->out * sizeof *b);
+    if (a == NULL || b == NULL) {
+        free(a);
+        free(b);
+        return sh_fail(err, SH_ERR_NO_MEMORY, "out of memory for an adapter of rank %" PRIu32,
+                       rank);
+    }
+    pair->rank = rank;
+    pair->a = a;
+    pair->b = b;
+    return SH_OK;
+}
+
+static sh_status check_rank(uint32_t rank, sh_error *err)
+{
+    if (rank < 1 || rank > SH_ADAPTER_RANK_MAX)
+        return sh_fail(err, SH_ERR_LIMIT, "an adapter of rank %" PRIu32 "; 1 to %u are allowed",
+                       rank, SH_ADAPTER_RANK_MAX);
+    return SH_OK;
+}
+
+sh_status sh_adapter_add_output(sh_adapter *adapter, const sh_model_config *config, uint32_t rank,
+                                sh_error *err)
+{
+    sh_lora_pair *pair = &adapter->pairs[sh_lora_output_pair(adapter->n_layers)];
+    SH_ASSERT(adapter->n_layers == config->n_layers && pair->in == config->width &&
+              pair->out == config->vocab);
+    if (config->tied_output)
+        return sh_fail(err, SH_ERR_UNSUPPORTED,
+                       "output.weight cannot be adapted: this model's output is tied to its "
+                       "embedding, token_embd.weight");
+    if (pair->a != NULL)
+        return sh_fail(err, SH_ERR_INVALID, "output.weight is adapted already");
+    SH_TRY(check_rank(rank, err));
+    SH_TRY(make_zeros(pair, rank, err));
+    adapter->rank = SH_MAX(adapter->rank, rank);
     return SH_OK;
 }
 
@@ -73,22 +145,11 @@ sh_status sh_adapter_create(const sh_model_config *config, uint32_t rank, float 
 {
     sh_status status = SH_OK;
     sh_adapter *a = NULL;
-    if (rank < 1 || rank > SH_ADAPTER_RANK_MAX)
-        return sh_fail(err, SH_ERR_LIMIT, "an adapter of rank %" PRIu32 "; 1 to %u are allowed",
-                       rank, SH_ADAPTER_RANK_MAX);
+    SH_TRY(check_rank(rank, err));
     SH_GOTO(sh_adapter_create_empty(config, alpha, &a, err));
     a->rank = rank;
-    for (size_t i = 0; i < (size_t)a->n_layers * SH_LAYER_MATRICES; i++) {
-        sh_lora_pair *pair = &a->pairs[i];
-        pair->rank = rank;
-        pair->a = sh_alloc_aligned((size_t)rank * pair->in * sizeof *pair->a);
-        pair->b = sh_alloc_aligned((size_t)rank * pair->out * sizeof *pair->b);
-        if (pair->a == NULL || pair->b == NULL) {
-            status = sh_fail(err, SH_ERR_NO_MEMORY, "out of memory for an adapter of rank %" PRIu32,
-                             rank);
-            goto cleanup;
-        }
-    }
+    for (size_t i = 0; i < sh_lora_output_pair(a->n_layers); i++)
+        SH_GOTO(make_zeros(&a->pairs[i], rank, err));
     *out = a;
     a = NULL;
 
@@ -124,12 +185,21 @@ static sh_status need_architecture(const sh_gguf *g, sh_arch arch, sh_error *err
     return SH_OK;
 }
 
-/* "blk.<layer>.<matrix>.weight.lora_<a or b>" apart; false for any other name. Only the one
- * spelling that we write is taken ("blk.01" is not), so that no two names are the same matrix. */
-static bool parse_name(const char *name, uint32_t *layer, size_t *matrix, bool *is_b)
+/* "blk.<layer>.<matrix>.weight.lora_<a or b>", or "output...", as a pair's index, which is over the
+ * last one's where the layer is; false for any other name. Only the one spelling that we write is
+ * taken ("blk.01" is not), so that no two names are the same matrix. */
+static bool parse_name(const char *name, uint32_t n_layers, size_t *pair, bool *is_b)
 {
+    static const char *const of_output[] = {"output.weight.lora_a", "output.weight.lora_b"};
     unsigned number;
     char matrix_name[16], side, again[SH_GGUF_NAME_MAX];
+    for (size_t i = 0; i < SH_COUNT(of_output); i++) {
+        if (strcmp(name, of_output[i]) == 0) {
+            *pair = sh_lora_output_pair(n_layers);
+            *is_b = i == 1;
+            return true;
+        }
+    }
     if (sscanf(name, "blk.%3u.%15[a-z_].weight.lora_%c", &number, matrix_name, &side) != 3)
         return false;
     snprintf(again, sizeof again, "blk.%u.%s.weight.lora_%c", number, matrix_name, side);
@@ -137,8 +207,7 @@ static bool parse_name(const char *name, uint32_t *layer, size_t *matrix, bool *
         return false;
     for (size_t i = 0; i < SH_LAYER_MATRICES; i++) {
         if (strcmp(matrix_name, sh_layer_matrix_names[i]) == 0) {
-            *layer = number;
-            *matrix = i;
+            *pair = number < n_layers ? (size_t)number * SH_LAYER_MATRICES + i : SIZE_MAX;
             *is_b = side == 'b';
             return true;
         }
@@ -170,23 +239,26 @@ static sh_status read_values(const sh_gguf *g, const sh_gguf_tensor *t, float **
     return SH_OK;
 }
 
-static sh_status read_tensor(const sh_gguf *g, const sh_gguf_tensor *t, sh_adapter *a,
-                             sh_error *err)
+static sh_status read_tensor(const sh_gguf *g, const sh_gguf_tensor *t,
+                             const sh_model_config *config, sh_adapter *a, sh_error *err)
 {
-    uint32_t layer = 0;
-    size_t matrix = 0;
+    size_t index = 0;
     bool is_b = false;
-    if (!parse_name(t->name, &layer, &matrix, &is_b))
-        return sh_fail(
-            err, SH_ERR_UNSUPPORTED,
-            "%s: tensor '%s' is none of the seven matrices of a layer, the only ones that "
-            "an adapter may change",
-            sh_gguf_path(g), t->name);
-    if (layer >= a->n_layers)
+    if (!parse_name(t->name, a->n_layers, &index, &is_b))
+        return sh_fail(err, SH_ERR_UNSUPPORTED,
+                       "%s: tensor '%s' is neither of the seven matrices of a layer nor of the "
+                       "output matrix, the only ones that an adapter may change",
+                       sh_gguf_path(g), t->name);
+    if (index >= sh_lora_pair_count(a->n_layers))
         return sh_fail(err, SH_ERR_MISMATCH,
                        "%s: tensor '%s' is for a model of more than %" PRIu32 " layers",
                        sh_gguf_path(g), t->name, a->n_layers);
-    sh_lora_pair *pair = &a->pairs[(size_t)layer * SH_LAYER_MATRICES + matrix];
+    if (index == sh_lora_output_pair(a->n_layers) && config->tied_output)
+        return sh_fail(err, SH_ERR_MISMATCH,
+                       "%s: tensor '%s' is for a model with an output matrix of its own, and this "
+                       "model's is tied to its embedding; is it for another base?",
+                       sh_gguf_path(g), t->name);
+    sh_lora_pair *pair = &a->pairs[index];
     uint64_t rank = is_b ? t->ne[0] : t->ne[1], side = is_b ? t->ne[1] : t->ne[0];
     uint32_t side_wanted = is_b ? pair->out : pair->in;
     if (t->n_dims > 2 || side != side_wanted)
@@ -205,11 +277,13 @@ static sh_status read_tensor(const sh_gguf *g, const sh_gguf_tensor *t, sh_adapt
 
 static sh_status check_pairs(const sh_gguf *g, const sh_adapter *a, sh_error *err)
 {
-    for (size_t i = 0; i < (size_t)a->n_layers * SH_LAYER_MATRICES; i++)
+    char name[SH_GGUF_NAME_MAX];
+    for (size_t i = 0; i < sh_lora_pair_count(a->n_layers); i++) {
+        sh_lora_pair_name(a->n_layers, i, name);
         if ((a->pairs[i].a == NULL) != (a->pairs[i].b == NULL))
-            return sh_fail(err, SH_ERR_INVALID, "%s: blk.%zu.%s has one of lora_a and lora_b only",
-                           sh_gguf_path(g), i / SH_LAYER_MATRICES,
-                           sh_layer_matrix_names[i % SH_LAYER_MATRICES]);
+            return sh_fail(err, SH_ERR_INVALID, "%s: %s has one of lora_a and lora_b only",
+                           sh_gguf_path(g), name);
+    }
     if (a->rank == 0)
         return sh_fail(err, SH_ERR_INVALID, "%s: the adapter has no tensors", sh_gguf_path(g));
     return SH_OK;
@@ -235,7 +309,7 @@ static sh_status from_gguf(const sh_gguf *g, const sh_model_config *config, sh_a
                        sh_gguf_path(g));
     SH_TRY(sh_adapter_create_empty(config, (float)alpha, &a, err));
     for (size_t i = 0; i < sh_gguf_n_tensors(g); i++)
-        SH_GOTO(read_tensor(g, sh_gguf_tensor_at(g, i), a, err));
+        SH_GOTO(read_tensor(g, sh_gguf_tensor_at(g, i), config, a, err));
     SH_GOTO(check_pairs(g, a, err));
     *out = a;
     a = NULL;
@@ -267,15 +341,15 @@ sh_status sh_adapter_decode(const void *bytes, size_t n, const char *name,
 
 /* ---- to GGUF ---- */
 
-static sh_status add_pair(sh_gguf_writer *w, const sh_lora_pair *pair, size_t i, sh_error *err)
+static sh_status add_pair(sh_gguf_writer *w, const sh_adapter *adapter, size_t i, sh_error *err)
 {
-    char name[SH_GGUF_NAME_MAX];
+    const sh_lora_pair *pair = &adapter->pairs[i];
+    char matrix[SH_GGUF_NAME_MAX], name[SH_GGUF_NAME_MAX + 16];
     const uint64_t ne_a[] = {pair->in, pair->rank}, ne_b[] = {pair->rank, pair->out};
-    const char *matrix = sh_layer_matrix_names[i % SH_LAYER_MATRICES];
-    size_t layer = i / SH_LAYER_MATRICES;
-    snprintf(name, sizeof name, "blk.%zu.%s.weight.lora_a", layer, matrix);
+    sh_lora_pair_name(adapter->n_layers, i, matrix);
+    snprintf(name, sizeof name, "%s.weight.lora_a", matrix);
     SH_TRY(sh_gguf_writer_add_tensor(w, name, SH_TYPE_F32, ne_a, 2, pair->a, err));
-    snprintf(name, sizeof name, "blk.%zu.%s.weight.lora_b", layer, matrix);
+    snprintf(name, sizeof name, "%s.weight.lora_b", matrix);
     return sh_gguf_writer_add_tensor(w, name, SH_TYPE_F32, ne_b, 2, pair->b, err);
 }
 
@@ -288,9 +362,9 @@ sh_status sh_adapter_encode(const sh_adapter *adapter, sh_buf *out, sh_error *er
     SH_GOTO(sh_gguf_writer_set_string(w, "general.type", "adapter"));
     SH_GOTO(sh_gguf_writer_set_string(w, "adapter.type", "lora"));
     SH_GOTO(sh_gguf_writer_set_f32(w, "adapter.lora.alpha", adapter->alpha));
-    for (size_t i = 0; i < (size_t)adapter->n_layers * SH_LAYER_MATRICES; i++)
+    for (size_t i = 0; i < sh_lora_pair_count(adapter->n_layers); i++)
         if (adapter->pairs[i].a != NULL)
-            SH_GOTO(add_pair(w, &adapter->pairs[i], i, err));
+            SH_GOTO(add_pair(w, adapter, i, err));
     SH_GOTO(sh_gguf_writer_encode(w, out, err));
 
 cleanup:

@@ -54,8 +54,8 @@ typedef struct {
 typedef struct {
     uint32_t rank_max; /* floats of the largest t */
     void *block;
-    sh_lora_input *inputs;   /* [n_layers, SH_LAYER_INPUTS] */
-    sh_lora_output *outputs; /* [n_layers, SH_LAYER_MATRICES] */
+    sh_lora_input *inputs;   /* [n_layers * SH_LAYER_INPUTS + 1], last that of the output matrix */
+    sh_lora_output *outputs; /* [sh_lora_pair_count] */
 } sh_lora;
 
 /* SH_ERR_MISMATCH when an adapter does not fit the model. */

@@ -22,6 +22,9 @@
 #define CONFIG_FILE  "adapter_config.json"
 #define TENSORS_FILE "adapter_model.safetensors"
 
+#define OUTPUT_MODULE "lm_head"
+#define BASE_TENSOR   "base_model.model." OUTPUT_MODULE ".base_layer.weight"
+
 /* In the order of SH_ATTN_Q ... */
 static const char *const modules[SH_LAYER_MATRICES] = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -147,23 +150,28 @@ static double pattern_value(const json_t *pattern, const char *module, double ot
 
 /* ---- tensors ---- */
 
-static void module_name(size_t pair, char out[MODULE_BYTES])
+static void module_name(uint32_t n_layers, size_t pair, char out[MODULE_BYTES])
 {
-    snprintf(out, MODULE_BYTES, "model.layers.%zu.%s", pair / SH_LAYER_MATRICES,
-             modules[pair % SH_LAYER_MATRICES]);
+    if (pair == sh_lora_output_pair(n_layers))
+        snprintf(out, MODULE_BYTES, OUTPUT_MODULE);
+    else
+        snprintf(out, MODULE_BYTES, "model.layers.%zu.%s", pair / SH_LAYER_MATRICES,
+                 modules[pair % SH_LAYER_MATRICES]);
 }
 
-static void tensor_name(size_t pair, char side, char out[SH_SAFETENSORS_NAME_MAX])
+static void tensor_name(uint32_t n_layers, size_t pair, char side,
+                        char out[SH_SAFETENSORS_NAME_MAX])
 {
     char module[MODULE_BYTES];
-    module_name(pair, module);
+    module_name(n_layers, pair, module);
     snprintf(out, SH_SAFETENSORS_NAME_MAX, "base_model.model.%s.lora_%c.weight", module, side);
 }
 
 static bool is_permuted(const sh_model_config *config, size_t pair)
 {
     const size_t matrix = pair % SH_LAYER_MATRICES;
-    return config->arch == SH_ARCH_LLAMA && (matrix == SH_ATTN_Q || matrix == SH_ATTN_K);
+    return config->arch == SH_ARCH_LLAMA && pair != sh_lora_output_pair(config->n_layers) &&
+           (matrix == SH_ATTN_Q || matrix == SH_ATTN_K);
 }
 
 static sh_status check_tensor(const peft *p, const sh_safetensor *t, uint64_t rows,
@@ -211,9 +219,9 @@ static sh_status read_values(const peft *p, const sh_safetensor *t, bool permute
 static sh_status read_pair(const peft *p, size_t i, sh_adapter *a, size_t *n_read, sh_error *err)
 {
     char name_a[SH_SAFETENSORS_NAME_MAX], name_b[SH_SAFETENSORS_NAME_MAX], module[MODULE_BYTES];
-    tensor_name(i, 'A', name_a);
-    tensor_name(i, 'B', name_b);
-    module_name(i, module);
+    tensor_name(a->n_layers, i, 'A', name_a);
+    tensor_name(a->n_layers, i, 'B', name_b);
+    module_name(a->n_layers, i, module);
     const sh_safetensor *ta = sh_safetensors_find(p->tensors, name_a);
     const sh_safetensor *tb = sh_safetensors_find(p->tensors, name_b);
     if (ta == NULL && tb == NULL)
@@ -222,6 +230,11 @@ static sh_status read_pair(const peft *p, size_t i, sh_adapter *a, size_t *n_rea
         return sh_fail(err, SH_ERR_INVALID, "%s: '%s' is there and '%s' is missing",
                        sh_safetensors_path(p->tensors), ta == NULL ? name_b : name_a,
                        ta == NULL ? name_a : name_b);
+    if (i == sh_lora_output_pair(a->n_layers) && p->config->tied_output)
+        return sh_fail(err, SH_ERR_MISMATCH,
+                       "%s: the tensor '%s' is for a model with an output matrix of its own, and "
+                       "this model's is tied to its embedding; is it for another base?",
+                       sh_safetensors_path(p->tensors), name_a);
     sh_lora_pair *pair = &a->pairs[i];
     const double rank = pattern_value(p->ranks, module, p->r);
     const double alpha = pattern_value(p->alphas, module, p->alpha);
@@ -240,6 +253,17 @@ static sh_status read_pair(const peft *p, size_t i, sh_adapter *a, size_t *n_rea
     return SH_OK;
 }
 
+/* PEFT saves the base's own matrix beside the factors of lm_head; it is not read. */
+static sh_status skip_base_layer(const peft *p, const sh_adapter *a, size_t *n_read, sh_error *err)
+{
+    const sh_lora_pair *output = &a->pairs[sh_lora_output_pair(a->n_layers)];
+    const sh_safetensor *t = sh_safetensors_find(p->tensors, BASE_TENSOR);
+    if (t == NULL || output->a == NULL)
+        return SH_OK;
+    *n_read += 1;
+    return check_tensor(p, t, output->out, output->in, err);
+}
+
 /* Names the first tensor that no pair has. */
 static sh_status refuse_unknown(const peft *p, const sh_adapter *a, sh_error *err)
 {
@@ -254,15 +278,18 @@ static sh_status refuse_unknown(const peft *p, const sh_adapter *a, sh_error *er
                            "another base?",
                            sh_safetensors_path(p->tensors), name, a->n_layers);
         bool known = false;
-        for (size_t m = 0; !known && layer < a->n_layers && m < 2 * SH_LAYER_MATRICES; m++) {
+        const size_t first = (size_t)layer * SH_LAYER_MATRICES;
+        for (size_t m = 0; !known && m < 2 * (SH_LAYER_MATRICES + 1); m++) {
+            const size_t pair =
+                m / 2 < SH_LAYER_MATRICES ? first + m / 2 : sh_lora_output_pair(a->n_layers);
             char wanted[SH_SAFETENSORS_NAME_MAX];
-            tensor_name((size_t)layer * SH_LAYER_MATRICES + m / 2, m % 2 == 0 ? 'A' : 'B', wanted);
+            tensor_name(a->n_layers, pair, m % 2 == 0 ? 'A' : 'B', wanted);
             known = strcmp(name, wanted) == 0;
         }
         if (!known)
             return sh_fail(err, SH_ERR_UNSUPPORTED,
                            "%s: the tensor '%s' is no LoRA factor of the seven matrices of a "
-                           "layer, the only ones that are supported",
+                           "layer or of the output matrix, the only ones that are supported",
                            sh_safetensors_path(p->tensors), name);
     }
     return sh_fail(err, SH_ERR_INVALID, "%s: the adapter has no tensors",
@@ -280,8 +307,9 @@ sh_status sh_peft_decode(const json_t *settings, const char *settings_name,
     SH_TRY(read_settings(settings, &p, err));
     const double alpha = p.rslora ? p.alpha * sqrt((double)p.r) : p.alpha;
     SH_GOTO(sh_adapter_create_empty(config, (float)alpha, &a, err));
-    for (size_t i = 0; i < (size_t)a->n_layers * SH_LAYER_MATRICES; i++)
+    for (size_t i = 0; i < sh_lora_pair_count(a->n_layers); i++)
         SH_GOTO(read_pair(&p, i, a, &n_read, err));
+    SH_GOTO(skip_base_layer(&p, a, &n_read, err));
     if (n_read == 0 || n_read != sh_safetensors_count(tensors))
         SH_GOTO(refuse_unknown(&p, a, err));
     *out = a;
@@ -348,11 +376,13 @@ static json_t *target_modules(const sh_adapter *a)
         for (uint32_t layer = 0; layer < a->n_layers; layer++) {
             char module[MODULE_BYTES];
             const size_t i = (size_t)layer * SH_LAYER_MATRICES + m;
-            module_name(i, module);
+            module_name(a->n_layers, i, module);
             if (a->pairs[i].a != NULL)
                 json_array_append_new(names, json_string(module));
         }
     }
+    if (a->pairs[sh_lora_output_pair(a->n_layers)].a != NULL)
+        json_array_append_new(names, json_string(OUTPUT_MODULE));
     return names;
 }
 
@@ -360,9 +390,9 @@ static json_t *make_settings(const sh_adapter *a, const char *base_name)
 {
     const double alpha = (double)a->alpha;
     json_t *o = json_object(), *ranks = json_object();
-    for (size_t i = 0; i < (size_t)a->n_layers * SH_LAYER_MATRICES; i++) {
+    for (size_t i = 0; i < sh_lora_pair_count(a->n_layers); i++) {
         char module[MODULE_BYTES];
-        module_name(i, module);
+        module_name(a->n_layers, i, module);
         if (a->pairs[i].a != NULL && a->pairs[i].rank != a->rank)
             sh_json_set(ranks, module, json_integer(a->pairs[i].rank));
     }
@@ -402,15 +432,16 @@ static void release_tensors(peft_tensors *t)
     free(t->rows);
 }
 
-static void add_tensor(peft_tensors *t, size_t pair, char side, uint64_t rows, uint64_t columns)
+/* Its name is in place already. */
+static void add_tensor(peft_tensors *t, uint64_t rows, uint64_t columns, const float *values)
 {
-    tensor_name(pair, side, t->names[t->n]);
     t->tensors[t->n] = (sh_safetensor){.name = t->names[t->n],
                                        .type = SH_TYPE_F32,
                                        .is_float = true,
                                        .n_dims = 2,
                                        .shape = {rows, columns, 1, 1},
-                                       .bytes = rows * columns * sizeof(float)};
+                                       .bytes = rows * columns * sizeof(float),
+                                       .data = values};
     t->n++;
 }
 
@@ -418,10 +449,10 @@ static sh_status add_pair(peft_tensors *t, const sh_adapter *a, size_t i,
                           const sh_model_config *config, sh_error *err)
 {
     const sh_lora_pair *p = &a->pairs[i];
-    add_tensor(t, i, 'A', p->rank, p->in);
-    t->tensors[t->n - 1].data = p->a;
-    add_tensor(t, i, 'B', p->out, p->rank);
-    t->tensors[t->n - 1].data = p->b;
+    tensor_name(a->n_layers, i, 'A', t->names[t->n]);
+    add_tensor(t, p->rank, p->in, p->a);
+    tensor_name(a->n_layers, i, 'B', t->names[t->n]);
+    add_tensor(t, p->out, p->rank, p->b);
     if (!is_permuted(config, i))
         return SH_OK;
     float *rows = sh_calloc((size_t)p->out * p->rank, sizeof *rows);
@@ -441,8 +472,9 @@ sh_status sh_adapter_save_peft(const sh_adapter *adapter, const sh_model_config 
     char path[SH_PATH_BYTES];
     peft_tensors t = {0};
     json_t *settings = NULL;
-    const size_t n_pairs = (size_t)adapter->n_layers * SH_LAYER_MATRICES;
+    const size_t n_pairs = sh_lora_pair_count(adapter->n_layers);
     SH_ASSERT(adapter->n_layers == config->n_layers);
+    SH_TRY(sh_adapter_check_output(adapter, config, err));
     if (!(adapter->alpha > 0))
         return sh_fail(err, SH_ERR_UNSUPPORTED, "an adapter of alpha %g has no form in PEFT",
                        (double)adapter->alpha);

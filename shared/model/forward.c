@@ -49,7 +49,7 @@ typedef struct {
     const float *x; /* [n, in] */
     uint32_t in;
     const float *norm; /* weights of the norm that goes before; NULL: none */
-    uint32_t layer;    /* of the adapters' A; n_layers: none */
+    uint32_t layer;    /* of the adapters' A; n_layers: the output matrix's */
     uint32_t which;    /* SH_INPUT_... */
     bool blocks;       /* a matrix takes them */
 } source;
@@ -64,7 +64,7 @@ static const sh_lora *row_lora(const worker *w, uint32_t row)
 /* The adapters' A that a row of an input goes through; NULL: none. */
 static const sh_lora_input *row_a(const worker *w, const source *s, uint32_t row)
 {
-    const sh_lora *lora = s->layer < w->c->n_layers ? row_lora(w, row) : NULL;
+    const sh_lora *lora = row_lora(w, row);
     if (lora == NULL)
         return NULL;
     const sh_lora_input *l = &lora->inputs[(size_t)s->layer * SH_LAYER_INPUTS + s->which];
@@ -174,26 +174,29 @@ static void multiply(const worker *w, const columns *p)
     sh_product_run(&product, 0, weights.out, w->own->product);
 }
 
-/* The same of a layer's matrix, with its bias and the adapters of each row. */
+/* Adds what the adapters of each row give the matrix of a pair. */
+static void add_adapters(const worker *w, size_t pair, const columns *p)
+{
+    for (uint32_t i = 0; i < p->n; i++) {
+        const sh_lora *lora = row_lora(w, p->first + i);
+        if (lora == NULL || lora->outputs[pair].b.rank == 0)
+            continue;
+        const sh_lora_output *l = &lora->outputs[pair];
+        sh_lora_b b = l->b;
+        b.b = (const uint8_t *)b.b + p->begin / SH_LANES * sh_lora_b_group_bytes(b.form, b.rank);
+        w->ops->lora_up(&b, p->in->t + (p->first + i) * p->in->ldt + l->from, 0, p->end - p->begin,
+                        p->y + i * p->ldy);
+    }
+}
+
+/* The product of a layer's matrix, with its bias and the adapters of each row. */
 static void multiply_layer(const worker *w, uint32_t layer, uint32_t m, const columns *p)
 {
     const float *bias = w->r->model->layers[layer].bias[m];
-    const uint32_t width = p->end - p->begin;
     multiply(w, p);
-    for (uint32_t i = 0; i < p->n; i++) {
-        float *y = p->y + i * p->ldy;
-        if (bias != NULL)
-            w->ops->add(y, bias + p->begin, width);
-        const sh_lora *lora = row_lora(w, p->first + i);
-        if (lora == NULL)
-            continue;
-        const sh_lora_output *l = &lora->outputs[(size_t)layer * SH_LAYER_MATRICES + m];
-        if (l->b.rank == 0)
-            continue;
-        sh_lora_b b = l->b;
-        b.b = (const uint8_t *)b.b + p->begin / SH_LANES * sh_lora_b_group_bytes(b.form, b.rank);
-        w->ops->lora_up(&b, p->in->t + (p->first + i) * p->in->ldt + l->from, 0, width, y);
-    }
+    for (uint32_t i = 0; bias != NULL && i < p->n; i++)
+        w->ops->add(p->y + i * p->ldy, bias + p->begin, p->end - p->begin);
+    add_adapters(w, (size_t)layer * SH_LAYER_MATRICES + m, p);
 }
 
 static size_t groups_of(const sh_matrix *m)
@@ -492,6 +495,7 @@ static void logits_columns(const worker *w, const input *in, uint32_t begin, uin
                        .y = apart ? w->own->columns : r->segments[0].logits + begin,
                        .ldy = apart ? SH_COLUMNS : vocab};
     multiply(w, &p);
+    add_adapters(w, sh_lora_output_pair(w->c->n_layers), &p);
     for (uint32_t i = 0; apart && i < n; i++) {
         const sh_segment *s = &r->segments[r->row_segment[i]];
         memcpy(s->logits + (size_t)(i - s->row) * vocab + begin, p.y + (size_t)i * SH_COLUMNS,

@@ -11,9 +11,13 @@
 #include "shared/math/pack.h"
 #include "shared/model/context_internal.h"
 
-static const struct {
+/* Matrices that read one input. What the output matrix reads is the one input of a layer after the
+ * last one, whose matrix 0 it is. */
+typedef struct {
     uint8_t n, matrices[3];
-} inputs[SH_LAYER_INPUTS] = {
+} readers;
+
+static const readers inputs[SH_LAYER_INPUTS] = {
     [SH_INPUT_ATTN] = {3, {SH_ATTN_Q, SH_ATTN_K, SH_ATTN_V}},
     [SH_INPUT_ATT] = {1, {SH_ATTN_OUTPUT}},
     [SH_INPUT_FFN] = {2, {SH_FFN_GATE, SH_FFN_UP}},
@@ -38,14 +42,26 @@ static const sh_lora_pair *pair_of(const builder *b, size_t adapter, uint32_t la
     return p->a != NULL && p->b != NULL ? p : NULL;
 }
 
+static const sh_matrix *matrix_of(const builder *b, uint32_t layer, uint32_t m)
+{
+    return sh_lora_pair_matrix(b->model, (size_t)layer * SH_LAYER_MATRICES + m);
+}
+
+static const readers *readers_of(const builder *b, uint32_t layer, uint32_t input)
+{
+    static const readers of_head = {1, {0}};
+    return layer < b->model->config.n_layers ? &inputs[input] : &of_head;
+}
+
 static sh_status check_adapter(const sh_model *model, const sh_adapter *adapter, sh_error *err)
 {
     if (adapter->n_layers != model->config.n_layers)
         return sh_fail(err, SH_ERR_MISMATCH, "the adapter is for %u layers, the model has %u",
                        adapter->n_layers, model->config.n_layers);
-    for (size_t i = 0; i < (size_t)adapter->n_layers * SH_LAYER_MATRICES; i++) {
+    SH_TRY(sh_adapter_check_output(adapter, &model->config, err));
+    for (size_t i = 0; i < sh_lora_pair_count(adapter->n_layers); i++) {
         const sh_lora_pair *p = &adapter->pairs[i];
-        const sh_matrix *m = &model->layers[i / SH_LAYER_MATRICES].m[i % SH_LAYER_MATRICES];
+        const sh_matrix *m = sh_lora_pair_matrix(model, i);
         if (p->a == NULL || p->b == NULL)
             continue;
         if (p->in != m->in || p->out != m->out || p->rank == 0 || p->rank > SH_ADAPTER_RANK_MAX)
@@ -174,7 +190,7 @@ static bool is_first_pass(const builder *b)
 
 static void build_matrix(builder *b, uint32_t layer, uint32_t m, uint32_t from, sh_factor form)
 {
-    const uint32_t out = b->model->layers[layer].m[m].out, rank = matrix_rank(b, layer, m);
+    const uint32_t out = matrix_of(b, layer, m)->out, rank = matrix_rank(b, layer, m);
     const sh_lora_b lora_b = {.rank = rank, .form = form};
     void *to =
         sh_carve(&b->carver, SH_LANES_UP(out) / SH_LANES * sh_lora_b_group_bytes(form, rank));
@@ -219,11 +235,11 @@ static uint32_t gather_a(builder *b, uint32_t layer, uint32_t m, uint32_t from, 
 }
 
 /* The most exact that one of the matrices needs. */
-static sh_factor form_of(const sh_layer *l, uint32_t input)
+static sh_factor form_of(const builder *b, uint32_t layer, const readers *of)
 {
     sh_factor form = SH_FACTOR_INT8;
-    for (uint32_t k = 0; k < inputs[input].n; k++) {
-        const sh_type type = l->m[inputs[input].matrices[k]].type;
+    for (uint32_t k = 0; k < of->n; k++) {
+        const sh_type type = matrix_of(b, layer, of->matrices[k])->type;
         const sh_factor own = type == SH_TYPE_F32             ? SH_FACTOR_F32
                               : sh_product_takes_blocks(type) ? SH_FACTOR_INT8
                                                               : SH_FACTOR_F16;
@@ -234,12 +250,12 @@ static sh_factor form_of(const sh_layer *l, uint32_t input)
 
 static void build_input(builder *b, uint32_t layer, uint32_t input)
 {
-    const sh_layer *l = &b->model->layers[layer];
-    const sh_factor form = form_of(l, input);
-    sh_lora_a a = {.in = l->m[inputs[input].matrices[0]].in, .form = form};
+    const readers *of = readers_of(b, layer, input);
+    const sh_factor form = form_of(b, layer, of);
+    sh_lora_a a = {.in = matrix_of(b, layer, of->matrices[0])->in, .form = form};
     uint32_t rank = 0;
-    for (uint32_t k = 0; k < inputs[input].n; k++)
-        rank += matrix_rank(b, layer, inputs[input].matrices[k]);
+    for (uint32_t k = 0; k < of->n; k++)
+        rank += matrix_rank(b, layer, of->matrices[k]);
     if (rank == 0)
         return;
     a.rank = (uint32_t)SH_LANES_UP(rank);
@@ -248,16 +264,16 @@ static void build_input(builder *b, uint32_t layer, uint32_t input)
     t_scales = form != SH_FACTOR_F32 ? t_scales : NULL;
     b->n_values = SH_MAX(b->n_values, (size_t)rank * a.in);
     if (!is_first_pass(b)) {
-        for (uint32_t k = 0, from = 0; k < inputs[input].n; k++)
-            from += gather_a(b, layer, inputs[input].matrices[k], from, form, t_scales);
+        for (uint32_t k = 0, from = 0; k < of->n; k++)
+            from += gather_a(b, layer, of->matrices[k], from, form, t_scales);
         encode_a(&a, b->values, rank, to, b->rows);
         a.a = to;
         b->lora->inputs[(size_t)layer * SH_LAYER_INPUTS + input] =
             (sh_lora_input){.a = a, .scales = t_scales};
         b->lora->rank_max = SH_MAX(b->lora->rank_max, a.rank);
     }
-    for (uint32_t k = 0, from = 0; k < inputs[input].n; k++) {
-        const uint32_t m = inputs[input].matrices[k];
+    for (uint32_t k = 0, from = 0; k < of->n; k++) {
+        const uint32_t m = of->matrices[k];
         build_matrix(b, layer, m, from, form);
         from += matrix_rank(b, layer, m);
     }
@@ -267,14 +283,14 @@ static void build(builder *b)
 {
     const uint32_t n_layers = b->model->config.n_layers;
     sh_lora_input *all_inputs =
-        sh_carve(&b->carver, (size_t)n_layers * SH_LAYER_INPUTS * sizeof *all_inputs);
-    sh_lora_output *outputs =
-        sh_carve(&b->carver, (size_t)n_layers * SH_LAYER_MATRICES * sizeof *outputs);
+        sh_carve(&b->carver, ((size_t)n_layers * SH_LAYER_INPUTS + 1) * sizeof *all_inputs);
+    sh_lora_output *outputs = sh_carve(&b->carver, sh_lora_pair_count(n_layers) * sizeof *outputs);
     b->lora->inputs = all_inputs;
     b->lora->outputs = outputs;
     for (uint32_t layer = 0; layer < n_layers; layer++)
         for (uint32_t input = 0; input < SH_LAYER_INPUTS; input++)
             build_input(b, layer, input);
+    build_input(b, n_layers, 0);
 }
 
 sh_status sh_lora_create(const sh_model *model, const sh_adapter *const *adapters,

@@ -119,20 +119,42 @@ typedef struct {
     float *a, *b; /* NULL, NULL: this matrix is not adapted */
 } sh_lora_pair;
 
+/* The pairs of an adapter, by index: layer * SH_LAYER_MATRICES + SH_ATTN_Q.., and after those of
+ * the layers the output matrix's, which is adapted only where it is not tied to the embedding. */
+static inline size_t sh_lora_output_pair(uint32_t n_layers)
+{
+    return (size_t)n_layers * SH_LAYER_MATRICES;
+}
+static inline size_t sh_lora_pair_count(uint32_t n_layers)
+{
+    return sh_lora_output_pair(n_layers) + 1;
+}
+/* "blk.0.attn_q", "output", as in sh_matrix. */
+void sh_lora_pair_name(uint32_t n_layers, size_t pair, char out[SH_GGUF_NAME_MAX]);
+const sh_matrix *sh_lora_pair_matrix(const sh_model *model, size_t pair);
+
 #define SH_ADAPTER_RANK_MAX 4096
 
 typedef struct sh_adapter {
     sh_arch arch;            /* of the base */
     uint32_t n_layers, rank; /* rank: the largest of the pairs */
     float alpha;             /* scale of a pair = alpha / its rank */
-    sh_lora_pair *pairs;     /* [n_layers * SH_LAYER_MATRICES], owned with their values */
+    sh_lora_pair *pairs;     /* [sh_lora_pair_count], owned with their values */
 } sh_adapter;
 
 SH_MUST_USE sh_status sh_adapter_create(const sh_model_config *config, uint32_t rank, float alpha,
-                                        sh_adapter **out, sh_error *err); /* zeros, all seven */
+                                        sh_adapter **out, sh_error *err); /* zeros, all seven
+                                                                             of each layer */
 /* The same without any factors: pairs have their in and out, rank 0. */
 SH_MUST_USE sh_status sh_adapter_create_empty(const sh_model_config *config, float alpha,
                                               sh_adapter **out, sh_error *err);
+/* A pair of zeros for the output matrix, too. SH_ERR_UNSUPPORTED: it is tied to the embedding;
+ * SH_ERR_INVALID: it is adapted already. */
+SH_MUST_USE sh_status sh_adapter_add_output(sh_adapter *adapter, const sh_model_config *config,
+                                            uint32_t rank, sh_error *err);
+/* SH_ERR_MISMATCH: it changes the output matrix, and the model's is tied to the embedding. */
+SH_MUST_USE sh_status sh_adapter_check_output(const sh_adapter *adapter,
+                                              const sh_model_config *config, sh_error *err);
 /* llama.cpp's GGUF LoRA, from a file or bytes. SH_ERR_MISMATCH when shapes are not the model's. */
 SH_MUST_USE sh_status sh_adapter_open(const char *path, const sh_model_config *config,
                                       sh_adapter **out, sh_error *err);

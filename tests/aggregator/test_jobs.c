@@ -49,14 +49,16 @@ static sh_adapter *make_update(const sh_model_config *config, uint64_t node, uin
     sh_adapter *adapter = NULL;
     sh_error err = {0};
     ok(sh_adapter_create(config, rank, 16, &adapter, &err), &err);
-    for (size_t m = 0; m < (size_t)config->n_layers * SH_LAYER_MATRICES; m++) {
+    if (!config->tied_output)
+        ok(sh_adapter_add_output(adapter, config, rank, &err), &err);
+    for (size_t m = 0; m < sh_lora_pair_count(config->n_layers); m++) {
         sh_lora_pair *pair = &adapter->pairs[m];
         sh_rng common, own;
         sh_rng_init(&common, 1, m, 5);
         sh_rng_init(&own, 1, 100 * node + m, 6);
-        for (size_t i = 0; i < (size_t)rank * pair->in; i++)
+        for (size_t i = 0; i < (size_t)pair->rank * pair->in; i++)
             pair->a[i] = 0.02f * sh_rng_normal(&common);
-        for (size_t i = 0; i < (size_t)rank * pair->out; i++)
+        for (size_t i = 0; i < (size_t)pair->rank * pair->out; i++)
             pair->b[i] = 0.02f * (sh_rng_normal(&common) + 0.5f * sh_rng_normal(&own));
     }
     return adapter;
@@ -73,7 +75,7 @@ static void set_update(bench *b, size_t i)
                                     .weight = 100 * (double)(i + 1)};
 }
 
-static bench *setup(void)
+static bench *setup_of(bool untied)
 {
     bench *b = calloc(1, sizeof *b);
     sh_error err = {0};
@@ -81,6 +83,7 @@ static bench *setup(void)
     tiny_options tiny = tiny_defaults(3);
     sh_buf model;
     assert_non_null(b);
+    tiny.untied = untied;
     (void)snprintf(b->dir, sizeof b->dir, "/tmp/shoal-jobs-XXXXXX");
     assert_non_null(mkdtemp(b->dir));
     (void)snprintf(base, sizeof base, "%s/base.gguf", b->dir);
@@ -116,6 +119,11 @@ static bench *setup(void)
         ok(sh_suite_add(&b->suite, name, tokens, SH_COUNT(tokens) - 37u * (unsigned)s, &err), &err);
     }
     return b;
+}
+
+static bench *setup(void)
+{
+    return setup_of(false);
 }
 
 static void remove_dir(const char *dir)
@@ -213,11 +221,11 @@ static void test_genesis_is_the_base_in_f32_and_quantized(void **state)
 }
 
 /* Every matrix of the new master is W + Σ wᵢ/Σw · ΔWᵢ, untruncated; everything else is as it was.
- */
-static void test_the_master_takes_the_exact_sum(void **state)
+ * The output matrix is adapted, too, where it is not tied. */
+static void check_the_exact_sum(bool untied)
 {
-    (void)state;
-    bench *b = setup();
+    bench *b = setup_of(untied);
+    const uint32_t n_layers = b->model->config.n_layers;
     b->job.server_scale = 1.5f;
     sh_merge_job_result result = merge(b, NULL);
     assert_int_equal(result.n_good, UPDATES);
@@ -230,10 +238,10 @@ static void test_the_master_takes_the_exact_sum(void **state)
         size_t n = (size_t)(x->bytes / sizeof(float)), matrix = SIZE_MAX;
         assert_string_equal(x->name, y->name);
         assert_int_equal(x->bytes, y->bytes);
-        for (size_t m = 0; m < (size_t)b->model->config.n_layers * SH_LAYER_MATRICES; m++) {
-            char name[64];
-            (void)snprintf(name, sizeof name, "blk.%zu.%s.weight", m / SH_LAYER_MATRICES,
-                           sh_layer_matrix_names[m % SH_LAYER_MATRICES]);
+        for (size_t m = 0; m < sh_lora_pair_count(n_layers); m++) {
+            char matrix_name[SH_GGUF_NAME_MAX], name[SH_GGUF_NAME_MAX + 8];
+            sh_lora_pair_name(n_layers, m, matrix_name);
+            (void)snprintf(name, sizeof name, "%s.weight", matrix_name);
             if (strcmp(name, x->name) == 0)
                 matrix = m;
         }
@@ -257,13 +265,20 @@ static void test_the_master_takes_the_exact_sum(void **state)
             error += ((double)v[i] - theirs) * ((double)v[i] - theirs);
         }
     }
-    assert_int_equal(adapted, b->model->config.n_layers * SH_LAYER_MATRICES);
+    assert_int_equal(adapted, sh_lora_output_pair(n_layers) + untied);
     print_message("relative error of the change: %g\n", sqrt(error / change));
     assert_true(sqrt(error / change) < 1e-5);
     sh_gguf_close(&before);
     sh_gguf_close(&after);
     sh_merge_job_result_release(&result);
     finish(b);
+}
+
+static void test_the_master_takes_the_exact_sum(void **state)
+{
+    (void)state;
+    check_the_exact_sum(false);
+    check_the_exact_sum(true);
 }
 
 static void test_the_candidate_is_the_master_quantized(void **state)

@@ -299,6 +299,8 @@ static void test_fedit_refuses_mixed_ranks(void **state)
 
 /* ---- whole models ---- */
 
+enum { MATRICES = 2 * SH_LAYER_MATRICES + 1 }; /* two layers and the output */
+
 typedef struct {
     sh_adapter *adapter[UPDATES];
     sh_merge_source source[UPDATES];
@@ -313,7 +315,8 @@ static fleet make_fleet(uint64_t seed, size_t n, float noise)
     for (size_t i = 0; i < n; i++) {
         uint32_t rank = i % 3 == 2 ? 8 : 4;
         assert_int_equal(sh_adapter_create(&config, rank, 16, &f.adapter[i], NULL), SH_OK);
-        for (size_t m = 0; m < 2 * SH_LAYER_MATRICES; m++) {
+        assert_int_equal(sh_adapter_add_output(f.adapter[i], &config, rank, NULL), SH_OK);
+        for (size_t m = 0; m < MATRICES; m++) {
             sh_lora_pair *pair = &f.adapter[i]->pairs[m];
             sh_rng common, own;
             sh_rng_init(&common, seed, m, 10);
@@ -335,7 +338,7 @@ static fleet make_fleet(uint64_t seed, size_t n, float noise)
 
 static void scale_b(sh_adapter *adapter, float by)
 {
-    for (size_t m = 0; m < 2 * SH_LAYER_MATRICES; m++)
+    for (size_t m = 0; m < MATRICES; m++)
         for (size_t i = 0; i < (size_t)adapter->pairs[m].rank * adapter->pairs[m].out; i++)
             adapter->pairs[m].b[i] *= by;
 }
@@ -379,7 +382,7 @@ static void test_norm_is_that_of_the_products(void **state)
     assert_int_equal(sh_merge_judge(f.source, f.n, &limits, NULL), SH_OK);
     for (size_t i = 0; i < f.n; i++) {
         double squared = 0;
-        for (size_t m = 0; m < 2 * SH_LAYER_MATRICES; m++) {
+        for (size_t m = 0; m < MATRICES; m++) {
             const sh_lora_pair *p = &f.adapter[i]->pairs[m];
             for (size_t row = 0; row < p->out; row++)
                 for (size_t col = 0; col < p->in; col++) {
@@ -404,7 +407,7 @@ static void test_cosine_is_to_the_sum_of_the_others(void **state)
     sh_judge_options all = {.norm_factor_max = 0, .cosine_min = -1};
     assert_int_equal(sh_merge_judge(f.source, f.n, &all, NULL), SH_OK);
     double gram[UPDATES * UPDATES] = {0}, norms[UPDATES], median = 0;
-    for (size_t m = 0; m < 2 * SH_LAYER_MATRICES; m++) {
+    for (size_t m = 0; m < MATRICES; m++) {
         const sh_lora_pair *p = &f.adapter[0]->pairs[m];
         sh_factor factor[UPDATES];
         double one[UPDATES * UPDATES];
@@ -570,7 +573,7 @@ static void test_merged_adapter_is_the_weighted_mean(void **state)
     double weights = 0;
     for (size_t i = 0; i < f.n; i++)
         weights += i == 2 ? 0 : f.source[i].weight;
-    for (size_t m = 0; m < 2 * SH_LAYER_MATRICES; m++) {
+    for (size_t m = 0; m < MATRICES; m++) {
         const sh_lora_pair *p = &one->pairs[m], *q = &two->pairs[m];
         size_t n = (size_t)p->out * p->in;
         assert_int_equal(p->rank, q->rank);
@@ -593,6 +596,13 @@ static void test_merged_adapter_is_the_weighted_mean(void **state)
         free(ours);
     }
     sh_adapter_destroy(&one);
+    sh_model_config tied = config;
+    sh_error failure = {0};
+    tied.tied_output = true;
+    assert_int_equal(
+        sh_merge_adapter(f.source, f.n, 1.5, &tied, &options, NULL, &one, &discarded, &failure),
+        SH_ERR_MISMATCH);
+    assert_non_null(strstr(failure.text, "output.weight"));
     sh_adapter_destroy(&two);
     sh_pool_destroy(&pool);
     free_fleet(&f);

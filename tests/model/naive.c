@@ -160,7 +160,9 @@ void naive_forward(const sh_model *model, const sh_adapter *adapter, const int32
         layer_forward(model, adapter, l, x, n);
     for (uint32_t t = 0; t < n; t++) {
         normalize(x + (size_t)t * c->width, model->output_norm, c->width, c->norm_eps, norm);
-        multiply(&model->output, NULL, 0, norm, logits + (size_t)t * c->vocab);
+        multiply(&model->output,
+                 adapter != NULL ? &adapter->pairs[sh_lora_output_pair(c->n_layers)] : NULL,
+                 adapter != NULL ? adapter->alpha : 0, norm, logits + (size_t)t * c->vocab);
     }
     free(x);
     free(norm);

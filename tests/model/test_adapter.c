@@ -101,6 +101,58 @@ static void test_round_trip(void **state)
     sh_buf_release(&second);
 }
 
+/* The output matrix alone, under llama.cpp's names; only where it is not tied. */
+static void test_output(void **state)
+{
+    (void)state;
+    sh_model_config tied = config;
+    sh_adapter *a = NULL, *b = NULL;
+    sh_error err = {0};
+    sh_gguf *g = NULL;
+    sh_buf bytes;
+    tied.tied_output = true;
+    sh_buf_init(&bytes, BYTES_MAX);
+    assert_int_equal(sh_adapter_create_empty(&config, 5, &a, NULL), SH_OK);
+    assert_int_equal(sh_adapter_add_output(a, &tied, 2, &err), SH_ERR_UNSUPPORTED);
+    assert_non_null(strstr(err.text, "output.weight"));
+    assert_int_equal(sh_adapter_add_output(a, &config, 0, NULL), SH_ERR_LIMIT);
+    assert_int_equal(sh_adapter_add_output(a, &config, 2, NULL), SH_OK);
+    assert_int_equal(sh_adapter_add_output(a, &config, 2, NULL), SH_ERR_INVALID);
+    assert_int_equal(a->rank, 2);
+    sh_lora_pair *x = &a->pairs[sh_lora_output_pair(config.n_layers)];
+    for (size_t i = 0; i < 2 * (size_t)x->in; i++)
+        x->a[i] = (float)i;
+    for (size_t i = 0; i < 2 * (size_t)x->out; i++)
+        x->b[i] = -(float)i;
+    assert_int_equal(sh_adapter_encode(a, &bytes, NULL), SH_OK);
+    assert_int_equal(sh_gguf_open_memory(bytes.data, bytes.len, "x", &g, NULL), SH_OK);
+    assert_int_equal(sh_gguf_n_tensors(g), 2);
+    const sh_gguf_tensor *t = sh_gguf_tensor_find(g, "output.weight.lora_a");
+    assert_true(t != NULL && t->ne[0] == config.width && t->ne[1] == 2);
+    t = sh_gguf_tensor_find(g, "output.weight.lora_b");
+    assert_true(t != NULL && t->ne[0] == 2 && t->ne[1] == config.vocab);
+    sh_gguf_close(&g);
+    assert_int_equal(sh_adapter_decode(bytes.data, bytes.len, "x", &config, &b, NULL), SH_OK);
+    const sh_lora_pair *y = &b->pairs[sh_lora_output_pair(config.n_layers)];
+    assert_int_equal(y->rank, 2);
+    assert_memory_equal(x->a, y->a, 2 * x->in * sizeof *x->a);
+    assert_memory_equal(x->b, y->b, 2 * x->out * sizeof *x->b);
+    assert_null(b->pairs[0].a);
+    sh_adapter_destroy(&b);
+    assert_int_equal(sh_adapter_decode(bytes.data, bytes.len, "x", &tied, &b, &err),
+                     SH_ERR_MISMATCH);
+    assert_non_null(strstr(err.text, "output.weight.lora_a"));
+    sh_model_config other = config;
+    other.vocab++;
+    assert_int_equal(sh_adapter_decode(bytes.data, bytes.len, "x", &other, &b, &err),
+                     SH_ERR_MISMATCH);
+    free(x->b);
+    x->b = NULL;
+    assert_null(b);
+    sh_adapter_destroy(&a);
+    sh_buf_release(&bytes);
+}
+
 static void expect_refused(const sh_buf *bytes, const sh_model_config *wanted_config,
                            sh_status wanted, const char *part)
 {
@@ -276,9 +328,10 @@ static void test_no_memory(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_create),        cmocka_unit_test(test_round_trip),
-        cmocka_unit_test(test_mismatch),      cmocka_unit_test(test_broken),
-        cmocka_unit_test(test_ranks_and_f16), cmocka_unit_test(test_no_memory),
+        cmocka_unit_test(test_output),     cmocka_unit_test(test_create),
+        cmocka_unit_test(test_round_trip), cmocka_unit_test(test_mismatch),
+        cmocka_unit_test(test_broken),     cmocka_unit_test(test_ranks_and_f16),
+        cmocka_unit_test(test_no_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

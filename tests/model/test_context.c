@@ -175,6 +175,8 @@ static void test_types_equal_naive_forward(void **state)
         o.type = cases[i].type;
         check_against_naive(&o, 0, cases[i].limit);
         check_against_naive(&o, 4, SH_MAX(cases[i].limit, 5e-4)); /* factors are halves: 2^-11 */
+        o.untied = true;
+        check_against_naive(&o, 4, SH_MAX(cases[i].limit, 5e-4));
     }
 }
 
@@ -382,6 +384,65 @@ static void test_four_adapters_add_up(void **state)
     sh_model_close(&model);
 }
 
+/* An adapter of the output matrix alone gives the logits of the matrix W + s B A. */
+static void test_output_adapter_equals_folding(void **state)
+{
+    (void)state;
+    tiny_options o = tiny_defaults(13);
+    o.untied = true;
+    sh_model *model = util_open(&o);
+    const sh_model_config *c = &model->config;
+    const size_t n = (size_t)c->vocab * c->width;
+    sh_adapter *adapter = NULL;
+    sh_rng rng;
+    sh_rng_init(&rng, 4, 0, 1);
+    CHECK_OK(sh_adapter_create_empty(c, 6, &adapter, err));
+    CHECK_OK(sh_adapter_add_output(adapter, c, 3, err));
+    const sh_lora_pair *p = &adapter->pairs[sh_lora_output_pair(c->n_layers)];
+    for (size_t i = 0; i < 3 * (size_t)p->in; i++)
+        p->a[i] = sh_rng_normal(&rng) / 8;
+    for (size_t i = 0; i < 3 * (size_t)p->out; i++)
+        p->b[i] = sh_rng_normal(&rng) / 8;
+    int32_t tokens[N];
+    random_tokens(5, c->vocab, tokens, N);
+    float *base = new_logits(model, N), *ours = new_logits(model, N),
+          *folded = new_logits(model, N);
+    sh_context *context = open_context(model, 16);
+    const sh_adapter *set[] = {adapter};
+    CHECK_OK(sh_context_decode(context, tokens, N, SH_LOGITS_ALL, base, err));
+    CHECK_OK(sh_context_set_adapters(context, set, NULL, 1, err));
+    CHECK_OK(sh_context_decode(context, tokens, N, SH_LOGITS_ALL, ours, err));
+
+    const void *kept = model->output.data;
+    float *w = calloc(n, sizeof *w);
+    assert_non_null(w);
+    memcpy(w, kept, n * sizeof *w); /* F32 */
+    for (size_t i = 0; i < n; i++)
+        for (size_t r = 0; r < 3; r++)
+            w[i] += 2.0f * p->b[i / p->in * 3 + r] * p->a[r * p->in + i % p->in];
+    model->output.data = w;
+    CHECK_OK(sh_context_set_adapters(context, NULL, NULL, 0, err));
+    CHECK_OK(sh_context_decode(context, tokens, N, SH_LOGITS_ALL, folded, err));
+    for (size_t i = 0; i < (size_t)N * c->vocab; i++)
+        if (!(fabsf(ours[i] - folded[i]) <= 1e-4f))
+            fail_msg("logit %zu: %.9g, folded %.9g, without %.9g", i, ours[i], folded[i], base[i]);
+    assert_memory_not_equal(ours, base, (size_t)N * c->vocab * sizeof *ours);
+    model->output.data = kept;
+
+    /* The same adapter is none of a model whose output is tied. */
+    sh_error failure = {0};
+    model->config.tied_output = true;
+    assert_int_equal(sh_context_set_adapters(context, set, NULL, 1, &failure), SH_ERR_MISMATCH);
+    assert_non_null(strstr(failure.text, "output.weight"));
+    free(w);
+    free(base);
+    free(ours);
+    free(folded);
+    sh_adapter_destroy(&adapter);
+    sh_context_destroy(&context);
+    sh_model_close(&model);
+}
+
 static void test_limits(void **state)
 {
     (void)state;
@@ -585,6 +646,7 @@ static void test_every_allocation_may_fail(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_output_adapter_equals_folding),
         cmocka_unit_test(test_equals_naive_forward),
         cmocka_unit_test(test_types_equal_naive_forward),
         cmocka_unit_test(test_other_architectures),

@@ -357,7 +357,7 @@ static void expect_equal(const sh_adapter *a, const sh_adapter *b)
 {
     assert_int_equal(a->rank, b->rank);
     assert_true(a->alpha == b->alpha);
-    for (size_t i = 0; i < (size_t)a->n_layers * SH_LAYER_MATRICES; i++) {
+    for (size_t i = 0; i < sh_lora_pair_count(a->n_layers); i++) {
         const sh_lora_pair *x = &a->pairs[i], *y = &b->pairs[i];
         assert_int_equal(x->a != NULL, y->a != NULL);
         if (x->a == NULL)
@@ -409,6 +409,96 @@ static void test_round_trip(void **state)
             sh_adapter_destroy(&a);
         }
     }
+}
+
+/* tensors of `adapter_model.safetensors` and one more. */
+static void add_tensor(const char *name, uint32_t rows, uint32_t columns)
+{
+    char path[SH_PATH_BYTES];
+    sh_safetensors *file = open_tensors();
+    const size_t n = sh_safetensors_count(file);
+    sh_safetensor *all = calloc(n + 1, sizeof *all);
+    float *values = calloc((size_t)rows * columns, sizeof *values);
+    assert_true(all != NULL && values != NULL);
+    for (size_t i = 0; i < n; i++)
+        all[i] = *sh_safetensors_at(file, i);
+    all[n] = (sh_safetensor){.name = name,
+                             .type = SH_TYPE_F32,
+                             .is_float = true,
+                             .n_dims = 2,
+                             .shape = {rows, columns, 1, 1},
+                             .data = values,
+                             .bytes = (size_t)rows * columns * sizeof *values};
+    CHECK_OK(sh_path_join(path, sizeof path, folder, "adapter_model.safetensors", err));
+    CHECK_OK(sh_safetensors_save(path, all, n + 1, err));
+    sh_safetensors_close(&file);
+    free(all);
+    free(values);
+}
+
+static json_t *settings_of_folder(void)
+{
+    char path[SH_PATH_BYTES];
+    CHECK_OK(sh_path_join(path, sizeof path, folder, "adapter_config.json", err));
+    json_t *settings = json_load_file(path, 0, NULL);
+    assert_non_null(settings);
+    return settings;
+}
+
+/* lm_head is the output matrix, of a rank of its own; PEFT saves the base's matrix beside it. */
+static void test_lm_head(void **state)
+{
+    (void)state;
+    static const char base_name[] = "base_model.model.lm_head.base_layer.weight";
+    sh_model_config config = llama, tied = llama;
+    sh_error failure = {0};
+    config.vocab = tied.vocab = 30;
+    tied.tied_output = true;
+    for (int alone = 0; alone < 2; alone++) {
+        sh_adapter *a = NULL, *b = NULL;
+        if (alone)
+            CHECK_OK(sh_adapter_create_empty(&config, 7, &a, err));
+        else
+            a = random_adapter(&config, 4);
+        CHECK_OK(sh_adapter_add_output(a, &config, 2, err));
+        sh_lora_pair *p = &a->pairs[sh_lora_output_pair(config.n_layers)];
+        for (size_t i = 0; i < 2 * (size_t)p->out; i++)
+            p->b[i] = (float)i; /* rows that are permuted would show */
+        for (size_t i = 0; i < 2 * (size_t)p->in; i++)
+            p->a[i] = -(float)i;
+        CHECK_OK(sh_adapter_save_peft(a, &config, folder, "base", err));
+        CHECK_OK(sh_adapter_open_any(folder, &config, &b, err));
+        expect_equal(a, b);
+        sh_adapter_destroy(&b);
+        sh_safetensors *file = open_tensors();
+        const sh_safetensor *t =
+            sh_safetensors_find(file, "base_model.model.lm_head.lora_B.weight");
+        assert_true(t != NULL && t->shape[0] == 30 && t->shape[1] == 2);
+        sh_safetensors_close(&file);
+        json_t *settings = settings_of_folder();
+        const json_t *targets = json_object_get(settings, "target_modules");
+        assert_string_equal(json_string_value(json_array_get(targets, alone ? 0 : 7)), "lm_head");
+        assert_int_equal(json_array_size(targets), alone ? 1 : 8);
+        json_decref(settings);
+
+        assert_int_equal(sh_adapter_open_any(folder, &tied, &b, &failure), SH_ERR_MISMATCH);
+        assert_non_null(strstr(failure.text, "lm_head.lora_A"));
+        assert_int_equal(sh_adapter_save_peft(a, &tied, folder, "base", &failure), SH_ERR_MISMATCH);
+        add_tensor(base_name, 30, llama.width);
+        CHECK_OK(sh_adapter_open_any(folder, &config, &b, err));
+        expect_equal(a, b);
+        sh_adapter_destroy(&b);
+        CHECK_OK(sh_adapter_save_peft(a, &config, folder, "base", err));
+        add_tensor(base_name, 31, llama.width);
+        assert_int_equal(sh_adapter_open_any(folder, &config, &b, &failure), SH_ERR_MISMATCH);
+        assert_non_null(strstr(failure.text, "base_layer"));
+        sh_adapter_destroy(&a);
+    }
+    sh_adapter *none = random_adapter(&config, 4), *b = NULL;
+    CHECK_OK(sh_adapter_save_peft(none, &config, folder, "base", err));
+    add_tensor(base_name, 30, llama.width);
+    assert_int_equal(sh_adapter_open_any(folder, &config, &b, &failure), SH_ERR_UNSUPPORTED);
+    sh_adapter_destroy(&none);
 }
 
 /* A module's own alpha and rank, and rsLoRA, change the scale as PEFT says. */
@@ -509,7 +599,7 @@ int main(void)
         cmocka_unit_test(test_logits), IN_FOLDER(test_rows_and_types), IN_FOLDER(test_byte_level),
         IN_FOLDER(test_sentencepiece), IN_FOLDER(test_expressions),    IN_FOLDER(test_bad_configs),
         IN_FOLDER(test_yarn_keys),     IN_FOLDER(test_no_memory),      IN_FOLDER(test_round_trip),
-        IN_FOLDER(test_scales),        IN_FOLDER(test_bad_adapters),
+        IN_FOLDER(test_lm_head),       IN_FOLDER(test_scales),         IN_FOLDER(test_bad_adapters),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

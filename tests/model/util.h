@@ -42,7 +42,8 @@ static inline sh_model *util_open(const tiny_options *options)
     return model;
 }
 
-/* An adapter with random values in both factors; zero B leaves the model as it is. */
+/* An adapter with random values in both factors, of the output matrix, too, where it is not tied;
+ * zero B leaves the model as it is. */
 static inline sh_adapter *util_adapter(const sh_model *model, uint32_t rank, uint64_t seed,
                                        float b_std)
 {
@@ -50,7 +51,9 @@ static inline sh_adapter *util_adapter(const sh_model *model, uint32_t rank, uin
     sh_rng rng;
     sh_rng_init(&rng, seed, 0, 1);
     CHECK_OK(sh_adapter_create(&model->config, rank, 2.0f * (float)rank, &adapter, err));
-    for (size_t i = 0; i < (size_t)adapter->n_layers * SH_LAYER_MATRICES; i++) {
+    if (!model->config.tied_output)
+        CHECK_OK(sh_adapter_add_output(adapter, &model->config, rank, err));
+    for (size_t i = 0; i < sh_lora_pair_count(adapter->n_layers); i++) {
         sh_lora_pair *p = &adapter->pairs[i];
         for (size_t k = 0; k < (size_t)p->rank * p->in; k++)
             p->a[k] = sh_rng_normal(&rng) / 8.0f;

@@ -474,9 +474,10 @@ double reference_mixed_loss(const reference *r, const reference_mixture *mixture
             const uint8_t *mask = data->mask ? data->mask + s * data->length + t : NULL;
             if (mask && mask[0] & SH_TRAIN_BEGINS)
                 begin = t;
-            step(r, tokens[t], &(place){s, begin, t}, keys[0], keys[1], z);
+            const place at = {s, begin, t};
+            step(r, tokens[t], &at, keys[0], keys[1], z);
             if (teacher)
-                step(teacher, tokens[t], &(place){s, begin, t}, keys[2], keys[3], v);
+                step(teacher, tokens[t], &at, keys[2], keys[3], v);
             if (mask && !(mask[1] & SH_TRAIN_TARGET))
                 continue;
             if (teacher)

@@ -163,7 +163,7 @@ static double moved_loss(const setup *s, const reference_mixture *mixture, const
             b[i][j] = (double)p->b[j] + by * (double)g->b[j];
     }
     reference_init(&r, s->model);
-    reference_adapt(&r, &(reference_lora){s->adapter, a, b, scales, NULL, NULL});
+    reference_adapt(&r, &(reference_lora){.shape = s->adapter, .a = a, .b = b, .scales = scales});
     const double loss = reference_mixed_loss(&r, mixture, &s->data);
     reference_release(&r);
     for (size_t i = 0; i < PAIRS; i++)

@@ -181,7 +181,8 @@ static void masks_make(masks *m, const tr_net *net, const sh_train_data *data)
     must_be_ok(tr_work_create(net, &shape, &work, &err));
     m->positions = shape.positions;
     for (size_t i = 0; i < SH_COUNT(m->at); i++) {
-        const tr_place place = {i / TR_GROUPS, i % TR_GROUPS, data->n * m->positions};
+        const tr_place place = {
+            .layer = i / TR_GROUPS, .g = i % TR_GROUPS, .rows = data->n * m->positions};
         const size_t in = net->groups[place.g].in, n = place.rows * in;
         m->in[i] = in;
         m->at[i] = sh_calloc(n, sizeof(float));
