@@ -15,9 +15,9 @@
 #include "shared/base/rng.h"
 #include "shared/model/model.h"
 
-#define SH_LORA_RANK_MAX   1024
-#define SH_TEMPERATURE_MIN 0.01f /* of distillation */
-#define SH_TEMPERATURE_MAX 100.0f
+#define SH_LORA_RANK_MAX           1024
+#define SH_DISTILL_TEMPERATURE_MIN 0.01f /* of distillation */
+#define SH_DISTILL_TEMPERATURE_MAX 100.0f
 
 /* Bits of a mask. */
 enum {
@@ -112,7 +112,7 @@ typedef struct {
     const sh_model *teacher; /* frozen; NULL: none. Of the student's vocabulary (sizes and strings
                                 are compared, else SH_ERR_MISMATCH); any architecture */
     float distill_weight;    /* w in [0, 1]; above 0 it needs a teacher */
-    float temperature;       /* T in [SH_TEMPERATURE_MIN, SH_TEMPERATURE_MAX]; 0: 1 */
+    float temperature; /* T in [SH_DISTILL_TEMPERATURE_MIN, SH_DISTILL_TEMPERATURE_MAX]; 0: 1 */
     /* Batches whose gradients make one step, that of the mean over all their targets; 0: 1. It
      * takes the memory of one batch and of one more gradient. */
     uint32_t accumulate;

@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static char folder[SH_PATH_BYTES / 2];
@@ -147,6 +148,46 @@ static void test_writers_of_one_path(void **state)
     assert_int_equal(sh_file_writer_commit(&a, NULL), SH_OK);
     assert_file(in_folder("both"), "first");
     assert_int_equal(count_entries(), before + 1);
+}
+
+/* What a killed process left goes, and nothing else. */
+static void test_leftovers(void **state)
+{
+    (void)state;
+    char mine[64], alive[64];
+    const pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) { /* killed while it writes */
+        sh_file_writer w = {0};
+        if (sh_file_writer_open_private(in_folder("left"), &w, NULL) == SH_OK)
+            (void)raise(SIGKILL);
+        _exit(1);
+    }
+    int how = 0;
+    assert_int_equal(waitpid(child, &how, 0), child);
+    assert_true(WIFSIGNALED(how) && WTERMSIG(how) == SIGKILL);
+    snprintf(mine, sizeof mine, "left.tmp-%ld-77", (long)getpid());
+    snprintf(alive, sizeof alive, "left.tmp-%ld-0", (long)getppid());
+    const char *const kept[] = {"left",
+                                alive,
+                                "left.tmp-",
+                                "left.tmp-1234567",
+                                "left.tmp-0-1",
+                                "left.tmp-5-1x",
+                                "left2.tmp-999999999-0"};
+    for (size_t i = 0; i < SH_COUNT(kept); i++)
+        write_text(in_folder(kept[i]), "kept");
+    write_text(in_folder(mine), "of one that had this process's number");
+    const size_t before = count_entries();
+    sh_file_remove_leftovers(in_folder("left"));
+    assert_int_equal(count_entries(), before - 2);
+    assert_false(sh_file_exists(in_folder(mine)));
+    for (size_t i = 0; i < SH_COUNT(kept); i++) {
+        assert_file(in_folder(kept[i]), "kept");
+        assert_int_equal(unlink(in_folder(kept[i])), 0);
+    }
+    assert_int_equal(count_entries(), before - 2 - SH_COUNT(kept));
+    sh_file_remove_leftovers(in_folder("no/such/folder"));
 }
 
 static void test_writer_on_a_full_disk(void **state)
@@ -520,6 +561,7 @@ int main(void)
         cmocka_unit_test(test_failed_write_leaves_the_old_file),
         cmocka_unit_test(test_writer_commits_or_leaves_nothing),
         cmocka_unit_test(test_writers_of_one_path),
+        cmocka_unit_test(test_leftovers),
         cmocka_unit_test(test_writer_on_a_full_disk),
         cmocka_unit_test(test_commit_that_fails),
         cmocka_unit_test(test_what_is_no_regular_file_is_not_replaced),

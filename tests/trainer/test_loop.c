@@ -8,102 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tests/trainer/small.h"
+#include "tests/trainer/material.h"
 #include "tests/trainer/util.h"
 #include "trainer/optimizer.h"
-#include "trainer/train.h"
-
-static sh_error err;
-
-enum { SEQUENCES = 11, HELDOUT = 4, LENGTH = 33 };
-
-/* A base, what is trained on it, and what of it is held out. */
-typedef struct {
-    sh_model_config config;
-    sh_model *model;
-    sh_adapter *adapter;
-    sh_train_data data, heldout;
-} material;
-
-static material material_make(void)
-{
-    material m = {.config = small_config(true)};
-    m.model = small_model(&m.config, SH_TYPE_F32, 51);
-    m.data = small_data(&m.config, SEQUENCES, LENGTH, true, 52);
-    m.heldout = small_data(&m.config, HELDOUT, LENGTH + 4, true, 53);
-    m.adapter = small_adapter(&m.config, (const uint32_t[]){3, 5, 0, 2}, 4, 54);
-    return m;
-}
-
-static void material_release(material *m)
-{
-    sh_adapter_destroy(&m->adapter);
-    small_data_free(&m->data);
-    small_data_free(&m->heldout);
-    small_model_free(&m->model);
-}
-
-static sh_train_options options_of(uint32_t batch, uint32_t steps)
-{
-    return (sh_train_options){.lr = 0.01f,
-                              .batch = batch,
-                              .steps = steps,
-                              .warmup = 2,
-                              .lr_final = 0.1f,
-                              .shuffle_seed = 5,
-                              .clip = 1.0f};
-}
-
-/* What a training leaves. */
-typedef struct {
-    float *params;
-    size_t n;
-    sh_train_result result;
-} outcome;
-
-static void outcome_release(outcome *o)
-{
-    free(o->params);
-    *o = (outcome){0};
-}
-
-/* Parameters also of a training that fails. */
-static sh_status train(const material *m, bool full, const sh_train_options *options, outcome *out)
-{
-    tr_net *net = NULL;
-    float *lora = NULL;
-    must_be_ok(tr_net_create(&m->config, m->model, UINT64_MAX, m->data.length - 1, &net, &err));
-    if (!full) {
-        must_be_ok(tr_net_attach(net, m->adapter, &err));
-        lora = sh_alloc_aligned(net->n_lora * sizeof(*lora));
-        assert_non_null(lora);
-        tr_lora_gather(net, m->adapter, lora);
-    }
-    const tr_trainee t = {.net = net,
-                          .params = full ? net->weights : lora,
-                          .mode = full ? TR_GRAD_FULL : TR_GRAD_LORA};
-    *out = (outcome){.n = full ? net->layout.n : net->n_lora};
-    const sh_status status = tr_train(&t, &m->data, options, &out->result, &err);
-    out->params = sh_calloc(out->n, sizeof(*out->params));
-    assert_non_null(out->params);
-    memcpy(out->params, t.params, out->n * sizeof(*out->params));
-    free(lora);
-    tr_net_destroy(&net);
-    return status;
-}
-
-/* |x - y| / |x| */
-static double distance(const outcome *x, const outcome *y)
-{
-    double norm = 0, difference = 0;
-    assert_int_equal(x->n, y->n);
-    for (size_t i = 0; i < x->n; i++) {
-        const double a = (double)x->params[i], b = (double)y->params[i];
-        norm += a * a;
-        difference += (a - b) * (a - b);
-    }
-    return sqrt(difference / norm);
-}
 
 /* ---- accumulated gradients ---- */
 
@@ -310,40 +217,6 @@ static void test_optimizer_bytes(void **state)
 
 /* ---- held-out loss and early stop ---- */
 
-enum { STEPS_MOST = 64 };
-
-/* What progress was told. */
-typedef struct {
-    sh_train_progress steps[STEPS_MOST];
-    uint32_t n, cancel_at; /* 0: never */
-} diary;
-
-static bool note_step(void *arg, const sh_train_progress *p)
-{
-    diary *d = arg;
-    assert_true(d->n < STEPS_MOST);
-    d->steps[d->n++] = *p;
-    return p->step != d->cancel_at;
-}
-
-/* Steps that do not depend on how many there are: a shorter training is the beginning of a longer
- * one. */
-static sh_train_options constant_options(uint32_t steps)
-{
-    sh_train_options o = options_of(3, steps);
-    o.schedule = SH_SCHEDULE_CONSTANT;
-    o.warmup = 0;
-    o.lr = 0.03f;
-    return o;
-}
-
-static void must_be_same(const outcome *x, const outcome *y)
-{
-    assert_int_equal(x->n, y->n);
-    if (memcmp(x->params, y->params, x->n * sizeof(float)) != 0)
-        fail_msg("the parameters differ, by %g of their norm", distance(x, y));
-}
-
 static void test_progress(void **state)
 {
     (void)state;
@@ -414,14 +287,6 @@ static void test_progress_norm(void **state)
     outcome_release(&before);
     outcome_release(&after);
     material_release(&m);
-}
-
-/* So that one text teaches something of another: which tokens there are. */
-static void fewer_tokens(sh_train_data *data)
-{
-    int32_t *tokens = (int32_t *)(uintptr_t)data->tokens;
-    for (size_t i = 0; i < data->n * data->length; i++)
-        tokens[i] %= 7;
 }
 
 static void check_early_stop(bool full)
