@@ -14,11 +14,12 @@ static sh_status mixture_check(const sh_train_options *o, sh_error *err)
         return sh_fail(err, SH_ERR_INVALID,
                        "training options: a weight of distillation of %g is not in [0, 1]",
                        (double)o->distill_weight);
-    if (o->temperature != 0 &&
-        !(o->temperature >= SH_DISTILL_TEMPERATURE_MIN && o->temperature <= SH_DISTILL_TEMPERATURE_MAX))
-        return sh_fail(
-            err, SH_ERR_INVALID, "training options: a temperature of %g is not in [%g, %g]",
-            (double)o->temperature, (double)SH_DISTILL_TEMPERATURE_MIN, (double)SH_DISTILL_TEMPERATURE_MAX);
+    if (o->temperature != 0 && !(o->temperature >= SH_DISTILL_TEMPERATURE_MIN &&
+                                 o->temperature <= SH_DISTILL_TEMPERATURE_MAX))
+        return sh_fail(err, SH_ERR_INVALID,
+                       "training options: a temperature of %g is not in [%g, %g]",
+                       (double)o->temperature, (double)SH_DISTILL_TEMPERATURE_MIN,
+                       (double)SH_DISTILL_TEMPERATURE_MAX);
     if (!o->teacher && o->distill_weight > 0)
         return sh_fail(err, SH_ERR_INVALID,
                        "training options: a weight of distillation of %g, but no teacher",

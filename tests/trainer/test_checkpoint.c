@@ -474,7 +474,7 @@ static void test_made_to_harm(void **state)
     outcome_release(&out);
     make_checkpoint(&m, false, &o);
     content file = read_file();
-    const size_t numbers = 176 + 22 * 8, order = numbers + 15 * 8 + n * sizeof(float);
+    const size_t numbers = 176 + 27 * 8, order = numbers + 17 * 8 + n * sizeof(float);
     const struct {
         size_t at;
         uint64_t value;
@@ -485,7 +485,7 @@ static void test_made_to_harm(void **state)
         {numbers + 8, 7, 8},              /* updates of A */
         {numbers + 32, SEQUENCES + 1, 8}, /* place in the order */
         {numbers + 40, 0, 8},             /* sequences of a micro-batch */
-        {numbers + 104, 5, 8},            /* step of the best, after step 2 */
+        {numbers + 120, 5, 8},            /* step of the best, after step 2 */
         {order + 8, SEQUENCES, 4},
         {order + 12, UINT32_MAX, 4},
     };
