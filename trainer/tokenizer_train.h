@@ -25,7 +25,7 @@
  * comes to be part of a character that is not finished before it. All other bytes come back from
  * their ids. Deterministic; the order of documents does not matter.
  *
- * Memory is linear in the bytes of distinct words (some 100 a byte at worst), time nearly so.
+ * Memory is linear in the bytes of distinct words (some 200 a byte at worst), time nearly so.
  * Threads: none; independent trainers may run at once. Owner: the caller.
  *
  *     sh_tokenizer_train_options o = sh_tokenizer_train_defaults(SH_TOKENIZER_BPE, 4096);
@@ -74,8 +74,8 @@ typedef struct {
 sh_tokenizer_train_options sh_tokenizer_train_defaults(sh_tokenizer_kind kind, uint32_t vocab);
 
 typedef struct {
-    uint32_t vocab;      /* tokens, as was asked for */
-    uint32_t merges;     /* of BPE at least as many as new tokens; of SPM the pieces */
+    uint32_t vocab; /* tokens, as was asked for */
+    uint32_t merges;
     uint32_t characters; /* SPM: that have tokens of their own */
     uint64_t documents, words /* distinct */;
     uint64_t text_bytes, text_tokens; /* of all documents, without BOS and EOS */

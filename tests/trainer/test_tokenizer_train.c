@@ -970,11 +970,11 @@ static void test_cancelled(void **state)
 static void test_out_of_memory(void **state)
 {
     (void)state;
-    char *text = make_text(4, 1500);
+    char *text = make_text(4, 600);
     const document doc = {text, strlen(text)};
     for (int kind = SH_TOKENIZER_BPE; kind <= SH_TOKENIZER_SPM; kind++) {
         const sh_tokenizer_train_options o =
-            sh_tokenizer_train_defaults((sh_tokenizer_kind)kind, 320);
+            sh_tokenizer_train_defaults((sh_tokenizer_kind)kind, 300);
         sh_tokenizer_train_result r;
         sh_status status = SH_ERR_NO_MEMORY;
         size_t n = 0;
