@@ -7,24 +7,17 @@
 
 #define BUCKETS_FIRST 1024
 
-sh_status tr_pairs_init(tr_pairs *p, bool by_text, uint32_t tokens_max, const tr_word *words)
+sh_status tr_pairs_init(tr_pairs *p, bool marks, const tr_word *words)
 {
-    size_t slots = 16;
-    while (slots < 2 * (size_t)tokens_max)
-        slots *= 2;
-    *p = (tr_pairs){.by_text = by_text, .words = words, .tokens_max = tokens_max};
-    p->token_mask = (uint32_t)(slots - 1);
-    p->n_buckets = BUCKETS_FIRST;
-    p->token_slots = sh_calloc(slots, sizeof *p->token_slots);
+    *p = (tr_pairs){.marks = marks, .words = words, .n_buckets = BUCKETS_FIRST};
     p->buckets = sh_calloc(p->n_buckets, sizeof *p->buckets);
-    return p->token_slots == NULL || p->buckets == NULL ? SH_ERR_NO_MEMORY : SH_OK;
+    return p->buckets == NULL ? SH_ERR_NO_MEMORY : SH_OK;
 }
 
 void tr_pairs_release(tr_pairs *p)
 {
     free(p->texts);
     free(p->tokens);
-    free(p->token_slots);
     free(p->merges);
     free(p->symbols);
     free(p->candidates);
@@ -55,33 +48,6 @@ static size_t join_texts(const tr_pairs *p, int32_t left, int32_t right,
     return n_left + n_right;
 }
 
-static uint64_t mix(uint64_t h)
-{
-    h = (h ^ h >> 32) * 0x9E3779B97F4A7C15u;
-    return h ^ h >> 29;
-}
-
-static uint64_t hash_text(const uint8_t *text, size_t n)
-{
-    uint64_t h = 14695981039346656037u; /* FNV-1a */
-    for (size_t i = 0; i < n; i++)
-        h = (h ^ text[i]) * 1099511628211u;
-    return mix(h);
-}
-
-/* The slot of a text, or the empty one where it belongs. */
-static uint32_t *token_slot(const tr_pairs *p, const uint8_t *text, size_t n)
-{
-    for (uint32_t i = (uint32_t)hash_text(text, n) & p->token_mask;; i = (i + 1) & p->token_mask) {
-        if (p->token_slots[i] == 0)
-            return &p->token_slots[i];
-        size_t m;
-        const uint8_t *other = tr_pairs_text(p, (int32_t)p->token_slots[i] - 1, &m);
-        if (m == n && memcmp(other, text, n) == 0)
-            return &p->token_slots[i];
-    }
-}
-
 static uint16_t count_marks(const uint8_t *text, size_t n)
 {
     uint16_t marks = 0;
@@ -93,18 +59,15 @@ static uint16_t count_marks(const uint8_t *text, size_t n)
 
 sh_status tr_pairs_add_token(tr_pairs *p, const uint8_t *text, size_t n, int32_t *out)
 {
-    uint32_t *slot = token_slot(p, text, n);
-    SH_ASSERT(*slot == 0 && p->n_tokens < p->tokens_max && n <= SH_TOKENIZER_TOKEN_BYTES_MAX);
+    SH_ASSERT(n <= SH_TOKENIZER_TOKEN_BYTES_MAX);
     SH_TRY(sh_array_reserve((void **)&p->texts, &p->texts_cap, p->n_texts + n, 1, UINT32_MAX));
     SH_TRY(sh_array_reserve((void **)&p->tokens, &p->tokens_cap, p->n_tokens + 1, sizeof *p->tokens,
-                            p->tokens_max));
+                            INT32_MAX));
     memcpy(p->texts + p->n_texts, text, n);
-    p->tokens[p->n_tokens] = (tr_token){.at = (uint32_t)p->n_texts,
-                                        .n = (uint16_t)n,
-                                        .marks = p->by_text ? count_marks(text, n) : 0};
+    p->tokens[p->n_tokens] = (tr_token){
+        .at = (uint32_t)p->n_texts, .n = (uint16_t)n, .marks = p->marks ? count_marks(text, n) : 0};
     p->n_texts += n;
     *out = (int32_t)p->n_tokens++;
-    *slot = (uint32_t)p->n_tokens;
     return SH_OK;
 }
 
@@ -120,29 +83,11 @@ static bool can_merge(const tr_pairs *p, int32_t left, int32_t right)
     return marks <= 1 || marks * SH_SPACE_MARK_SIZE == (unsigned)l->n + r->n;
 }
 
-static uint64_t hash_pair(const tr_pairs *p, int32_t left, int32_t right)
-{
-    uint8_t text[SH_TOKENIZER_TOKEN_BYTES_MAX];
-    if (p->by_text)
-        return hash_text(text, join_texts(p, left, right, text));
-    return mix(((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * 0x9E3779B97F4A7C15u);
-}
-
-static bool is_same(const tr_pairs *p, const tr_candidate *c, int32_t left, int32_t right)
-{
-    if (c->left == left && c->right == right)
-        return true;
-    if (!p->by_text ||
-        p->tokens[c->left].n + p->tokens[c->right].n != p->tokens[left].n + p->tokens[right].n)
-        return false;
-    uint8_t a[SH_TOKENIZER_TOKEN_BYTES_MAX], b[SH_TOKENIZER_TOKEN_BYTES_MAX];
-    return memcmp(a, b,
-                  SH_MIN(join_texts(p, c->left, c->right, a), join_texts(p, left, right, b))) == 0;
-}
-
 static uint32_t *bucket_of(const tr_pairs *p, int32_t left, int32_t right)
 {
-    return &p->buckets[hash_pair(p, left, right) & (p->n_buckets - 1)];
+    uint64_t h = ((uint64_t)(uint32_t)left << 32 | (uint32_t)right) * 0x9E3779B97F4A7C15u;
+    h = (h ^ h >> 32) * 0x9E3779B97F4A7C15u;
+    return &p->buckets[(h ^ h >> 29) & (p->n_buckets - 1)];
 }
 
 static sh_status grow_buckets(tr_pairs *p)
@@ -171,7 +116,8 @@ static sh_status find_candidate(tr_pairs *p, int32_t left, int32_t right, uint32
 {
     uint32_t *bucket = bucket_of(p, left, right);
     for (uint32_t at = *bucket; at != 0; at = p->candidates[at - 1].chain) {
-        if (is_same(p, &p->candidates[at - 1], left, right)) {
+        const tr_candidate *c = &p->candidates[at - 1];
+        if (c->left == left && c->right == right) {
             *out = at;
             return SH_OK;
         }
@@ -188,8 +134,7 @@ static sh_status find_candidate(tr_pairs *p, int32_t left, int32_t right, uint32
                                 sizeof *p->candidates, UINT32_MAX - 1));
         at = (uint32_t)++p->n_candidates;
     }
-    p->candidates[at - 1] =
-        (tr_candidate){.left = left, .right = right, .chain = *bucket, .merge = -1};
+    p->candidates[at - 1] = (tr_candidate){.left = left, .right = right, .chain = *bucket};
     *bucket = at;
     p->n_used++;
     *out = at;
@@ -222,8 +167,7 @@ static bool comes_before(const tr_pairs *p, const tr_heap_item *a, const tr_heap
     uint8_t s[SH_TOKENIZER_TOKEN_BYTES_MAX], t[SH_TOKENIZER_TOKEN_BYTES_MAX];
     join_texts(p, x->left, x->right, s);
     join_texts(p, y->left, y->right, t);
-    const int order = memcmp(s, t, a->n);
-    return order != 0 ? order < 0 : p->tokens[x->left].n < p->tokens[y->left].n;
+    return memcmp(s, t, a->n) < 0;
 }
 
 static void heap_put(tr_pairs *p, size_t i, tr_heap_item item)
@@ -281,8 +225,6 @@ static sh_status settle(tr_pairs *p)
     for (size_t i = 0; i < p->n_changed; i++) {
         tr_candidate *c = &p->candidates[p->changed[i] - 1];
         c->changed = false;
-        if (c->merge >= 0)
-            continue;
         if (c->count == 0) {
             if (c->heap_at != 0)
                 heap_remove(p, c);
@@ -350,11 +292,10 @@ static sh_status detach(tr_pairs *p, uint32_t i)
     return note_change(p, at);
 }
 
-/* Merges the pair at i, whose candidate has become a merge. */
-static sh_status join(tr_pairs *p, uint32_t i)
+/* Merges the pair at i to a token. */
+static sh_status join(tr_pairs *p, uint32_t i, int32_t token)
 {
     tr_pair_symbol *s = &p->symbols[i], *gone = &p->symbols[s->next];
-    const int32_t token = p->merges[p->candidates[s->candidate - 1].merge].token;
     SH_TRY(detach(p, s->prev));
     SH_TRY(detach(p, i));
     SH_TRY(detach(p, s->next));
@@ -365,27 +306,6 @@ static sh_status join(tr_pairs *p, uint32_t i)
     p->n_live -= p->words[s->word].count;
     SH_TRY(attach(p, s->prev));
     return attach(p, i);
-}
-
-/* The rank of the merge that the pair at i is, or -1. */
-static int32_t rank_at(const tr_pairs *p, uint32_t i)
-{
-    const uint32_t at = p->symbols[i].candidate;
-    return at != 0 ? p->candidates[at - 1].merge : -1;
-}
-
-/* Merges the pair at i, then what has come to be a pair that was merged before. */
-static sh_status join_all(tr_pairs *p, uint32_t i)
-{
-    for (;;) {
-        SH_TRY(join(p, i));
-        const uint32_t before = p->symbols[i].prev;
-        const int32_t left = rank_at(p, before), right = rank_at(p, i);
-        if (left < 0 && right < 0)
-            return SH_OK;
-        if (left >= 0 && (right < 0 || left <= right))
-            i = before;
-    }
 }
 
 sh_status tr_pairs_push(tr_pairs *p, int32_t token, uint32_t word)
@@ -431,18 +351,13 @@ static sh_status list_places(tr_pairs *p, const tr_candidate *c, size_t *n)
     return SH_OK;
 }
 
-/* The candidate becomes the next merge, and its text a token where it is none. */
-static sh_status add_merge(tr_pairs *p, tr_candidate *c)
+static sh_status add_merge(tr_pairs *p, const tr_candidate *c, int32_t *token)
 {
     uint8_t text[SH_TOKENIZER_TOKEN_BYTES_MAX];
-    const size_t n = join_texts(p, c->left, c->right, text);
-    int32_t token = (int32_t)*token_slot(p, text, n) - 1;
     SH_TRY(sh_array_reserve((void **)&p->merges, &p->merges_cap, p->n_merges + 1, sizeof *p->merges,
                             INT32_MAX));
-    if (token < 0)
-        SH_TRY(tr_pairs_add_token(p, text, n, &token));
-    c->merge = (int32_t)p->n_merges;
-    p->merges[p->n_merges++] = (tr_merge){c->left, c->right, token};
+    SH_TRY(tr_pairs_add_token(p, text, join_texts(p, c->left, c->right, text), token));
+    p->merges[p->n_merges++] = (tr_merge){c->left, c->right};
     return SH_OK;
 }
 
@@ -453,12 +368,13 @@ sh_status tr_pairs_merge(tr_pairs *p, bool *found)
         return SH_OK;
     const uint32_t at = p->heap[0].candidate;
     tr_candidate *c = &p->candidates[at - 1];
+    int32_t token;
     size_t n;
     heap_remove(p, c);
-    SH_TRY(add_merge(p, c));
+    SH_TRY(add_merge(p, c, &token));
     SH_TRY(list_places(p, c, &n));
     for (size_t i = 0; i < n; i++)
-        if (p->symbols[p->places[i]].candidate == at)
-            SH_TRY(join_all(p, p->places[i]));
+        if (p->symbols[p->places[i]].candidate == at) /* not of "aaa" the second "aa" */
+            SH_TRY(join(p, p->places[i], token));
     return settle(p);
 }

@@ -8,9 +8,11 @@
  * through the symbols. A merge changes the counts of the pairs next to its places only, and the
  * candidates wait in a heap: the time of all merges is that of sorting their places.
  *
- * A candidate is a pair of tokens or, by_text, the text of a pair, whichever tokens make it.
- * Wherever a merge makes a pair that was merged before, it is merged at once, lower ranks first:
- * so would it be by who tokenizes with the result.
+ * Two pairs never make the same text. A stretch of a word whose ends no symbol crosses has been
+ * merged like any other stretch of the same text, since merges only grow symbols: so at any time
+ * all of them are cut in the same way, and when they become a token, all do. Therefore a pair is as
+ * good as its text, a merge makes no pair that was merged before, and a tokenizer by pairs (gpt2)
+ * or by texts (llama) comes to the same symbols as the trainer.
  */
 #ifndef SH_TRAINER_TOKENIZER_PAIRS_H
 #define SH_TRAINER_TOKENIZER_PAIRS_H
@@ -23,11 +25,11 @@
 typedef struct {
     uint32_t at;
     uint16_t n;     /* bytes */
-    uint16_t marks; /* "▁" at its beginning; counted by_text only */
+    uint16_t marks; /* "▁" at its beginning */
 } tr_token;
 
 typedef struct {
-    int32_t left, right, token; /* by_text: left and right are one of the pairs that make it */
+    int32_t left, right;
 } tr_merge;
 
 typedef struct {
@@ -43,7 +45,6 @@ typedef struct {
     uint32_t place;   /* the first; 0: none (symbol 0 is a gap) */
     uint32_t chain;   /* in its bucket, or among the free: index + 1; 0: the last */
     uint32_t heap_at; /* + 1; 0: not there */
-    int32_t merge;    /* that it has become; -1: none yet */
     bool changed;     /* its count, since it was put into the heap */
 } tr_candidate;
 
@@ -53,16 +54,14 @@ typedef struct {
 } tr_heap_item;
 
 typedef struct {
-    bool by_text;
     const tr_word *words;
+    bool marks;      /* "▁" is a space: in front of a token's text at most once, or all of it */
     uint64_t n_live; /* symbols that there are, by their words' multiplicity; gaps are none */
 
     uint8_t *texts;
     size_t n_texts, texts_cap;
-    tr_token *tokens;
+    tr_token *tokens; /* the alphabet, then the merges */
     size_t n_tokens, tokens_cap;
-    uint32_t *token_slots; /* hash table of index + 1 by text; tokens_max is at most half of it */
-    uint32_t token_mask, tokens_max;
     tr_merge *merges;
     size_t n_merges, merges_cap;
 
@@ -81,18 +80,18 @@ typedef struct {
     size_t n_heap, heap_cap;
 } tr_pairs;
 
-/* Takes a zeroed one, and has to be released even after an error. All errors: no memory. */
-SH_MUST_USE sh_status tr_pairs_init(tr_pairs *p, bool by_text, uint32_t tokens_max,
-                                    const tr_word *words);
+/* Has to be released even after an error. All errors: no memory. */
+SH_MUST_USE sh_status tr_pairs_init(tr_pairs *p, bool marks, const tr_word *words);
 void tr_pairs_release(tr_pairs *p);
-/* A token of the alphabet; *out is its index. There must be none of its text. */
+/* A token of the alphabet, before there are merges; *out is its index. */
 SH_MUST_USE sh_status tr_pairs_add_token(tr_pairs *p, const uint8_t *text, size_t n, int32_t *out);
 /* The next symbol: of a word, or a gap (TR_NO_TOKEN). The first and the last are gaps. */
 SH_MUST_USE sh_status tr_pairs_push(tr_pairs *p, int32_t token, uint32_t word);
 /* Counts the pairs, once all symbols are there. */
 SH_MUST_USE sh_status tr_pairs_count(tr_pairs *p);
-/* Merges the most frequent pair everywhere; *found is false when there is none. It is a new token
- * but where (by pairs) another pair has made one of the same text. Needs n_tokens < tokens_max. */
+/* Makes the most frequent pair a token and merges it everywhere; *found is false when there is
+ * none.
+ */
 SH_MUST_USE sh_status tr_pairs_merge(tr_pairs *p, bool *found);
 
 const uint8_t *tr_pairs_text(const tr_pairs *p, int32_t token, size_t *n);

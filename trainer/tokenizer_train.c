@@ -10,9 +10,8 @@
 #include "shared/model/tokenizer.h"
 #include "trainer/tokenizer_model.h"
 
-#define BYTES      256u
-#define CODES      (SH_CHAR_MAX + 1)
-#define MERGES_MAX (1u << 21) /* that the engine reads */
+#define BYTES 256u
+#define CODES (SH_CHAR_MAX + 1)
 
 struct sh_tokenizer_trainer {
     sh_tokenizer_train_options options;
@@ -346,10 +345,9 @@ static sh_status push_words(sh_tokenizer_trainer *t, const int32_t *ids, uint64_
 static sh_status start(sh_tokenizer_trainer *t, uint64_t *byte_tokens, sh_error *err)
 {
     const bool spm = t->options.kind == SH_TOKENIZER_SPM;
-    const size_t fixed = t->n_controls + (spm ? BYTES : 0);
     sh_status status;
     int32_t *ids = NULL, token;
-    SH_GOTO(tr_pairs_init(&t->pairs, spm, t->options.vocab - (uint32_t)fixed, t->words.items));
+    SH_GOTO(tr_pairs_init(&t->pairs, spm, t->words.items));
     if (spm) {
         ids = sh_calloc(CODES, sizeof *ids);
         status = ids != NULL ? make_alphabet(t, ids, err) : SH_ERR_NO_MEMORY;
@@ -371,25 +369,26 @@ cleanup:
 
 /* ---- training ---- */
 
+/* Tokens that are neither of the alphabet nor merges. */
+static size_t n_fixed(const sh_tokenizer_trainer *t)
+{
+    return t->n_controls + (t->options.kind == SH_TOKENIZER_SPM ? BYTES : 0);
+}
+
 static sh_status merge_all(sh_tokenizer_trainer *t, sh_error *err)
 {
     const sh_tokenizer_train_options *o = &t->options;
-    tr_pairs *p = &t->pairs;
-    const uint32_t fixed = o->vocab - p->tokens_max;
-    while (p->n_tokens < p->tokens_max) {
+    for (size_t n = n_fixed(t) + t->pairs.n_tokens; n < o->vocab; n++) {
         bool found;
-        if (p->n_merges == MERGES_MAX)
-            return sh_fail(err, SH_ERR_LIMIT, "over %u merges", MERGES_MAX);
-        if (tr_pairs_merge(p, &found) != SH_OK)
-            return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for merge %zu", p->n_merges);
+        if (tr_pairs_merge(&t->pairs, &found) != SH_OK)
+            return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for merge %zu", t->pairs.n_merges);
         if (!found)
             return sh_fail(err, SH_ERR_INVALID,
                            "the text is too short for a vocabulary of %u tokens: it allows %zu at "
                            "most",
-                           o->vocab, fixed + p->n_tokens);
-        if (o->progress != NULL && !o->progress(o->progress_arg, fixed + (uint32_t)p->n_tokens))
-            return sh_fail(err, SH_ERR_CANCELLED, "cancelled at %zu of %u tokens",
-                           fixed + p->n_tokens, o->vocab);
+                           o->vocab, n);
+        if (o->progress != NULL && !o->progress(o->progress_arg, (uint32_t)n + 1))
+            return sh_fail(err, SH_ERR_CANCELLED, "cancelled at %zu of %u tokens", n + 1, o->vocab);
     }
     return SH_OK;
 }
@@ -415,7 +414,7 @@ sh_status sh_tokenizer_trainer_run(sh_tokenizer_trainer *t, sh_tokenizer_train_r
 
 sh_status sh_tokenizer_trainer_save(const sh_tokenizer_trainer *t, const char *path, sh_error *err)
 {
-    SH_ASSERT(t->done && t->pairs.n_tokens == t->pairs.tokens_max);
+    SH_ASSERT(t->done && n_fixed(t) + t->pairs.n_tokens == t->options.vocab);
     return tr_tokenizer_save(&(tr_tokenizer){.options = &t->options,
                                              .controls = t->controls,
                                              .n_controls = t->n_controls,

@@ -4,13 +4,15 @@
  * kinds:
  *
  *   BPE  byte-level (`gpt2`): words as a rule of shared/model/tokenizer_pre.h cuts them, symbols
- * are bytes, the pair of tokens that is most frequent becomes a token. Ids: special tokens, the 256
- * bytes, merges in order. SPM  SentencePiece's BPE (`llama`; Kudo & Richardson 2018,
- * arXiv:1808.06226): symbols are characters, a space is "▁"; the text of two neighbours that is
- * most frequent becomes a piece, whichever two they are, since so it is found again in a text. Rare
+ * are bytes. Ids: special tokens, the 256 bytes, merges in order. SPM  SentencePiece's BPE
+ * (`llama`; Kudo & Richardson 2018, arXiv:1808.06226): symbols are characters, a space is "▁". Rare
  * characters, and bytes that are no UTF-8, go to byte tokens. Ids: <unk>, BOS, EOS, other special
- * tokens, <0x00>..<0xFF>, pieces in order (score: minus their rank), characters, most frequent
- * first.
+ * tokens, <0x00>..<0xFF>, merges in order (score: minus their rank), characters, most frequent
+ * first (scores go on).
+ *
+ * The two neighbours within a word that are most frequent become a token, again and again. Of
+ * equally frequent ones that with the shorter text (bytes) comes first, then that whose text is
+ * less by memcmp. Every adjacent pair counts ("aaa" has two of "aa").
  *
  * SPM's words, which no piece crosses: "▁" begins one ("▁▁▁x": pieces are of "▁" alone or have one
  * in front); letters with marks, numbers and other signs are apart; white space other than " " and,
@@ -18,14 +20,12 @@
  * tokens only.
  *
  * Invariants. The ids that the engine gives for a text that it was trained on are those that the
- * trainer ended with (but for rules by which a word that is a token is not merged: whole_words of
- * tokenizer_pre.h). Special tokens' texts are cut out of the text. As the engine reads it, so is a
- * text read here: for BPE what is no UTF-8 is U+FFFD; for SPM U+2581 is a space.
- * Deterministic; the order of documents does not matter. Of pairs that are equally frequent the one
- * with the shorter text (bytes) comes first, then the one whose text is less by memcmp, then (BPE)
- * the one with the shorter left side. Every adjacent pair counts ("aaa" has two of "aa").
+ * trainer ended with. Special tokens' texts are cut out of the text. As the engine reads it, so is
+ * a text read here: for BPE what is no UTF-8 is U+FFFD; for SPM U+2581 is a space, and a space
+ * comes to be part of a character that is not finished before it. All other bytes come back from
+ * their ids. Deterministic; the order of documents does not matter.
  *
- * Memory is linear in the bytes of distinct words (some 100 a byte at worst), time nearly so.
+ * Memory is linear in the bytes of distinct words (some 200 a byte at worst), time nearly so.
  * Threads: none; independent trainers may run at once. Owner: the caller.
  *
  *     sh_tokenizer_train_options o = sh_tokenizer_train_defaults(SH_TOKENIZER_BPE, 4096);
@@ -74,8 +74,8 @@ typedef struct {
 sh_tokenizer_train_options sh_tokenizer_train_defaults(sh_tokenizer_kind kind, uint32_t vocab);
 
 typedef struct {
-    uint32_t vocab;      /* tokens, as was asked for */
-    uint32_t merges;     /* of BPE at least as many as new tokens; of SPM the pieces */
+    uint32_t vocab; /* tokens, as was asked for */
+    uint32_t merges;
     uint32_t characters; /* SPM: that have tokens of their own */
     uint64_t documents, words /* distinct */;
     uint64_t text_bytes, text_tokens; /* of all documents, without BOS and EOS */

@@ -109,8 +109,8 @@ unsigned tr_symbol(const uint8_t *text, size_t n, int32_t *code)
     unsigned used;
     uint8_t again[4];
     const uint32_t c = sh_char_decode(text, bytes, &used);
-    const bool sound = used == bytes && (c < 0xD800 || c > 0xDFFF) &&
-                       sh_char_encode(c, again) == bytes && memcmp(text, again, bytes) == 0;
+    const bool sound = (c < 0xD800 || c > 0xDFFF) && sh_char_encode(c, again) == bytes &&
+                       memcmp(text, again, bytes) == 0;
     *code = sound ? (int32_t)c : -1;
     return bytes;
 }

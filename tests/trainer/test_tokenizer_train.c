@@ -192,6 +192,7 @@ static void test_spm_by_hand(void **state)
     sh_tokenizer *t = train(&o, &doc, 1, &r);
     sh_gguf *gguf = NULL;
     float scores[3 + BYTES + 7];
+    int32_t types[3 + BYTES + 7];
     must_spell(t, 0, "<unk>");
     must_spell(t, 1, "<s>");
     must_spell(t, 2, "</s>");
@@ -199,6 +200,9 @@ static void test_spm_by_hand(void **state)
     must_spell(t, 3 + 255, "<0xFF>");
     must_be_ok(sh_gguf_open(path_of("vocab.gguf"), &gguf, &err));
     must_be_ok(sh_gguf_get_f32s(gguf, "tokenizer.ggml.scores", scores, SH_COUNT(scores), &err));
+    must_be_ok(sh_gguf_get_i32s(gguf, "tokenizer.ggml.token_type", types, SH_COUNT(types), &err));
+    for (size_t i = 0; i < SH_COUNT(types); i++) /* unknown, control, byte, normal */
+        assert_int_equal(types[i], i == 0 ? 2 : i < 3 ? 3 : i < 3 + BYTES ? 6 : 1);
     for (size_t i = 0; i < 7; i++) {
         must_spell(t, 3 + BYTES + (int32_t)i, tokens[i]);
         must_be_near((double)scores[3 + BYTES + i], -(double)i, 0);
@@ -220,6 +224,7 @@ static void test_ties(void **state)
 {
     (void)state;
     const document docs[] = {DOCUMENT("dc"), DOCUMENT("ba"), DOCUMENT("cbd")};
+    const document long_docs[] = {DOCUMENT("abcdefghik"), DOCUMENT("abcdefghij")};
     sh_tokenizer_train_options o = sh_tokenizer_train_defaults(SH_TOKENIZER_BPE, 1 + BYTES + 4);
     sh_tokenizer_train_result r;
     sh_tokenizer *t = train(&o, docs, 3, &r);
@@ -227,6 +232,12 @@ static void test_ties(void **state)
     static const char *const bpe[] = {"ba", "bd", "dc", "cbd"};
     for (size_t i = 0; i < SH_COUNT(bpe); i++)
         must_spell(t, 1 + BYTES + (int32_t)i, bpe[i]);
+    sh_tokenizer_destroy(&t);
+    /* The common part, then what differs after more than eight bytes. */
+    o.vocab = 1 + BYTES + 10;
+    t = train(&o, long_docs, 2, &r);
+    must_spell(t, 1 + BYTES + 8, "abcdefghij");
+    must_spell(t, 1 + BYTES + 9, "abcdefghik");
     sh_tokenizer_destroy(&t);
 }
 
@@ -465,7 +476,7 @@ static void compare_with_naive(sh_tokenizer_kind kind, uint64_t seed)
     sh_rng_init(&rng, seed, 0, PURPOSE);
     v.by_text = kind == SH_TOKENIZER_SPM;
     v.n = v.n_tokens = v.n_words = 0;
-    const size_t n = 1 + sh_rng_below(&rng, 3), want = 1 + sh_rng_below(&rng, 50);
+    const size_t n = 1 + sh_rng_below(&rng, 3), want = 1 + sh_rng_below(&rng, 40);
     bool seen[5] = {0};
     for (size_t i = 0; i < n; i++) {
         random_document(&rng, &v, texts[i], sizeof texts[i]);
@@ -505,7 +516,7 @@ static void compare_with_naive(sh_tokenizer_kind kind, uint64_t seed)
 static void test_naive(void **state)
 {
     (void)state;
-    for (uint64_t seed = 1; seed <= 25; seed++) {
+    for (uint64_t seed = 1; seed <= 20; seed++) {
         compare_with_naive(SH_TOKENIZER_BPE, seed);
         compare_with_naive(SH_TOKENIZER_SPM, seed);
     }
@@ -664,8 +675,8 @@ static void test_hostile(void **state)
         memset(bytes, same[i], SOME);
         try_hostile(bytes, SOME, true);
     }
-    memset(bytes, 'a', MEGABYTE);
-    try_hostile(bytes, MEGABYTE, true);
+    memset(bytes, 'a', 5 * SOME);
+    try_hostile(bytes, 5 * SOME, true);
     for (size_t i = 0; i < MEGABYTE; i++)
         bytes[i] = (uint8_t)('a' + sh_rng_below(&rng, 26));
     try_hostile(bytes, MEGABYTE, true);
@@ -721,9 +732,9 @@ static bool has_part(const sh_tokenizer *t, const char *part)
 static void test_specials(void **state)
 {
     (void)state;
-    static const char *const specials[] = {"<|im_start|>", "<|im_end|>", "<|im_end|><|im_end|>"};
+    static const char *const specials[] = {"<|im_start|>", "<|im_end|>", "<|im_end|>xy"};
     const document docs[] = {DOCUMENT("<|im_start|>user ab ab<|im_end|>"),
-                             DOCUMENT("<|im_start|>user cd<|im_end|><|im_end|><|im_end|>ab ab")};
+                             DOCUMENT("<|im_start|>user cd<|im_end|><|im_end|>xyab ab")};
     for (int kind = SH_TOKENIZER_BPE; kind <= SH_TOKENIZER_SPM; kind++) {
         const bool spm = kind == SH_TOKENIZER_SPM;
         sh_tokenizer_train_options o =
@@ -740,6 +751,7 @@ static void test_specials(void **state)
         assert_true(has_part(t, "us"));
         assert_false(has_part(t, "im"));
         assert_false(has_part(t, "en"));
+        assert_false(has_part(t, "xy"));
         for (size_t d = 0; d < 2; d++) {
             int32_t *ids = NULL;
             size_t n_ids = 0;
@@ -771,7 +783,8 @@ static void test_spm_rules(void **state)
 {
     (void)state;
     const document doc = DOCUMENT(
-        "ab, 12 12\tab\n\nab    ab (ab) e\xcc\x81 \xe6\x97\xa5\xe3\x80\x80\xe6\x97\xa5 \x01\x01");
+        "ab, 12 12\tab\n\nab    ab (ab) e\xcc\x81 \xe6\x97\xa5\xe3\x80\x80\xe6\x97\xa5 \x01\x01 "
+        "\xed\xa0\x80\xed\xa0\x80 \xc1\x81\xc1\x81");
     sh_tokenizer_train_options o = sh_tokenizer_train_defaults(SH_TOKENIZER_SPM, 0);
     o.coverage = 1;
     sh_tokenizer *t = train_most(&o, &doc);
@@ -790,6 +803,9 @@ static void test_spm_rules(void **state)
     assert_false(has_part(t, "\t"));
     assert_false(has_part(t, "\n"));
     assert_false(has_part(t, "\x01"));
+    assert_false(has_part(t, "\xed")); /* a surrogate and an overlong form are no characters */
+    assert_false(has_part(t, "\xc1"));
+    assert_false(has_part(t, "A"));
     must_return(t, doc.text, doc.n);
     sh_tokenizer_destroy(&t);
     o.split_digits = false;
@@ -954,11 +970,11 @@ static void test_cancelled(void **state)
 static void test_out_of_memory(void **state)
 {
     (void)state;
-    char *text = make_text(4, 1500);
+    char *text = make_text(4, 600);
     const document doc = {text, strlen(text)};
     for (int kind = SH_TOKENIZER_BPE; kind <= SH_TOKENIZER_SPM; kind++) {
         const sh_tokenizer_train_options o =
-            sh_tokenizer_train_defaults((sh_tokenizer_kind)kind, 320);
+            sh_tokenizer_train_defaults((sh_tokenizer_kind)kind, 300);
         sh_tokenizer_train_result r;
         sh_status status = SH_ERR_NO_MEMORY;
         size_t n = 0;
