@@ -30,7 +30,7 @@
  * the mean loss over documents that are not cut is that of each alone. What is left of a sequence
  * is padding: EOS (token 0 where there is none), no target. A dataset that was opened from one
  * plain text has no padding and no mask: what does not fill a last sequence (or, in a shuffled
- * pass, a first) is left off.
+ * pass, a first) is left off. Results that exist depend on these cuts: they do not change.
  * In-order packing gives each target once. Shuffled packing gives any piece of an endless run of
  * passes over the documents, each with its own cuts of the texts, its own company in the sequences
  * and its own order; but for one plain text each target is in a pass once.

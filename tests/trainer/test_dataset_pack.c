@@ -185,6 +185,38 @@ static void test_each_target_once(void **state)
     }
 }
 
+/* Each pass cuts a text at places of its own. */
+static void test_cuts(void **state)
+{
+    (void)state;
+    enum { CONTEXT = 16, N = 15 * CONTEXT + 2, PASSES = 20 };
+    sh_dataset *d = dataset_make();
+    sh_dataset_rows rows = {0};
+    size_t cuts[CONTEXT] = {0}, n_cuts = 0, at = 0;
+    dataset_add(d, (made_document){TR_LINE_TEXT, N, N, 0}, NULL);
+    must_be_ok(sh_dataset_pack_shuffled(d, &(sh_dataset_packing){.context = CONTEXT},
+                                        &(sh_dataset_range){.seed = 3, .want = 17 * PASSES}, &rows,
+                                        &err));
+    for (uint64_t pass = 0; pass < PASSES; pass++) {
+        const size_t n = 16 + pass_adds(d, CONTEXT, 3, pass);
+        sh_rng rng;
+        sh_rng_init(&rng, 3, pass, PURPOSE_CHUNKS);
+        const int32_t offset = (int32_t)sh_rng_below(&rng, CONTEXT);
+        n_cuts += cuts[offset]++ == 0;
+        for (size_t r = at; r < at + n; r++) {
+            const int32_t *tokens = rows.data.tokens + r * (CONTEXT + 1);
+            if (tokens[0] == PAD) /* before the text: as much as it begins late */
+                assert_true(tokens[offset - 1] == PAD && tokens[offset] == 0);
+            else
+                assert_int_equal((tokens[0] + offset) % CONTEXT, 0);
+        }
+        at += n;
+    }
+    assert_true(n_cuts > 5);
+    sh_dataset_rows_release(&rows);
+    sh_dataset_destroy(&d);
+}
+
 /* Any piece of the run is that of the whole, and another seed's is another. */
 static void test_ranges(void **state)
 {
@@ -535,6 +567,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_each_target_once),
+        cmocka_unit_test(test_cuts),
         cmocka_unit_test(test_ranges),
         cmocka_unit_test(test_best_fit),
         cmocka_unit_test(test_long_samples),
