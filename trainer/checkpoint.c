@@ -39,7 +39,8 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "vectors are written a
 
 /* ---- what a checkpoint belongs to ---- */
 
-/* Every option that changes the result. */
+/* Every option that changes the result: a new one needs a row here, a value in option_values and
+ * another VERSION. */
 static const struct {
     const char *name;
     bool is_real;
@@ -110,6 +111,7 @@ static void add_number(sh_sha256_state *s, uint64_t x)
     sh_sha256_update(s, &x, sizeof x);
 }
 
+/* Of every field. */
 static sh_hash hash_of_data(const sh_train_data *data)
 {
     sh_sha256_state s;

@@ -64,6 +64,7 @@ typedef struct {
                                   SH_ERR_CRASHED and leaves files as a crash would */
 } sh_train_checkpoint;
 
+/* What changes the result is compared when a training goes on from a checkpoint (checkpoint.c). */
 typedef struct {
     uint64_t a_seed; /* A0 ~ normal / sqrt(in) from this alone: every node's is the same; B0 = 0 */
     uint32_t rank;
