@@ -155,6 +155,17 @@ sh_adapter *small_adapter(const sh_model_config *config, const uint32_t *ranks, 
     return adapter;
 }
 
+bool same_adapter(const sh_adapter *x, const sh_adapter *y)
+{
+    for (size_t i = 0; i < (size_t)x->n_layers * SH_LAYER_MATRICES; i++) {
+        const sh_lora_pair *p = &x->pairs[i], *q = &y->pairs[i];
+        if (p->a && (memcmp(p->a, q->a, (size_t)p->rank * p->in * sizeof(float)) != 0 ||
+                     memcmp(p->b, q->b, (size_t)p->rank * p->out * sizeof(float)) != 0))
+            return false;
+    }
+    return true;
+}
+
 sh_train_data small_data(const sh_model_config *config, size_t n, uint32_t length, bool masked,
                          uint64_t seed)
 {

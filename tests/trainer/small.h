@@ -19,6 +19,8 @@ sh_model_config small_config_of(sh_arch arch);
 /* Random A and B in all pairs. Pair i has rank ranks[i % n_ranks]; rank 0 leaves it out. */
 sh_adapter *small_adapter(const sh_model_config *config, const uint32_t *ranks, size_t n_ranks,
                           uint64_t seed);
+/* Adapters of one shape with the same bits. */
+bool same_adapter(const sh_adapter *x, const sh_adapter *y);
 /* n random sequences of `length` tokens; with masked, about half of them are targets. Free with
  * small_data_free. */
 sh_train_data small_data(const sh_model_config *config, size_t n, uint32_t length, bool masked,

@@ -51,17 +51,6 @@ static sh_train_options options_of(uint32_t batch, uint32_t steps)
                               .clip = 1.0f};
 }
 
-static bool same_adapter(const sh_adapter *x, const sh_adapter *y)
-{
-    for (size_t i = 0; i < (size_t)x->n_layers * SH_LAYER_MATRICES; i++) {
-        const sh_lora_pair *p = &x->pairs[i], *q = &y->pairs[i];
-        if (memcmp(p->a, q->a, (size_t)p->rank * p->in * sizeof(float)) != 0 ||
-            memcmp(p->b, q->b, (size_t)p->rank * p->out * sizeof(float)) != 0)
-            return false;
-    }
-    return true;
-}
-
 /* Sequences of 90 inputs: two a micro-batch, so that 7 are four and the last is half full. */
 static void test_lora_threads(void **state)
 {
