@@ -275,17 +275,6 @@ static void test_learns(void **state)
     setup_release(&s);
 }
 
-static bool same_adapter(const sh_adapter *x, const sh_adapter *y)
-{
-    for (size_t i = 0; i < PAIRS; i++) {
-        const sh_lora_pair *p = &x->pairs[i], *q = &y->pairs[i];
-        if (memcmp(p->a, q->a, (size_t)p->rank * p->in * sizeof(float)) != 0 ||
-            memcmp(p->b, q->b, (size_t)p->rank * p->out * sizeof(float)) != 0)
-            return false;
-    }
-    return true;
-}
-
 /* Any number of threads gives the same bytes; a weight of 0 those of no teacher, with its KL. */
 static void test_threads(void **state)
 {
