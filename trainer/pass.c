@@ -83,6 +83,11 @@ static void norm_rows(const float *x, const float *w, const float *r, size_t row
         tr_rmsnorm(x + i * width, w, r[i], width, y + i * width);
 }
 
+static tr_product product_of(const tr_acts *a, size_t layer, size_t g, size_t rows, const float *x)
+{
+    return (tr_product){.at = {.layer = layer, .g = g, .rows = rows}, .x = x, .u = a->u[g]};
+}
+
 /* next NULL: what the layer gives on is there already. */
 static void layer_forward(const tr_net *net, tr_work *work, size_t layer, float *next)
 {
@@ -92,26 +97,25 @@ static void layer_forward(const tr_net *net, tr_work *work, size_t layer, float 
     for (size_t i = 0; i < rows; i++)
         a->r1[i] = tr_rms_scale(a->x + i * width, c->norm_eps, width);
     norm_rows(a->x, tr_vector(net, layer, TR_ATTN_NORM), a->r1, rows, width, work->narrow);
-    tr_product p = {.at = {layer, TR_QKV, rows}, .x = work->narrow, .u = a->u[TR_QKV]};
+    tr_product p = product_of(a, layer, TR_QKV, rows, work->narrow);
     tr_group_forward(net, work, &p, a->qkv);
     add_bias(net, layer, a->qkv, rows);
     norm_heads(net, layer, a, rows);
     turn(net, work, a->qkv, 1.0f);
     for (size_t s = 0; s < work->n_sequences; s++)
         tr_attention(net, work, a, s);
-    p = (tr_product){
-        .at = {layer, TR_ATTN_OUTPUT, rows}, .x = a->attn_out, .u = a->u[TR_ATTN_OUTPUT]};
+    p = product_of(a, layer, TR_ATTN_OUTPUT, rows, a->attn_out);
     tr_group_forward(net, work, &p, a->mid);
     tr_add(a->mid, a->x, rows * width);
     for (size_t i = 0; i < rows; i++)
         a->r2[i] = tr_rms_scale(a->mid + i * width, c->norm_eps, width);
     norm_rows(a->mid, tr_vector(net, layer, TR_FFN_NORM), a->r2, rows, width, work->narrow);
-    p = (tr_product){.at = {layer, TR_GATE_UP, rows}, .x = work->narrow, .u = a->u[TR_GATE_UP]};
+    p = product_of(a, layer, TR_GATE_UP, rows, work->narrow);
     tr_group_forward(net, work, &p, a->gate_up);
     for (size_t i = 0; i < rows; i++)
         tr_swiglu(a->gate_up + i * 2 * ffn, a->gate_up + i * 2 * ffn + ffn, ffn,
                   work->wide + i * ffn);
-    p = (tr_product){.at = {layer, TR_DOWN, rows}, .x = work->wide, .u = a->u[TR_DOWN]};
+    p = product_of(a, layer, TR_DOWN, rows, work->wide);
     tr_group_forward(net, work, &p, next);
     if (next)
         tr_add(next, a->mid, rows * width);
@@ -166,7 +170,7 @@ static void ffn_backward(const tr_net *net, tr_work *work, size_t layer, const t
     for (size_t i = 0; i < rows; i++)
         tr_swiglu(a->gate_up + i * 2 * ffn, a->gate_up + i * 2 * ffn + ffn, ffn,
                   work->wide + i * ffn);
-    tr_product p = {.at = {layer, TR_DOWN, rows}, .x = work->wide, .u = a->u[TR_DOWN]};
+    tr_product p = product_of(a, layer, TR_DOWN, rows, work->wide);
     tr_group_backward(net, work, &p, work->dx, work->dnarrow, grads);
     for (size_t i = 0; i < rows; i++) {
         float *d = work->dwide + i * 2 * ffn;
@@ -174,7 +178,7 @@ static void ffn_backward(const tr_net *net, tr_work *work, size_t layer, const t
         tr_swiglu_backward(d, d + ffn, work->dnarrow + i * ffn, ffn);
     }
     norm_rows(a->mid, tr_vector(net, layer, TR_FFN_NORM), a->r2, rows, width, work->narrow);
-    p = (tr_product){.at = {layer, TR_GATE_UP, rows}, .x = work->narrow, .u = a->u[TR_GATE_UP]};
+    p = product_of(a, layer, TR_GATE_UP, rows, work->narrow);
     tr_group_backward(net, work, &p, work->dwide, work->dnarrow, grads);
     norm_backward(net, work, &(norm_pass){a->mid, a->r2, work->dnarrow, layer, TR_FFN_NORM}, grads);
 }
@@ -219,8 +223,7 @@ static void attention_part_backward(const tr_net *net, tr_work *work, size_t lay
 {
     const tr_acts *a = &work->acts[layer];
     const size_t rows = rows_of(work), width = net->config.width;
-    tr_product p = {
-        .at = {layer, TR_ATTN_OUTPUT, rows}, .x = a->attn_out, .u = a->u[TR_ATTN_OUTPUT]};
+    tr_product p = product_of(a, layer, TR_ATTN_OUTPUT, rows, a->attn_out);
     tr_group_backward(net, work, &p, work->dx, work->dnarrow, grads);
     for (size_t s = 0; s < work->n_sequences; s++)
         tr_attention_backward(net, work, a, work->dnarrow, work->dwide, s);
@@ -228,7 +231,7 @@ static void attention_part_backward(const tr_net *net, tr_work *work, size_t lay
     heads_backward(net, layer, a, work->dwide, rows, grads);
     bias_backward(net, layer, work->dwide, rows, grads);
     norm_rows(a->x, tr_vector(net, layer, TR_ATTN_NORM), a->r1, rows, width, work->narrow);
-    p = (tr_product){.at = {layer, TR_QKV, rows}, .x = work->narrow, .u = a->u[TR_QKV]};
+    p = product_of(a, layer, TR_QKV, rows, work->narrow);
     tr_group_backward(net, work, &p, work->dwide, need_dx ? work->dnarrow : NULL, grads);
     if (need_dx)
         norm_backward(net, work, &(norm_pass){a->x, a->r1, work->dnarrow, layer, TR_ATTN_NORM},

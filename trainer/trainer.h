@@ -172,8 +172,8 @@ SH_MUST_USE sh_status sh_lora_initialize_ranks(const sh_model_config *config, ui
  * makes them. SH_ERR_UNSUPPORTED: the output is tied to the embedding. */
 SH_MUST_USE sh_status sh_lora_add_output(sh_adapter *adapter, const sh_model_config *config,
                                          uint64_t a_seed, uint32_t rank, sh_error *err);
-/* Trains adapter in place (its own rank and alpha count, not those of options); on error it is as
- * before. base of any readable type. SH_ERR_INVALID names tensor and step when a
+/* Trains adapter in place (its own ranks and alpha count, not rank and alpha of options); on error
+ * it is as before. base of any readable type. SH_ERR_INVALID names tensor and step when a
  * loss or gradient is not finite. */
 SH_MUST_USE sh_status sh_lora_train(const sh_model *base, sh_adapter *adapter,
                                     const sh_train_data *data, const sh_train_options *options,
