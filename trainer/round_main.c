@@ -1,5 +1,3 @@
-#include "trainer/round_main.h"
-
 #include <errno.h>
 #include <sched.h>
 #include <stdio.h>
@@ -15,9 +13,10 @@
 #include "shared/base/log.h"
 #include "shared/base/memory.h"
 #include "shared/math/blas.h"
+#include "trainer/commands.h"
+#include "trainer/program.h"
 #include "trainer/snapshot.h"
 
-#define PROGRAM        "shoal-train"
 #define NICE_IDLE      19
 #define MEMORY_MIN     ((int64_t)16 << 20) /* below it not even a small training starts */
 #define BLAS_THREADS   "OPENBLAS_NUM_THREADS"
@@ -74,15 +73,15 @@ static const sh_option table[] = {
                "die with this process, which must be the one that started the program; 0: none"),
 };
 const sh_command sh_round_command = {
-    PROGRAM " round",
+    TP_PROGRAM " round",
     "--snapshot FILE --model FILE --out UPDATE.gguf --result RESULT.json",
     table,
     SH_COUNT(table),
     "One round's training of a node: a LoRA adapter on a snapshot of its feedback. Prints a line "
     "'step K/N' after every step. The files are written whole or not at all, the result last; it "
     "says samples, tokens_seen, heldout_before, heldout_after, steps and the update's sha256.",
-    PROGRAM " round --snapshot work/snapshot --model models/slot0.gguf --out work/update.gguf "
-            "--result work/result.json --rank 8 --heldout --idle --memory-max 1000000000"};
+    TP_PROGRAM " round --snapshot work/snapshot --model models/slot0.gguf --out work/update.gguf "
+               "--result work/result.json --rank 8 --heldout --idle --memory-max 1000000000"};
 
 static sh_status check_options(const round_options *o, sh_error *err)
 {
@@ -272,6 +271,7 @@ sh_status sh_round_main(int argc, char **argv, sh_error *err)
     SH_GOTO(check_options(&o, err));
     SH_GOTO(make_options(&o, &options, err));
     SH_GOTO(sh_crypto_init(err));
+    tp_catch_signals();
     SH_GOTO(bind_to_parent(o.parent, err));
     if (o.memory_max > 0)
         SH_GOTO(without_blas_threads(argv, err));

@@ -1,5 +1,3 @@
-#include "trainer/tokenizer_main.h"
-
 #include <dirent.h>
 #include <errno.h>
 #include <stdio.h>
@@ -12,10 +10,10 @@
 #include "shared/base/file.h"
 #include "shared/base/json.h"
 #include "shared/model/tokenizer.h"
-#include "trainer/round_main.h"
+#include "trainer/commands.h"
+#include "trainer/program.h"
 #include "trainer/tokenizer_train.h"
 
-#define PROGRAM   "shoal-train"
 #define TENTHS    10  /* progress lines when stderr is no terminal */
 #define REDRAW_S  0.2 /* between two of them when it is */
 #define EXTENSION ".txt"
@@ -59,15 +57,15 @@ static const sh_option table[] = {
     SH_OPT_FLAG(tokenizer_options, json, 0, "json", "print one JSON object"),
 };
 const sh_command sh_tokenizer_train_command = {
-    PROGRAM " tokenizer",
+    TP_PROGRAM " tokenizer",
     "--data TEXT[,...] --kind bpe|spm --vocab-size N --out FILE",
     table,
     SH_COUNT(table),
     "Makes a vocabulary from text: a GGUF without weights, for 'full --vocab'. The same text in "
     "any "
     "order gives the same file.",
-    PROGRAM " tokenizer --data texts/,notes.txt --kind bpe --vocab-size 4096 "
-            "--special '<|im_start|>,<|im_end|>' --out vocab.gguf"};
+    TP_PROGRAM " tokenizer --data texts/,notes.txt --kind bpe --vocab-size 4096 "
+               "--special '<|im_start|>,<|im_end|>' --out vocab.gguf"};
 
 /* ---- progress ---- */
 
@@ -272,6 +270,7 @@ sh_status sh_tokenizer_train_main(int argc, char **argv, sh_error *err)
     SH_GOTO(sh_options_parse(&sh_tokenizer_train_command, argc, argv, &o, &args, err));
     if (args.help)
         goto cleanup;
+    tp_catch_signals();
     SH_GOTO(make_options(&o, &options, err));
     if (o.special != NULL) {
         list = strdup(o.special);

@@ -3,6 +3,7 @@
  *
  *   general.type = "adapter", general.architecture = the base's, adapter.type = "lora",
  *   adapter.lora.alpha (f32)
+ *   shoal.base.sha256: of the base's file, in hexadecimal; only where it is known
  *   blk.<layer>.<matrix>.weight.lora_a  ne = {in, rank}: A [rank, in], row-major
  *   blk.<layer>.<matrix>.weight.lora_b  ne = {rank, out}: B [out, rank], row-major
  *   output.weight.lora_a, .lora_b       of the output matrix, if the base's is not tied
@@ -16,6 +17,8 @@
 
 #include "shared/base/buf.h"
 #include "shared/model/model.h"
+
+#define KEY_BASE "shoal.base.sha256"
 
 void sh_lora_pair_name(uint32_t n_layers, size_t pair, char out[SH_GGUF_NAME_MAX])
 {
@@ -31,6 +34,23 @@ const sh_matrix *sh_lora_pair_matrix(const sh_model *model, size_t pair)
     return pair == sh_lora_output_pair(model->config.n_layers)
                ? &model->output
                : &model->layers[pair / SH_LAYER_MATRICES].m[pair % SH_LAYER_MATRICES];
+}
+
+sh_status sh_adapter_check_base(const sh_adapter *adapter, const sh_model *model, const char *name,
+                                sh_error *err)
+{
+    char wanted[SH_HASH_HEX_BYTES], found[SH_HASH_HEX_BYTES];
+    if (sh_hash_is_zero(&adapter->base))
+        return SH_OK;
+    const sh_hash hash = sh_model_hash(model);
+    if (sh_hash_equal(&hash, &adapter->base))
+        return SH_OK;
+    sh_hex(adapter->base.b, sizeof adapter->base.b, wanted);
+    sh_hex(hash.b, sizeof hash.b, found);
+    return sh_fail(err, SH_ERR_MISMATCH,
+                   "%s is an adapter of another base: of the file with SHA-256 %.16s..., and %s "
+                   "has %.16s...",
+                   name, wanted, sh_gguf_path(model->gguf), found);
 }
 
 sh_status sh_adapter_check_output(const sh_adapter *adapter, const sh_model_config *config,
@@ -289,6 +309,20 @@ static sh_status check_pairs(const sh_gguf *g, const sh_adapter *a, sh_error *er
     return SH_OK;
 }
 
+static sh_status read_base(const sh_gguf *g, sh_adapter *a, sh_error *err)
+{
+    const char *text = NULL;
+    char hex[SH_HASH_HEX_BYTES];
+    size_t n = 0;
+    const sh_status status = sh_gguf_get_string(g, KEY_BASE, &text, &n, NULL);
+    if (status == SH_ERR_NOT_FOUND)
+        return SH_OK;
+    snprintf(hex, sizeof hex, "%.*s", (int)SH_MIN(n, sizeof hex - 1), text ? text : "");
+    if (status != SH_OK || n != sizeof hex - 1 || sh_hash_parse(hex, &a->base, NULL) != SH_OK)
+        return sh_fail(err, SH_ERR_INVALID, "%s: " KEY_BASE " is no SHA-256", sh_gguf_path(g));
+    return SH_OK;
+}
+
 static sh_status from_gguf(const sh_gguf *g, const sh_model_config *config, sh_adapter **out,
                            sh_error *err)
 {
@@ -308,6 +342,7 @@ static sh_status from_gguf(const sh_gguf *g, const sh_model_config *config, sh_a
         return sh_fail(err, SH_ERR_INVALID, "%s: adapter.lora.alpha is not finite",
                        sh_gguf_path(g));
     SH_TRY(sh_adapter_create_empty(config, (float)alpha, &a, err));
+    SH_GOTO(read_base(g, a, err));
     for (size_t i = 0; i < sh_gguf_n_tensors(g); i++)
         SH_GOTO(read_tensor(g, sh_gguf_tensor_at(g, i), config, a, err));
     SH_GOTO(check_pairs(g, a, err));
@@ -357,11 +392,16 @@ sh_status sh_adapter_encode(const sh_adapter *adapter, sh_buf *out, sh_error *er
 {
     sh_status status = SH_OK;
     sh_gguf_writer *w = NULL;
+    char base[SH_HASH_HEX_BYTES];
     SH_GOTO(sh_gguf_writer_create(&w, err));
     SH_GOTO(sh_gguf_writer_set_string(w, "general.architecture", sh_arch_name(adapter->arch)));
     SH_GOTO(sh_gguf_writer_set_string(w, "general.type", "adapter"));
     SH_GOTO(sh_gguf_writer_set_string(w, "adapter.type", "lora"));
     SH_GOTO(sh_gguf_writer_set_f32(w, "adapter.lora.alpha", adapter->alpha));
+    if (!sh_hash_is_zero(&adapter->base)) {
+        sh_hex(adapter->base.b, sizeof adapter->base.b, base);
+        SH_GOTO(sh_gguf_writer_set_string(w, KEY_BASE, base));
+    }
     for (size_t i = 0; i < sh_lora_pair_count(adapter->n_layers); i++)
         if (adapter->pairs[i].a != NULL)
             SH_GOTO(add_pair(w, adapter, i, err));

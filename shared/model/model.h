@@ -140,6 +140,7 @@ typedef struct sh_adapter {
     uint32_t n_layers, rank; /* rank: the largest of the pairs */
     float alpha;             /* scale of a pair = alpha / its rank */
     sh_lora_pair *pairs;     /* [sh_lora_pair_count], owned with their values */
+    sh_hash base;            /* SHA-256 of the file that it was trained on; zeros: not known */
 } sh_adapter;
 
 SH_MUST_USE sh_status sh_adapter_create(const sh_model_config *config, uint32_t rank, float alpha,
@@ -155,6 +156,10 @@ SH_MUST_USE sh_status sh_adapter_add_output(sh_adapter *adapter, const sh_model_
 /* SH_ERR_MISMATCH: it changes the output matrix, and the model's is tied to the embedding. */
 SH_MUST_USE sh_status sh_adapter_check_output(const sh_adapter *adapter,
                                               const sh_model_config *config, sh_error *err);
+/* SH_ERR_MISMATCH: it says which base it is of, and the model's file is another. name for errors.
+ * Reads the model's file through if the adapter says so. */
+SH_MUST_USE sh_status sh_adapter_check_base(const sh_adapter *adapter, const sh_model *model,
+                                            const char *name, sh_error *err);
 /* llama.cpp's GGUF LoRA, from a file or bytes. SH_ERR_MISMATCH when shapes are not the model's. */
 SH_MUST_USE sh_status sh_adapter_open(const char *path, const sh_model_config *config,
                                       sh_adapter **out, sh_error *err);

@@ -5,12 +5,14 @@
 
 #include <inttypes.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "shared/base/file.h"
 #include "shared/model/blame.h"
 #include "shared/model/finite.h"
+#include "shared/model/model.h"
 
 #define WRITE_BYTES (256u << 10) /* rows are put together to pieces of about this */
 
@@ -46,7 +48,9 @@ typedef struct {
     const sh_gguf_tensor *t;
     sh_type type;
     size_t n, src_row_bytes, row_bytes;
-    float *values, *back; /* [n] */
+    float *values, *back;     /* [n] */
+    const sh_lora_pair *pair; /* to be merged; NULL: none */
+    float scale;
 } conversion;
 
 static void conversion_release(conversion *c)
@@ -70,11 +74,23 @@ static sh_status conversion_init(conversion *c, const sh_gguf_tensor *t, sh_type
     return sh_fail(err, SH_ERR_NO_MEMORY, "out of memory for the tensor '%s'", t->name);
 }
 
+static void merge_row(const conversion *c, uint64_t i)
+{
+    const sh_lora_pair *p = c->pair;
+    for (size_t k = 0; k < p->rank; k++) {
+        const float b = c->scale * p->b[i * p->rank + k], *a = p->a + k * p->in;
+        for (size_t j = 0; j < c->n; j++)
+            c->values[j] += b * a[j];
+    }
+}
+
 /* Row i into `row`; its loss goes to sums unless NULL. */
 static sh_status convert_row(conversion *c, uint64_t i, void *row, loss_sums *sums, sh_error *err)
 {
     const uint8_t *src = (const uint8_t *)c->t->data + i * c->src_row_bytes;
     sh_row_dequantize(c->t->type, src, c->values, c->n);
+    if (c->pair != NULL)
+        merge_row(c, i);
     if (!sh_row_is_finite(SH_TYPE_F32, c->values, c->n))
         return sh_fail(err, SH_ERR_INVALID,
                        "tensor '%s': row %" PRIu64 " holds a NaN or an infinity", c->t->name, i);
@@ -195,9 +211,46 @@ cleanup:
     return status;
 }
 
-static sh_status stream_tensor(sh_gguf_stream *stream, const sh_gguf_tensor *t, sh_type type,
-                               sh_quantize_loss *loss, sh_error *err)
+/* The adapter's pair of a tensor; NULL: it is not adapted. */
+static const sh_lora_pair *pair_of(const sh_adapter *adapter, const char *tensor)
 {
+    char name[SH_GGUF_NAME_MAX];
+    const size_t n = strlen(tensor), suffix = sizeof ".weight" - 1;
+    if (adapter == NULL || n < suffix || strcmp(tensor + n - suffix, ".weight") != 0)
+        return NULL;
+    for (size_t i = 0; i < sh_lora_pair_count(adapter->n_layers); i++) {
+        if (adapter->pairs[i].a == NULL)
+            continue;
+        sh_lora_pair_name(adapter->n_layers, i, name);
+        if (strlen(name) == n - suffix && memcmp(name, tensor, n - suffix) == 0)
+            return &adapter->pairs[i];
+    }
+    return NULL;
+}
+
+/* That every pair has its matrix. */
+static sh_status check_pairs(const sh_gguf *src, const sh_adapter *adapter, sh_error *err)
+{
+    char name[SH_GGUF_NAME_MAX], tensor[SH_GGUF_NAME_MAX + 8];
+    for (size_t i = 0; adapter && i < sh_lora_pair_count(adapter->n_layers); i++) {
+        const sh_lora_pair *p = &adapter->pairs[i];
+        if (p->a == NULL)
+            continue;
+        sh_lora_pair_name(adapter->n_layers, i, name);
+        snprintf(tensor, sizeof tensor, "%s.weight", name);
+        const sh_gguf_tensor *t = sh_gguf_tensor_find(src, tensor);
+        if (t == NULL || t->n_dims != 2 || t->ne[0] != p->in || t->ne[1] != p->out)
+            return sh_fail(err, SH_ERR_MISMATCH,
+                           "the adapter is of another base: %s has no %s [%u, %u]",
+                           sh_gguf_path(src), tensor, p->out, p->in);
+    }
+    return SH_OK;
+}
+
+static sh_status stream_tensor(sh_gguf_stream *stream, const sh_gguf_tensor *t, sh_type type,
+                               const sh_adapter *adapter, sh_quantize_loss *loss, sh_error *err)
+{
+    const sh_lora_pair *pair = pair_of(adapter, t->name);
     conversion c;
     loss_sums sums = {0};
     *loss = (sh_quantize_loss){.name = t->name,
@@ -206,9 +259,13 @@ static sh_status stream_tensor(sh_gguf_stream *stream, const sh_gguf_tensor *t, 
                                .n_values = t->ne[0] * rows_of(t),
                                .bytes_before = t->bytes,
                                .bytes = sh_type_row_bytes(type, t->ne[0]) * rows_of(t)};
-    if (type == t->type)
+    if (type == t->type && pair == NULL)
         return sh_gguf_stream_write(stream, t->data, t->bytes, err);
     SH_TRY(conversion_init(&c, t, type, err));
+    if (pair != NULL) {
+        c.pair = pair;
+        c.scale = adapter->alpha / (float)pair->rank;
+    }
     sh_status status = stream_rows(stream, &c, &sums, err);
     conversion_release(&c);
     loss->rms_error = sums.squares > 0 ? sqrt(sums.error_squares / sums.squares) : 0;
@@ -219,10 +276,17 @@ static sh_status stream_tensor(sh_gguf_stream *stream, const sh_gguf_tensor *t, 
 sh_status sh_gguf_quantize_file(const sh_gguf *src, sh_type type, const char *out_path,
                                 const sh_quantize_report *report, sh_error *err)
 {
+    return sh_gguf_merge_file(src, NULL, type, out_path, report, err);
+}
+
+sh_status sh_gguf_merge_file(const sh_gguf *src, const sh_adapter *adapter, sh_type type,
+                             const char *out_path, const sh_quantize_report *report, sh_error *err)
+{
     sh_status status;
     sh_gguf_writer *w = NULL;
     sh_gguf_stream *stream = NULL;
     const size_t n = sh_gguf_n_tensors(src);
+    SH_TRY(check_pairs(src, adapter, err));
     SH_GOTO(begin_writer(src, type, &w, err));
     for (size_t i = 0; i < n; i++) {
         const sh_gguf_tensor *t = sh_gguf_tensor_at(src, i);
@@ -233,7 +297,7 @@ sh_status sh_gguf_quantize_file(const sh_gguf *src, sh_type type, const char *ou
     for (size_t i = 0; i < n; i++) {
         const sh_gguf_tensor *t = sh_gguf_tensor_at(src, i);
         sh_quantize_loss loss;
-        status = stream_tensor(stream, t, type_for(t, type), &loss, err);
+        status = stream_tensor(stream, t, type_for(t, type), adapter, &loss, err);
         if (status == SH_ERR_INVALID)
             sh_blame_file(src, err);
         SH_GOTO(status);

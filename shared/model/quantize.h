@@ -31,6 +31,14 @@ typedef struct {
 SH_MUST_USE sh_status sh_gguf_quantize_file(const sh_gguf *src, sh_type type, const char *out_path,
                                             const sh_quantize_report *report, sh_error *err);
 
+/* The same with an adapter merged into the matrices that it adapts: W + scale B·A, then quantized.
+ * What is measured is what quantization lost of that. SH_ERR_MISMATCH: a matrix is not there, or of
+ * another shape. */
+struct sh_adapter;
+SH_MUST_USE sh_status sh_gguf_merge_file(const sh_gguf *src, const struct sh_adapter *adapter,
+                                         sh_type type, const char *out_path,
+                                         const sh_quantize_report *report, sh_error *err);
+
 /* Whether a tensor's numbers are all finite: scales of quantized types, values of the others. The
  * error names the tensor and the row. Reads the whole tensor. */
 SH_MUST_USE sh_status sh_gguf_check_tensor(const sh_gguf_tensor *tensor, sh_error *err);
