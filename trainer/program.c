@@ -149,7 +149,7 @@ static sh_status check_folder_of(const char *path, sh_error *err)
     snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path + 1) : 1,
              slash ? path : ".");
     if (access(folder, W_OK | X_OK) != 0)
-        return sh_fail(err, SH_ERR_IO, "cannot write %s: the folder %s: %s", path, folder,
+        return sh_fail(err, SH_ERR_USAGE, "cannot write %s: the folder %s: %s", path, folder,
                        strerror(errno));
     return SH_OK;
 }

@@ -95,19 +95,20 @@ typedef struct {
 
 SH_MUST_USE sh_status tp_need(const char *value, const char *key, sh_error *err);
 /* The index of a name in a list. */
-SH_MUST_USE sh_status tp_choose(const char *key, const char *value, const char *const *names, size_t n,
-                    size_t *out, sh_error *err);
+SH_MUST_USE sh_status tp_choose(const char *key, const char *value, const char *const *names,
+                                size_t n, size_t *out, sh_error *err);
 SH_MUST_USE sh_status tp_long_samples(const char *name, sh_long_samples *out, sh_error *err);
-SH_MUST_USE sh_status tp_quantize_aware(const char *name, sh_type *out, sh_error *err); /* NULL: F32 */
+SH_MUST_USE sh_status tp_quantize_aware(const char *name, sh_type *out,
+                                        sh_error *err); /* NULL: F32 */
 SH_MUST_USE sh_status tp_written_type(const char *key, const char *name, sh_type *out,
                                       sh_error *err);
 /* What of --memory-max is left for the training: the pages of models' files will be resident, and
  * so is what the process has now. 0: no limit. */
-SH_MUST_USE sh_status tp_memory(int64_t memory_max, int64_t threads, uint64_t file_bytes, uint64_t *out,
-                    sh_error *err);
+SH_MUST_USE sh_status tp_memory(int64_t memory_max, int64_t threads, uint64_t file_bytes,
+                                uint64_t *out, sh_error *err);
 /* Options of a command that has TP_OPTIONS, of its --config, too. Not with args->help. */
-SH_MUST_USE sh_status tp_parse(const sh_command *command, int argc, char **argv, void *options, sh_args *args,
-                   sh_error *err);
+SH_MUST_USE sh_status tp_parse(const sh_command *command, int argc, char **argv, void *options,
+                               sh_args *args, sh_error *err);
 
 /* ---- a run ---- */
 
@@ -131,17 +132,18 @@ typedef struct {
 typedef struct {
     const sh_tokenizer *tokenizer;
     sh_chat_family chat;
-    bool cut_anew; /* each pass over texts with cuts of its own, in the order of training */
+    bool cut_anew;         /* each pass over texts with cuts of its own, in the order of training */
     const char *file_name; /* of what is written into a folder: "adapter.gguf" */
     const sh_model *base;  /* that the training begins with; NULL: none */
 } tp_source;
 
 /* Reads data and teacher, chooses the paths. run is zeroed before, and released in any case. */
-SH_MUST_USE sh_status tp_run_open(tp_run *run, const tp_options *o, const tp_source *source, sh_error *err);
+SH_MUST_USE sh_status tp_run_open(tp_run *run, const tp_options *o, const tp_source *source,
+                                  sh_error *err);
 void tp_run_release(tp_run *run);
 /* Options of the training; run must stay where it is. */
 SH_MUST_USE sh_status tp_train_options(tp_run *run, const tp_source *source, sh_train_options *out,
-                           sh_error *err);
+                                       sh_error *err);
 /* What a training came to: the error that stopped it, with what to do. */
 SH_MUST_USE sh_status tp_trained(tp_run *run, sh_status status, sh_error *err);
 /* Whether the loss of run->heldout is still to be measured; if not, *loss is it (NaN: none). */

@@ -378,8 +378,7 @@ static tr_batch_loss step_gradient(loop *l)
 /* The memory limit holds for activations of training or of this: the one gives way to the other. */
 static sh_status measure_heldout(loop *l, double *loss, sh_error *err)
 {
-    const sh_train_limits limits = {.threads = l->options->threads,
-                                    .memory_max = l->memory_left};
+    const sh_train_limits limits = {.threads = l->options->threads, .memory_max = l->memory_left};
     const float dropout = l->t->net->dropout.p;
     tr_batcher_destroy(&l->batcher);
     l->t->net->dropout.p = 0;
