@@ -166,7 +166,7 @@ sh_status tr_batcher_create(const tr_batcher_options *options, tr_batcher **out,
     }
     sh_blas_init();
     if (b->n_slots > 1)
-        SH_GOTO(sh_pool_create((unsigned)b->n_slots - 1, &b->pool, err)); /* the caller works too */
+        SH_GOTO(sh_pool_create((unsigned)b->n_slots, &b->pool, err));
     *out = b;
     b = NULL;
 cleanup:

@@ -326,7 +326,6 @@ static sh_status loop_init(loop *l, sh_error *err)
 {
     const sh_train_options *options = l->options;
     const size_t n = l->t->mode == TR_GRAD_FULL ? l->t->net->layout.n : l->t->net->n_lora;
-    l->start_ms = sh_clock_mono_ms();
     l->n = n;
     l->n_batch = SH_MIN((size_t)options->batch, l->data->n);
     l->accumulate = SH_MAX(1u, options->accumulate);
@@ -436,7 +435,7 @@ static sh_status loop_step(loop *l, sh_error *err)
                                         .tokens_seen = l->at.tokens_seen,
                                         .seconds = loop_seconds(l)};
     const bool goes_on = !options->progress || options->progress(options->progress_arg, &progress);
-    if (options->checkpoint && (!goes_on || loop_is_done(l) || checkpoint_is_due(l)))
+    if (options->checkpoint && (!goes_on || checkpoint_is_due(l)))
         SH_TRY(checkpoint_save(l, err));
     if (!goes_on)
         return sh_fail(err, SH_ERR_CANCELLED, "training: cancelled after step %u%s%s", step,
@@ -454,6 +453,7 @@ sh_status tr_train(const tr_trainee *t, const sh_train_data *data, const sh_trai
     SH_GOTO(loop_init(&l, err));
     if (t->mode == TR_GRAD_LORA)
         tr_net_use(t->net, t->params);
+    l.start_ms = sh_clock_mono_ms();
     while (!loop_is_done(&l))
         SH_GOTO(loop_step(&l, err));
     if (l.best)
