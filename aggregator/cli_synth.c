@@ -18,9 +18,10 @@ typedef struct {
 } synth_options;
 
 static const sh_option synth_table[] = {
-    SH_OPT_STRING(synth_options, shape, 0, "shape", "SHAPE", NULL,
-                  "15m, 135m, 1.1b (llama), 0.5b (qwen2), 0.6b (qwen3), tiny-llama, tiny-qwen2, "
-                  "tiny-qwen3"),
+    SH_OPT_STRING(
+        synth_options, shape, 0, "shape", "SHAPE", NULL,
+        "2.6m, 15m, 135m, 1.1b (llama), 0.5b (qwen2), 0.6b (qwen3), tiny-llama, tiny-qwen2, "
+        "tiny-qwen3"),
     SH_OPT_STRING(synth_options, type, 0, "type", "TYPE", "Q8_0",
                   "type of the matrices: F32, F16, BF16, Q8_0, Q4_0"),
     SH_OPT_STRING(synth_options, out, 'o', "output", "OUT", NULL, "GGUF file to write"),

@@ -23,6 +23,7 @@
 #define FIRST_WORD       (FIRST_BYTE_TOKEN + 256)
 
 static const sh_synth_shape shapes[] = {
+    {"2.6m", SH_ARCH_LLAMA, 4, 256, 4, 2, 64, 512, 1024, 512, true, 10000},
     {"15m", SH_ARCH_LLAMA, 6, 288, 6, 6, 48, 768, 32000, 2048, true, 10000},
     {"135m", SH_ARCH_LLAMA, 30, 576, 9, 3, 64, 1536, 49152, 8192, true, 100000},
     {"1.1b", SH_ARCH_LLAMA, 22, 2048, 32, 4, 64, 5632, 32000, 2048, false, 10000},
