@@ -67,12 +67,15 @@ static void randomize(tr_net *net, uint64_t seed)
     float out_std = INIT_STD / sqrtf(2.0f * (float)net->config.n_layers);
     for (size_t i = 0; i < tr_tensor_count(net); i++) {
         tr_tensor t = tr_tensor_at(net, i);
+        const bool is_bias = strstr(t.name, ".bias") != NULL;
         bool to_residual = strstr(t.name, ".attn_output.") || strstr(t.name, ".ffn_down.");
         sh_rng rng;
         sh_rng_init(&rng, seed, i, PURPOSE_WEIGHTS);
         for (size_t j = 0; j < t.rows * t.row; j++)
-            net->weights[t.at + j] =
-                t.is_vector ? 1.0f : (to_residual ? out_std : INIT_STD) * sh_rng_normal(&rng);
+            net->weights[t.at + j] = is_bias ? 0.0f
+                                     : t.is_vector
+                                         ? 1.0f
+                                         : (to_residual ? out_std : INIT_STD) * sh_rng_normal(&rng);
     }
 }
 
@@ -150,40 +153,55 @@ sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data,
 
 /* ---- GGUF ---- */
 
-/* A model's own keys; for a model from a shape, its shape and the rest of the vocabulary's file. */
-static sh_status write_keys(const sh_full *full, sh_type type, sh_gguf_writer *w, sh_error *err)
+/* A model's own keys. */
+static sh_status copy_keys(const sh_full *full, sh_gguf_writer *w, sh_error *err)
 {
     static const char *const of_type[] = {"general.file_type", "general.quantization_version",
                                           NULL};
-    static const char *const ours[] = {"general.architecture",
-                                       "general.file_type",
-                                       "general.quantization_version",
-                                       "general.name",
-                                       "llama.context_length",
-                                       "llama.embedding_length",
-                                       "llama.block_count",
-                                       "llama.feed_forward_length",
-                                       "llama.attention.head_count",
-                                       "llama.attention.head_count_kv",
-                                       "llama.attention.layer_norm_rms_epsilon",
-                                       "llama.rope.dimension_count",
-                                       "llama.rope.freq_base",
-                                       "llama.vocab_size",
-                                       NULL};
-    const sh_model_config *c = &full->net->config;
-    const uint32_t numbers[] = {c->context, c->width,   c->n_layers,
-                                c->ffn,     c->n_heads, c->n_kv_heads};
+    return sh_gguf_writer_copy_keys(w, full->keys, of_type, err);
+}
+
+/* Of a vocabulary's file the tokenizer alone: what else it says is of another model. */
+static sh_status copy_tokenizer(const sh_full *full, sh_gguf_writer *w, sh_error *err)
+{
+    static const char prefix[] = "tokenizer.";
+    sh_status status = SH_OK;
+    const size_t n = sh_gguf_n_keys(full->keys);
+    char **others = sh_calloc(n + 1, sizeof *others);
+    sh_buf key, type, value;
+    size_t n_others = 0;
+    sh_buf_init(&key, SIZE_MAX);
+    sh_buf_init(&type, SIZE_MAX);
+    sh_buf_init(&value, SIZE_MAX);
+    for (size_t i = 0; others && status == SH_OK && i < n; i++) {
+        key.len = type.len = value.len = 0;
+        status = sh_gguf_key_text(full->keys, i, &key, &type, &value);
+        if (status != SH_OK ||
+            (key.len >= sizeof prefix - 1 && memcmp(key.data, prefix, sizeof prefix - 1) == 0))
+            continue;
+        others[n_others] = strndup((const char *)key.data, key.len);
+        status = others[n_others++] ? SH_OK : SH_ERR_NO_MEMORY;
+    }
+    if (!others || status != SH_OK)
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for the keys of %zu", n);
+    else
+        status = sh_gguf_writer_copy_keys(w, full->keys, (const char *const *)others, err);
+    for (size_t i = 0; i < n_others; i++)
+        free(others[i]);
+    free(others);
+    sh_buf_release(&key);
+    sh_buf_release(&type);
+    sh_buf_release(&value);
+    return status;
+}
+
+static sh_status write_keys(const sh_full *full, sh_type type, sh_gguf_writer *w, sh_error *err)
+{
     SH_TRY(sh_gguf_writer_set_type(w, type));
     if (full->net->model)
-        return sh_gguf_writer_copy_keys(w, full->keys, of_type, err);
-    SH_TRY(sh_gguf_writer_set_string(w, "general.architecture", "llama"));
-    for (size_t i = 0; i < SH_COUNT(numbers); i++) /* llama.context_length is ours[4] */
-        SH_TRY(sh_gguf_writer_set_u32(w, ours[4 + i], numbers[i]));
-    SH_TRY(sh_gguf_writer_set_f32(w, "llama.attention.layer_norm_rms_epsilon", c->norm_eps));
-    SH_TRY(sh_gguf_writer_set_u32(w, "llama.rope.dimension_count", c->head_size));
-    SH_TRY(sh_gguf_writer_set_f32(w, "llama.rope.freq_base", c->rope_base));
-    SH_TRY(sh_gguf_writer_set_u32(w, "llama.vocab_size", c->vocab));
-    return sh_gguf_writer_copy_keys(w, full->keys, ours, err);
+        return copy_keys(full, w, err);
+    SH_TRY(sh_model_config_write(&full->net->config, w, err));
+    return copy_tokenizer(full, w, err);
 }
 
 /* What a model has beside what is trained: Llama 3's factors of RoPE. */

@@ -6,9 +6,10 @@
 
 typedef struct {
     tp_options common;
-    const char *vocab, *init, *type;
-    int64_t width, layers, heads, kv_heads, ffn, context_length;
+    const char *vocab, *init, *type, *arch;
+    int64_t width, layers, heads, kv_heads, head_size, ffn, context_length;
     double rope_base, norm_eps;
+    bool untied;
 } full_options;
 
 /* clang-format off */
@@ -16,10 +17,16 @@ typedef struct {
     SH_OPT_STRING(full_options, init, 0, "init", "FILE", NULL,                                     \
                   "begin with this GGUF model instead of random values"),                          \
     SH_OPT_STRING(full_options, type, 0, "type", "TYPE", "F16", "type of the saved matrices"),     \
+    SH_OPT_STRING(full_options, arch, 0, "arch", "NAME", "llama",                                  \
+                  "architecture of a new model: llama, qwen2, qwen3"),                             \
     SH_OPT_INT(full_options, width, 0, "width", "N", 256, 2, 65536, "embedding length"),           \
     SH_OPT_INT(full_options, layers, 0, "layers", "N", 4, 1, SH_MODEL_LAYERS_MAX, "layers"),       \
     SH_OPT_INT(full_options, heads, 0, "heads", "N", 4, 1, 1024, "attention heads"),               \
     SH_OPT_INT(full_options, kv_heads, 0, "kv-heads", "N", 2, 1, 1024, "key and value heads"),     \
+    SH_OPT_INT(full_options, head_size, 0, "head-size", "N", 0, 0, 65536,                          \
+               "of a head; 0: width / heads"),                                                     \
+    SH_OPT_FLAG(full_options, untied, 0, "untied",                                                 \
+                "an output matrix beside the embedding"),                                          \
     SH_OPT_INT(full_options, ffn, 0, "ffn", "N", 512, 1, 1 << 20, "feed-forward length"),          \
     SH_OPT_INT(full_options, context_length, 0, "context-length", "N", 512, 2, SH_CONTEXT_MAX,     \
                "context that the file promises"),                                                  \
@@ -38,8 +45,7 @@ const sh_command sh_full_command = {
     "--vocab FILE|--init FILE --data PATH --out PATH",
     full_table,
     SH_COUNT(full_table),
-    "Trains every weight of a small model: one of random values, of Llama's architecture, whose "
-    "output matrix is the embedding, or one from a file.",
+    "Trains every weight of a small model: one of random values, or one from a file.",
     TP_PROGRAM " full --vocab vocab.gguf --data train.txt --steps 3000 --batch 16 --out base.gguf"};
 
 static const sh_option distill_table[] = {
@@ -61,24 +67,33 @@ const sh_command sh_distill_command = {
 static sh_status full_config(const full_options *o, const sh_tokenizer *tokenizer,
                              sh_model_config *out, sh_error *err)
 {
-    if (o->width % o->heads != 0 || o->heads % o->kv_heads != 0 || o->width / o->heads % 2 != 0)
+    static const char *const names[] = {"llama", "qwen2", "qwen3"}; /* as sh_arch */
+    const int64_t head_size = o->head_size > 0 ? o->head_size : o->width / o->heads;
+    size_t arch = 0;
+    SH_TRY(tp_choose("arch", o->arch, names, SH_COUNT(names), &arch, err));
+    if ((o->head_size == 0 && o->width % o->heads != 0) || o->heads % o->kv_heads != 0 ||
+        head_size % 2 != 0)
         return sh_fail(err, SH_ERR_USAGE,
-                       "--width must be an even multiple of --heads, and --heads a multiple of "
-                       "--kv-heads");
+                       "--width must be an even multiple of --heads (or --head-size even), and "
+                       "--heads a multiple of --kv-heads");
+    if (arch == SH_ARCH_QWEN2 && head_size * o->heads != o->width)
+        return sh_fail(err, SH_ERR_USAGE, "--head-size: heads of qwen2 are width / heads wide");
     if (o->common.context > o->context_length)
         return sh_fail(err, SH_ERR_USAGE, "--context is above --context-length");
     *out = (sh_model_config){
+        .arch = (sh_arch)arch,
         .n_layers = (uint32_t)o->layers,
         .width = (uint32_t)o->width,
         .n_heads = (uint32_t)o->heads,
         .n_kv_heads = (uint32_t)o->kv_heads,
-        .head_size = (uint32_t)(o->width / o->heads),
+        .head_size = (uint32_t)head_size,
         .ffn = (uint32_t)o->ffn,
         .vocab = sh_tokenizer_size(tokenizer),
         .context = (uint32_t)o->context_length,
         .rope_base = (float)o->rope_base,
         .norm_eps = (float)o->norm_eps,
-        .tied_output = true,
+        .tied_output = !o->untied,
+        .rope_halves = sh_arch_rope_halves((sh_arch)arch),
     };
     return SH_OK;
 }

@@ -28,6 +28,7 @@
 
 typedef enum { SH_ARCH_LLAMA, SH_ARCH_QWEN2, SH_ARCH_QWEN3 } sh_arch;
 const char *sh_arch_name(sh_arch arch); /* "llama", as general.architecture has it */
+bool sh_arch_rope_halves(sh_arch arch); /* sh_model_config's, of any model of it */
 typedef enum { SH_ROPE_PLAIN, SH_ROPE_LINEAR, SH_ROPE_YARN } sh_rope_scaling;
 
 typedef struct {
@@ -38,6 +39,11 @@ typedef struct {
     sh_rope_scaling rope_scaling;
     bool rope_halves; /* pairs (j, j + head_size / 2); else (2j, 2j + 1) */
 } sh_model_config;
+
+/* The keys of a shape in a file that is written: general.architecture, "llama.block_count" and so
+ * on. RoPE's scaling is not among them. */
+SH_MUST_USE sh_status sh_model_config_write(const sh_model_config *config, sh_gguf_writer *w,
+                                            sh_error *err);
 
 /* A weight matrix W [out, in], quantized, in place in the map. */
 typedef struct {

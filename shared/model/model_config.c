@@ -37,6 +37,12 @@ const char *sh_arch_name(sh_arch arch)
     return architectures[arch].name;
 }
 
+bool sh_arch_rope_halves(sh_arch arch)
+{
+    SH_ASSERT((size_t)arch < SH_COUNT(architectures));
+    return architectures[arch].rope_halves;
+}
+
 typedef struct {
     char text[64];
 } key_name;
@@ -348,4 +354,31 @@ sh_status sh_model_resolve_rope(sh_model *model, const float *factors, sh_error 
     model->rope_frequency = frequency;
     model->rope_magnitude = (float)(s.attn_factor * (yarn ? 1 + 0.1 * log(s.factor) : 1));
     return SH_OK;
+}
+
+/* ---- writing ---- */
+
+sh_status sh_model_config_write(const sh_model_config *c, sh_gguf_writer *w, sh_error *err)
+{
+    const struct {
+        const char *suffix;
+        uint32_t value;
+    } numbers[] = {
+        {"context_length", c->context},         {"embedding_length", c->width},
+        {"block_count", c->n_layers},           {"feed_forward_length", c->ffn},
+        {"attention.head_count", c->n_heads},   {"attention.head_count_kv", c->n_kv_heads},
+        {"rope.dimension_count", c->head_size}, {"vocab_size", c->vocab},
+        {"attention.key_length", c->head_size}, {"attention.value_length", c->head_size},
+    };
+    /* The last two only where the width does not say it. */
+    const bool usual = c->head_size * c->n_heads == c->width;
+    sh_status status = sh_gguf_writer_set_string(w, "general.architecture", sh_arch_name(c->arch));
+    for (size_t i = 0; status == SH_OK && i < SH_COUNT(numbers) - (usual ? 2 : 0); i++)
+        status = sh_gguf_writer_set_u32(w, name_of(c, numbers[i].suffix).text, numbers[i].value);
+    if (status == SH_OK)
+        status = sh_gguf_writer_set_f32(w, name_of(c, "attention.layer_norm_rms_epsilon").text,
+                                        c->norm_eps);
+    if (status == SH_OK)
+        status = sh_gguf_writer_set_f32(w, name_of(c, "rope.freq_base").text, c->rope_base);
+    return status == SH_OK ? SH_OK : sh_fail(err, status, "no memory for the keys of a model");
 }

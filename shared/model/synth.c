@@ -172,29 +172,22 @@ static sh_status plan_all(synth *s, sh_error *err)
 static sh_status set_shape_keys(sh_gguf_writer *w, const sh_synth_options *o)
 {
     const sh_synth_shape *c = o->shape;
-    const struct {
-        const char *suffix;
-        uint32_t value;
-    } numbers[] = {
-        {"block_count", c->n_layers},           {"context_length", c->context},
-        {"embedding_length", c->width},         {"feed_forward_length", c->ffn},
-        {"attention.head_count", c->n_heads},   {"attention.head_count_kv", c->n_kv_heads},
-        {"attention.key_length", c->head_size}, {"attention.value_length", c->head_size},
-        {"rope.dimension_count", c->head_size}, {"vocab_size", c->vocab},
-    };
+    const sh_model_config config = {.arch = c->arch,
+                                    .n_layers = c->n_layers,
+                                    .width = c->width,
+                                    .n_heads = c->n_heads,
+                                    .n_kv_heads = c->n_kv_heads,
+                                    .head_size = c->head_size,
+                                    .ffn = c->ffn,
+                                    .vocab = c->vocab,
+                                    .context = c->context,
+                                    .rope_base = c->rope_base,
+                                    .norm_eps = 1e-5f};
     char key[96], text[64];
     snprintf(text, sizeof text, "synth-%s", c->name);
-    SH_TRY(sh_gguf_writer_set_string(w, "general.architecture", sh_arch_name(c->arch)));
+    SH_TRY(sh_model_config_write(&config, w, NULL));
     SH_TRY(sh_gguf_writer_set_string(w, "general.name", text));
     SH_TRY(sh_gguf_writer_set_type(w, o->type));
-    for (size_t i = 0; i < SH_COUNT(numbers); i++) {
-        snprintf(key, sizeof key, "%s.%s", sh_arch_name(c->arch), numbers[i].suffix);
-        SH_TRY(sh_gguf_writer_set_u32(w, key, numbers[i].value));
-    }
-    snprintf(key, sizeof key, "%s.attention.layer_norm_rms_epsilon", sh_arch_name(c->arch));
-    SH_TRY(sh_gguf_writer_set_f32(w, key, 1e-5f));
-    snprintf(key, sizeof key, "%s.rope.freq_base", sh_arch_name(c->arch));
-    SH_TRY(sh_gguf_writer_set_f32(w, key, c->rope_base));
     if (o->rope == SH_ROPE_PLAIN)
         return SH_OK;
     snprintf(key, sizeof key, "%s.rope.scaling.type", sh_arch_name(c->arch));
