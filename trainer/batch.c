@@ -282,13 +282,11 @@ sh_status tr_evaluate(const tr_net *net, const sh_train_data *data, const sh_tra
     size_t batch =
         SH_MIN(data->n, EVALUATE_BATCH * SH_MAX((size_t)1, TR_MICRO_ROWS / (data->length - 1)));
     tr_batch_loss sum = {0};
-    uint32_t *index = sh_calloc(data->n, sizeof(*index));
+    uint32_t *index = sh_calloc(batch, sizeof(*index));
     if (!index) {
-        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu sequences", data->n);
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for %zu sequences", batch);
         goto cleanup;
     }
-    for (size_t i = 0; i < data->n; i++)
-        index[i] = (uint32_t)i;
     SH_GOTO(tr_batcher_create(&(tr_batcher_options){.net = net,
                                                     .data = data,
                                                     .mode = TR_LOSS_ONLY,
@@ -297,7 +295,10 @@ sh_status tr_evaluate(const tr_net *net, const sh_train_data *data, const sh_tra
                                                     .memory_max = limits->memory_max},
                               &batcher, err));
     for (size_t at = 0; at < data->n; at += batch) {
-        tr_batch_loss loss = tr_batcher_run(batcher, index + at, SH_MIN(batch, data->n - at), NULL);
+        const size_t n = SH_MIN(batch, data->n - at);
+        for (size_t i = 0; i < n; i++)
+            index[i] = (uint32_t)(at + i);
+        tr_batch_loss loss = tr_batcher_run(batcher, index, n, NULL);
         sum.loss_sum += loss.loss_sum;
         sum.n_targets += loss.n_targets;
     }

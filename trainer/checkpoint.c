@@ -156,7 +156,7 @@ static sh_hash hash_of_shapes(const tr_checkpoint *c)
     sh_sha256_state s;
     sh_sha256_init(&s);
     sh_sha256_update(&s, numbers, sizeof numbers);
-    for (size_t i = 0; net->lora && i < (size_t)m->n_layers * TR_GROUPS; i++) {
+    for (size_t i = 0; net->lora && i < tr_lora_count(net); i++) {
         for (size_t p = 0; p < TR_PARTS_MAX; p++) {
             add_number(&s, net->lora[i].rank[p]);
             add_number(&s, bits_of((double)net->lora[i].scale[p]));

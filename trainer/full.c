@@ -12,7 +12,7 @@
 
 struct sh_full {
     tr_net *net;
-    float *grad;         /* layout.n; of the last sh_full_gradient */
+    float *grad;         /* layout.n; of the last sh_full_gradient, NULL before it */
     const sh_gguf *keys; /* tokenizer and other keys to write */
     sh_gguf *owned;      /* keys, when they are ours to close */
 };
@@ -30,11 +30,6 @@ static sh_status full_create(const sh_model_config *config, const sh_model *mode
         goto cleanup;
     }
     SH_GOTO(tr_net_create(config, model, UINT64_MAX, config->context, &full->net, err));
-    full->grad = sh_alloc_aligned(full->net->layout.n * sizeof(float));
-    if (!full->grad) {
-        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for gradients");
-        goto cleanup;
-    }
     *out = full;
     full = NULL;
 cleanup:
@@ -106,12 +101,14 @@ cleanup:
 sh_status sh_full_gradient(sh_full *full, const sh_train_data *data, double *loss, sh_error *err)
 {
     SH_TRY(tr_data_check(&full->net->config, data, err));
+    if (!full->grad && !(full->grad = sh_alloc_aligned(full->net->layout.n * sizeof(float))))
+        return sh_fail(err, SH_ERR_NO_MEMORY, "no memory for gradients");
     return tr_gradient(full->net, data, TR_GRAD_FULL, full->grad, loss, err);
 }
 
 const float *sh_full_grad(const sh_full *full, const char *tensor, size_t *n)
 {
-    for (size_t i = 0; i < tr_tensor_count(full->net); i++) {
+    for (size_t i = 0; full->grad && i < tr_tensor_count(full->net); i++) {
         tr_tensor t = tr_tensor_at(full->net, i);
         if (strcmp(t.name, tensor) != 0)
             continue;
@@ -121,14 +118,23 @@ const float *sh_full_grad(const sh_full *full, const char *tensor, size_t *n)
     return NULL;
 }
 
+static sh_status lora_options_refuse(const sh_train_options *o, sh_error *err)
+{
+    bool any = o->dropout != 0 || o->rslora || o->freeze != SH_FREEZE_NONE || o->alternate != 0;
+    for (size_t m = 0; m < SH_LAYER_MATRICES; m++)
+        any = any || o->alphas[m] != 0;
+    return any ? sh_fail(err, SH_ERR_INVALID,
+                         "training options: dropout, rslora, alphas, freeze and alternate are of "
+                         "LoRA; full training has none")
+               : SH_OK;
+}
+
 sh_status sh_full_train(sh_full *full, const sh_train_data *data, const sh_train_options *options,
                         sh_train_result *result, sh_error *err)
 {
     tr_net view = *full->net, *teacher = NULL; /* view: the same weights */
     SH_TRY(tr_data_check(&view.config, data, err));
-    if (options->dropout != 0)
-        return sh_fail(err, SH_ERR_INVALID,
-                       "training options: dropout is of LoRA's inputs; full training has none");
+    SH_TRY(lora_options_refuse(options, err));
     SH_TRY(tr_net_quantize(&view, options->quantize_aware, err));
     view.bf16 = options->bf16;
     SH_TRY(tr_teacher_open(options, &view.config, full->keys, data, &teacher, err));

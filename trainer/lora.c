@@ -168,11 +168,20 @@ sh_status sh_train_evaluate(const sh_model *base, const sh_adapter *adapter,
     sh_status status = SH_OK;
     tr_net *net = NULL;
     float *lora = NULL;
-    const sh_train_limits none = {0}, *l = limits ? limits : &none;
-    const sh_train_options options = {.memory_max = l->memory_max,
-                                      .quantize_aware = l->quantize_aware};
+    sh_train_limits left = limits ? *limits : (sh_train_limits){0};
+    const sh_train_options options = {.memory_max = left.memory_max,
+                                      .quantize_aware = left.quantize_aware};
     SH_GOTO(net_open(base, adapter, data, &options, &lora, &net, err));
-    SH_GOTO(tr_evaluate(net, data, l, mean_nll, err));
+    const uint64_t taken = tr_net_bytes(net) + net->n_lora * sizeof(*lora);
+    if (left.memory_max > 0 && taken >= left.memory_max) {
+        status = sh_fail(err, SH_ERR_LIMIT,
+                         "evaluation: weights and adapter take %llu bytes, the memory limit is "
+                         "%llu",
+                         (unsigned long long)taken, (unsigned long long)left.memory_max);
+        goto cleanup;
+    }
+    left.memory_max -= left.memory_max > 0 ? taken : 0;
+    SH_GOTO(tr_evaluate(net, data, &left, mean_nll, err));
 cleanup:
     free(lora);
     tr_net_destroy(&net);

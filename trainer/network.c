@@ -290,6 +290,13 @@ cleanup:
     return status;
 }
 
+uint64_t tr_net_bytes(const tr_net *net)
+{
+    const size_t floats =
+        (net->weights ? net->layout.n : 0) + net->n_turned + net->rope_n * net->config.head_size;
+    return floats * sizeof(float) + (net->lora ? tr_lora_count(net) * sizeof(*net->lora) : 0);
+}
+
 void tr_net_destroy(tr_net **net)
 {
     if (!*net)
@@ -467,7 +474,7 @@ sh_status tr_net_set_lora(tr_net *net, const sh_adapter *adapter, const sh_train
                                (double)adapter->alpha);
         }
     }
-    net->b_frozen = options->freeze == SH_FREEZE_B;
+    net->b_frozen = options->freeze == SH_FREEZE_B && options->alternate == 0;
     net->dropout = (tr_dropout){.p = options->dropout, .seed = options->dropout_seed};
     return SH_OK;
 }

@@ -38,11 +38,9 @@ enum {
     TR_MATRICES
 };
 #define TR_PARTS_MAX   3
-#define TR_QUERY_BLOCK 64 /* queries of attention done together */
-#define TR_TILE_FLOATS                                                                             \
-    (128u << 10)                  /* of dequantized weights: half of a small second-level cache    \
-                                   */
-#define TR_COPY_BYTES (64u << 20) /* a frozen base of at most this in F32 is copied */
+#define TR_QUERY_BLOCK 64           /* queries of attention done together */
+#define TR_TILE_FLOATS (128u << 10) /* dequantized: half of a small second-level cache */
+#define TR_COPY_BYTES  (64u << 20)  /* a frozen base of at most this in F32 is copied */
 
 /* Matrices [out_p, in] stacked along their rows. */
 typedef struct {
@@ -108,7 +106,7 @@ typedef struct {
     const float *lora_values;
     float *b_turned;
     size_t n_turned;
-    bool b_frozen; /* B is not given back: it keeps its bits whatever its scale */
+    bool b_frozen; /* in all steps: B is not given back, it keeps its bits whatever its scale */
     tr_dropout dropout;
 
     float *rope_cos, *rope_sin; /* [rope_n, head_size / 2] */
@@ -122,6 +120,8 @@ SH_MUST_USE sh_status tr_net_create(const sh_model_config *config, const sh_mode
                                     uint64_t copy_bytes, size_t positions, tr_net **out,
                                     sh_error *err);
 void tr_net_destroy(tr_net **net);
+/* What it allocated: weights of its own, angles, what an adapter needs beside its values. */
+uint64_t tr_net_bytes(const tr_net *net);
 /* Lengthens the table of angles; only when no thread uses the net. */
 SH_MUST_USE sh_status tr_net_reserve_positions(tr_net *net, size_t positions, sh_error *err);
 

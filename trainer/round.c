@@ -84,10 +84,7 @@ static sh_train_options train_options(const sh_round_options *o, size_t n_sequen
     uint64_t steps =
         ((uint64_t)n_sequences * o->passes_milli + o->batch * 1000ull - 1) / (o->batch * 1000ull);
     *p = (progress){o, (uint32_t)SH_MIN(SH_MAX(steps, 1), o->steps_max)};
-    return (sh_train_options){.a_seed = o->a_seed,
-                              .rank = o->rank,
-                              .alpha = o->alpha,
-                              .lr = o->lr,
+    return (sh_train_options){.lr = o->lr,
                               .lr_final = o->lr_final,
                               .clip = o->clip,
                               .batch = o->batch,

@@ -73,7 +73,31 @@ static bool find_not_finite(const float *x, size_t n, size_t *at)
     return false;
 }
 
-/* The first weight that is not finite, if any is. */
+static bool matrix_is_finite(const sh_matrix *m, float *row)
+{
+    size_t at;
+    for (uint32_t o = 0; o < m->out; o++) {
+        sh_row_dequantize(m->type, (const uint8_t *)m->data + o * sh_type_row_bytes(m->type, m->in),
+                          row, m->in);
+        if (find_not_finite(row, m->in, &at))
+            return false;
+    }
+    return true;
+}
+
+static void name_vector(const tr_net *net, char *out, size_t bytes)
+{
+    const tr_layout *l = &net->layout;
+    size_t at;
+    if (find_not_finite(tr_output_norm(net), net->config.width, &at))
+        name_full(net, l->output_norm, out, bytes);
+    for (size_t i = 0; i < net->config.n_layers; i++)
+        for (size_t v = 0; v < TR_VECTORS; v++)
+            if (l->vector_n[v] > 0 && find_not_finite(tr_vector(net, i, v), l->vector_n[v], &at))
+                name_full(net, l->layers + i * l->layer_stride + l->vector[v], out, bytes);
+}
+
+/* A weight that is not finite, if any is. */
 static void name_weight(const tr_net *net, char *out, size_t bytes)
 {
     size_t at, most = net->config.width;
@@ -86,18 +110,15 @@ static void name_weight(const tr_net *net, char *out, size_t bytes)
         most = SH_MAX(most, net->groups[g].in);
     float *row = sh_calloc(most, sizeof(*row));
     for (size_t i = 0; row && i < sh_lora_pair_count(net->config.n_layers); i++) {
-        const sh_matrix *m = sh_lora_pair_matrix(net->model, i);
-        for (uint32_t o = 0; o < m->out; o++) {
-            sh_row_dequantize(m->type,
-                              (const uint8_t *)m->data + o * sh_type_row_bytes(m->type, m->in), row,
-                              m->in);
-            if (find_not_finite(row, m->in, &at)) {
-                snprintf(out, bytes, "%s.weight", m->name);
-                goto done;
-            }
-        }
+        char matrix[SH_GGUF_NAME_MAX];
+        if (matrix_is_finite(sh_lora_pair_matrix(net->model, i), row))
+            continue;
+        sh_lora_pair_name(net->config.n_layers, i, matrix);
+        snprintf(out, bytes, "%s.weight", matrix);
     }
-done:
+    if (row && !matrix_is_finite(&net->model->token_embd, row)) /* the output too when tied */
+        name_full(net, net->layout.embd, out, bytes);
+    name_vector(net, out, bytes);
     free(row);
 }
 
@@ -160,7 +181,7 @@ static sh_status options_check(const sh_train_options *o, sh_error *err)
                        "training options: held-out data, how often to measure its loss, and "
                        "patience go together");
     const sh_train_checkpoint *c = o->checkpoint;
-    if (c && (!c->path || !c->path[0] || !isfinite(c->every_s) || c->every_s < 0))
+    if (c && (!c->path || !c->path[0] || !(c->every_s >= 0)))
         return sh_fail(err, SH_ERR_INVALID,
                        "training options: a checkpoint needs a path, and seconds between two that "
                        "are not negative");
@@ -182,8 +203,7 @@ typedef struct {
     float *best;         /* [n], parameters of the best measurement; NULL: no patience */
     sampler sampler;
     tr_optimizer optimizer;
-    tr_state
-        at; /* what optimizer, sampler and plan hold themselves is there only when it is saved */
+    tr_state at; /* what optimizer, sampler and plan hold themselves is there only in a file */
     tr_checkpoint checkpoint;
     uint64_t start_ms, saved_ms;
     double seconds_before; /* that a resume adds */
@@ -217,13 +237,11 @@ static sh_status memory_left(loop *l, sh_error *err)
 {
     const tr_net *net = l->t->net, *teacher = l->t->teacher.net;
     const uint64_t memory_max = l->options->memory_max;
-    const uint64_t weights =
-        (net->weights ? net->layout.n : 0) + (teacher && teacher->weights ? teacher->layout.n : 0);
-    const uint64_t lora = l->t->mode == TR_GRAD_LORA ? l->n + net->n_turned : 0;
-    const uint64_t copies = (l->options->accumulate > 1) + (l->options->patience > 0);
-    const uint64_t taken = (weights + lora + copies * l->n) * sizeof(float) +
-                           (l->n_batch + l->sampler.n) * sizeof(uint32_t) +
-                           tr_optimizer_bytes(l->options, l->n);
+    const bool is_lora = l->t->mode == TR_GRAD_LORA; /* else the parameters are the weights */
+    const uint64_t copies = is_lora + (l->options->accumulate > 1) + (l->options->patience > 0);
+    const uint64_t taken =
+        tr_net_bytes(net) + (teacher ? tr_net_bytes(teacher) : 0) + copies * l->n * sizeof(float) +
+        (l->n_batch + l->sampler.n) * sizeof(uint32_t) + tr_optimizer_bytes(l->options, l->n);
     if (memory_max == 0)
         return SH_OK;
     const tr_batcher_options o = batcher_options(l);
@@ -239,22 +257,29 @@ static sh_status memory_left(loop *l, sh_error *err)
     return SH_OK;
 }
 
-/* So that what is wrong with it is said before the first step. */
+/* What is wrong with it is said before the first step. */
 static sh_status heldout_check(const loop *l, sh_error *err)
 {
-    tr_batcher *batcher = NULL;
     const sh_train_data *heldout = l->options->heldout;
     sh_status status = tr_data_check(&l->t->net->config, heldout, err);
     if (status == SH_OK)
         status = tr_net_reserve_positions(l->t->net, heldout->length - 1, err);
-    if (status == SH_OK) /* the least that tr_evaluate gets by with */
-        status = tr_batcher_create(&(tr_batcher_options){.net = l->t->net,
-                                                         .data = heldout,
-                                                         .mode = TR_LOSS_ONLY,
-                                                         .batch = 1,
-                                                         .threads = 1,
-                                                         .memory_max = l->memory_left},
-                                   &batcher, err);
+    if (status != SH_OK)
+        (void)sh_fail_in(err, "held-out data");
+    return status;
+}
+
+/* That tr_evaluate gets by with what is left. */
+static sh_status heldout_fits(const loop *l, sh_error *err)
+{
+    const tr_batcher_options o = {.net = l->t->net,
+                                  .data = l->options->heldout,
+                                  .mode = TR_LOSS_ONLY,
+                                  .batch = 1,
+                                  .threads = 1,
+                                  .memory_max = l->memory_left};
+    tr_batcher *batcher = NULL;
+    const sh_status status = tr_batcher_create(&o, &batcher, err);
     tr_batcher_destroy(&batcher);
     if (status != SH_OK)
         (void)sh_fail_in(err, "held-out data");
@@ -331,6 +356,8 @@ static sh_status loop_init(loop *l, sh_error *err)
     l->accumulate = SH_MAX(1u, options->accumulate);
     l->at = (tr_state){.heldout_best = (double)NAN, .heldout_last = (double)NAN};
     l->sampler = (sampler){.n = l->data->n, .seed = options->shuffle_seed};
+    if (options->heldout)
+        SH_TRY(heldout_check(l, err)); /* its sequences may be longer: before the net is measured */
     SH_TRY(memory_left(l, err));
     l->batch = sh_calloc(l->n_batch, sizeof(*l->batch));
     l->sampler.order = sh_calloc(l->data->n, sizeof(*l->sampler.order));
@@ -345,7 +372,7 @@ static sh_status loop_init(loop *l, sh_error *err)
     SH_TRY(tr_optimizer_create(l->t->net, l->t->mode == TR_GRAD_FULL, options, l->t->params,
                                &l->optimizer, err));
     if (options->heldout)
-        SH_TRY(heldout_check(l, err));
+        SH_TRY(heldout_fits(l, err));
     if (options->checkpoint)
         SH_TRY(checkpoint_init(l, err));
     return batcher_create(l, err);

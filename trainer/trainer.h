@@ -4,8 +4,27 @@
  * targets. LoRA: Hu et al. 2021 (arXiv:2106.09685); AdamW: Loshchilov & Hutter 2019
  * (arXiv:1711.05101).
  *
+ *     SH_GOTO(sh_model_open("base.gguf", &model, &err));
+ *     SH_GOTO(sh_lora_initialize(&model->config, 1, 8, 16, &adapter, &err));
+ *     sh_train_options options = {.lr = 1e-3f, .batch = 8, .steps = 200, .clip = 1,
+ *                                 .shuffle_seed = 1, .threads = 4};
+ *     SH_GOTO(sh_lora_train(model, adapter, &data, &options, &result, &err));
+ *     SH_GOTO(sh_adapter_encode(adapter, &gguf, &err));
+ *
+ * Data comes from texts and conversations by trainer/dataset.h, or is the caller's own tokens. Of a
+ * zeroed sh_train_options only lr, batch and steps have to be set; what is 0 or NULL is off.
+ *
+ * Errors of all that trains or evaluates: SH_ERR_INVALID: options, data or adapter are not what
+ * they must be, or a loss or gradient is not finite (with the tensor and the step).
+ * SH_ERR_MISMATCH: an adapter, a teacher or a checkpoint of another model or training.
+ * SH_ERR_LIMIT: sequences longer than the model's context, or memory_max, with how much is missing.
+ * SH_ERR_CANCELLED: by progress. SH_ERR_NO_MEMORY, SH_ERR_IO. err says what, where and what to do;
+ * it may be NULL.
+ *
  * Deterministic: same data, options and BLAS core give the same bytes, for any `threads` (the
- * batch is cut into micro-batches that do not depend on it; their gradients are added in order).
+ * batch is cut into micro-batches that do not depend on it; their gradients are added in order). A
+ * memory_max so small that the plan gives way (sh_tile_plan) makes other sums, and by then threads
+ * count: only a resumed training keeps its plan under any limit.
  * Threads: independent trainings may run at once. No globals, no exit, no printing.
  */
 #ifndef SH_TRAINER_H
@@ -55,7 +74,8 @@ typedef struct {
  * (A program ignores SIGXFSZ, or a limit of file sizes kills it.) */
 typedef struct {
     const char *path;
-    double every_s; /* between two, of wall time; 0: after each step. And when progress cancels */
+    double every_s; /* between two, of wall time; 0: after each step; INFINITY: only when progress
+                       cancels, as with any other */
     bool resume;    /* go on from the file, if it is there. SH_ERR_MISMATCH: it is of other options,
                        data, shapes, parameters at the start, or another identity, and which */
     sh_hash identity;          /* of what the library cannot see: the files of base and teacher */
@@ -65,72 +85,79 @@ typedef struct {
 
 /* What changes the result is compared when a training goes on from a checkpoint (checkpoint.c). */
 typedef struct {
-    uint64_t a_seed; /* A0 ~ normal / sqrt(in) from this alone: every node's is the same; B0 = 0 */
-    uint32_t rank;
-    float alpha;
+    /* The optimizer, and its steps. */
+    sh_optimizer optimizer;
     float lr, beta1, beta2, eps, weight_decay; /* 0 for betas, eps: 0.9, 0.999, 1e-8 */
-    float clip;                                /* global gradient norm; 0: none */
-    uint32_t batch;                            /* sequences a step */
-    uint32_t steps;       /* optimizer steps; the data is gone through in shuffled passes */
+    float momentum;                            /* of SGD */
+    uint32_t steps;
     uint32_t warmup;      /* steps of linear warm-up */
     sh_schedule schedule; /* how the learning rate goes from lr to lr * lr_final over the steps */
     float lr_final;
-    sh_optimizer optimizer;
-    float momentum; /* of SGD */
+    float clip;     /* global gradient norm; 0: none */
     float proximal; /* weight of half the squared distance to the start (FedProx); 0: none */
-    sh_freeze freeze;
-    uint64_t shuffle_seed; /* 0: the order of the data, pass after pass */
-    unsigned threads;      /* 0: 1 */
-    bool bf16;             /* products with the weights round their operands (math/bf16.h) */
-    uint64_t memory_max;   /* bytes that the training may allocate; the base's file is not counted,
-                              nor what OpenBLAS takes. 0: no limit */
-    /* Called after each step; a false return cancels (SH_ERR_CANCELLED). May be NULL. */
-    bool (*progress)(void *arg, const sh_train_progress *p);
-    void *progress_arg;
-
-    /* LoRA: a pair's scale while it is trained is its alpha / rank, or with rslora alpha /
-     * sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732). The adapter keeps its own alpha: what its
-     * scale differs by is folded into B when it is taken up and given back. */
-    bool rslora;
-    float alphas[SH_LAYER_MATRICES]; /* of a matrix, by SH_ATTN_Q..; 0: the adapter's, which that
-                                        of the output matrix is always */
-    /* LoRA: the share of A's inputs that a step forgets, the others times 1 / (1 - dropout); in
-     * [0, 1), to the nearest 2^-16. Matrices that read the same input share its mask (PEFT draws
-     * one for each). A mask hangs on dropout_seed, the step, the sequence's place in the batch,
-     * layer, input and position alone. */
-    float dropout;
-    uint64_t dropout_seed;
-    /* SH_TYPE_Q8_0 or SH_TYPE_Q4_0: the forward pass sees every matrix as it will be after
-     * quantization to this type (with LoRA: Q(W + s B A), as it is merged), and gradients pass
-     * through the rounding as if it were not there: the straight-through estimator, Bengio et al.
-     * 2013 (arXiv:1308.3432), of weights as in LLM-QAT (Liu et al. 2023, arXiv:2305.17888).
-     * SH_TYPE_F32: off. SH_ERR_INVALID names a matrix whose rows are not whole blocks; not together
-     * with dropout. */
-    sh_type quantize_aware;
-    /* Distillation (Hinton et al. 2015, arXiv:1503.02531): the loss of a target is
-     * (1 - w) cross-entropy + w T^2 KL(teacher's || student's probabilities at temperature T). */
-    const sh_model *teacher; /* frozen; NULL: none. Of the student's vocabulary (sizes and strings
-                                are compared, else SH_ERR_MISMATCH); any architecture */
-    float distill_weight;    /* w in [0, 1]; above 0 it needs a teacher */
-    float temperature; /* T in [SH_DISTILL_TEMPERATURE_MIN, SH_DISTILL_TEMPERATURE_MAX]; 0: 1 */
-    /* Batches whose gradients make one step, that of the mean over all their targets; 0: 1. It
-     * takes the memory of one batch and of one more gradient. */
-    uint32_t accumulate;
     /* The optimizer's moments in blocks of 8-bit numbers, a quarter of their memory (Dettmers et
      * al. 2022, arXiv:2110.02861). */
     bool state_8bit;
-    /* Every heldout_every steps, and after the last, the mean loss of heldout is measured
-     * (borrowed; 0: never). patience: after so many measurements without a new best the training
-     * stops, and the parameters of the best one are what remains, however it ends well; 0: it goes
-     * on to the end, and the last ones remain. patience takes the memory of one more vector of
-     * parameters. */
-    const sh_train_data *heldout;
-    uint32_t heldout_every;
-    uint32_t patience;
+
+    /* The data of a step. */
+    uint32_t batch; /* sequences, at most all there are; the data is gone through pass after pass */
+    /* Batches whose gradients make one step, that of the mean over all their targets; 0: 1. It
+     * takes the memory of one batch and of one more gradient. */
+    uint32_t accumulate;
+    uint64_t shuffle_seed; /* of each pass's order; 0: the order of the data */
+
+    /* LoRA (full training refuses them): a pair's scale while it is trained is its alpha / rank, or
+     * with rslora alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732). The adapter keeps its
+     * own alpha: what its scale differs by is folded into B when it is taken up and given back. */
+    bool rslora;
+    float alphas[SH_LAYER_MATRICES]; /* of a matrix, by SH_ATTN_Q..; 0: the adapter's, which that
+                                        of the output matrix is always */
+    /* The share of A's inputs that a step forgets, the others times 1 / (1 - dropout); in [0, 1),
+     * to the nearest 2^-16. Matrices that read the same input share its mask (PEFT draws one for
+     * each). A mask hangs on dropout_seed, the step, the sequence's place in the step's batches,
+     * layer, input and position alone. */
+    float dropout;
+    uint64_t dropout_seed;
+    sh_freeze freeze;
     /* RoLoRA in one training: steps after which the frozen factor changes, beginning with freeze
      * (SH_FREEZE_A when none); 0: never. */
     uint32_t alternate;
+
+    /* Distillation (Hinton et al. 2015, arXiv:1503.02531): the loss of a target is
+     * (1 - w) cross-entropy + w T^2 KL(teacher's || student's probabilities at temperature T). */
+    const sh_model *teacher; /* borrowed, frozen; NULL: none. Of the student's vocabulary (sizes and
+                                strings are compared, else SH_ERR_MISMATCH); any architecture */
+    float distill_weight;    /* w in [0, 1]; above 0 it needs a teacher */
+    float temperature; /* T in [SH_DISTILL_TEMPERATURE_MIN, SH_DISTILL_TEMPERATURE_MAX]; 0: 1 */
+
+    /* Numbers in the passes. quantize_aware is SH_TYPE_Q8_0 or SH_TYPE_Q4_0: the forward pass sees
+     * every matrix (not the teacher's) as it will be after quantization to this type (with LoRA:
+     * Q(W + s B A), as it is merged), and gradients pass through the rounding as if it were not
+     * there: the straight-through estimator, Bengio et al. 2013 (arXiv:1308.3432), of weights as in
+     * LLM-QAT (Liu et al. 2023, arXiv:2305.17888). SH_TYPE_F32 (0): off. SH_ERR_INVALID names a
+     * matrix whose rows are not whole blocks; not together with dropout. */
+    sh_type quantize_aware;
+    bool bf16; /* products with the weights round their operands (math/bf16.h) */
+
+    /* Every heldout_every steps, and after the last, the mean loss of heldout is measured
+     * (borrowed; 0: never), without dropout and teacher. patience: after so many measurements
+     * without a new best the training stops, and the parameters of the best one are what remains,
+     * however it ends well; 0: it goes on to the end, and the last ones remain. patience takes the
+     * memory of one more vector of parameters. */
+    const sh_train_data *heldout;
+    uint32_t heldout_every;
+    uint32_t patience;
+
+    /* What the training may take; another value may be given when it is resumed. */
+    unsigned threads;    /* 0: 1 */
+    uint64_t memory_max; /* bytes that the training may allocate: weights in F32, adapter,
+                            optimizer, activations. Files are not counted, nor data and adapter of
+                            the caller, nor what OpenBLAS takes. 0: no limit */
+
     const sh_train_checkpoint *checkpoint; /* borrowed; NULL: none */
+    /* Called after each step; a false return cancels (SH_ERR_CANCELLED). May be NULL. */
+    bool (*progress)(void *arg, const sh_train_progress *p);
+    void *progress_arg;
 } sh_train_options;
 
 /* How the batches were worked on. Results are the same bits for any number of threads and kept
@@ -151,7 +178,7 @@ typedef struct {
      * 0 without a teacher. */
     double cross_entropy_last, kl_last;
     uint64_t tokens_seen;              /* target tokens */
-    double seconds;                    /* CPU-independent callers ignore this */
+    double seconds;                    /* of wall time, those before a resume too */
     uint32_t steps;                    /* made; fewer than asked for when it was stopped early */
     double heldout_best, heldout_last; /* NaN: never measured */
     uint32_t heldout_best_step;        /* 0: never measured */
@@ -171,21 +198,19 @@ SH_MUST_USE sh_status sh_lora_initialize_ranks(const sh_model_config *config, ui
  * makes them. SH_ERR_UNSUPPORTED: the output is tied to the embedding. */
 SH_MUST_USE sh_status sh_lora_add_output(sh_adapter *adapter, const sh_model_config *config,
                                          uint64_t a_seed, uint32_t rank, sh_error *err);
-/* Trains adapter in place (its own ranks and alpha count, not rank and alpha of options); on error
- * it is as before. base of any readable type. SH_ERR_INVALID names tensor and step when a
- * loss or gradient is not finite. */
+/* Trains adapter in place; on error it is as before. base of any readable type. */
 SH_MUST_USE sh_status sh_lora_train(const sh_model *base, sh_adapter *adapter,
                                     const sh_train_data *data, const sh_train_options *options,
                                     sh_train_result *result, sh_error *err);
 typedef struct {
     unsigned threads;    /* 0: 1 */
-    uint64_t memory_max; /* as in sh_train_options */
+    uint64_t memory_max; /* as in sh_train_options; of a sh_full without its weights */
     /* The loss of what would be written in this type: Q(W), with an adapter Q(W + scale B A).
      * SH_TYPE_F32: of the weights as they are. Errors as in sh_train_options. */
     sh_type quantize_aware;
 } sh_train_limits;
-/* Mean NLL over the targets of data, without any teacher. adapter and limits may be NULL. Float
- * forward pass of the trainer. */
+/* Mean NLL over the targets of data by the trainer's forward pass. adapter and limits may be NULL.
+ */
 SH_MUST_USE sh_status sh_train_evaluate(const sh_model *base, const sh_adapter *adapter,
                                         const sh_train_data *data, const sh_train_limits *limits,
                                         double *mean_nll, sh_error *err);
@@ -209,12 +234,13 @@ SH_MUST_USE sh_status sh_full_random(const sh_model_config *config, const char *
 void sh_full_destroy(sh_full **full);
 SH_MUST_USE sh_status sh_full_gradient(sh_full *full, const sh_train_data *data, double *loss,
                                        sh_error *err);
-/* Gradient of a tensor after sh_full_gradient: "blk.0.attn_q.weight"; NULL when unknown. */
+/* Gradient of a tensor by the last sh_full_gradient: "blk.0.attn_q.weight"; NULL when it is unknown
+ * or there was none. */
 const float *sh_full_grad(const sh_full *full, const char *tensor, size_t *n);
 SH_MUST_USE sh_status sh_full_train(sh_full *full, const sh_train_data *data,
                                     const sh_train_options *options, sh_train_result *result,
                                     sh_error *err);
-/* limits may be NULL; memory_max is of what the evaluation allocates. */
+/* limits may be NULL. */
 SH_MUST_USE sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data,
                                        const sh_train_limits *limits, double *mean_nll,
                                        sh_error *err);

@@ -5,10 +5,11 @@
  * `base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight` are
  * `blk.N.attn_q.weight.lora_a`, and so on; `base_model.model.lm_head` is `output`. GGUF's `llama`
  * architecture rotates adjacent rows of a head, Hugging Face's rotates rows a half head apart, so
- * rows of B of q and k are permuted: B_gguf[h * hd + 2 * j + s] = B_peft[h * hd + s * hd / 2 + j],
- * s in {0, 1}, j < hd / 2 qwen2 and qwen3 keep Hugging Face's order. rsLoRA and a module's own rank
- * and alpha (rank_pattern, alpha_pattern) are taken into the scale; DoRA, modules_to_save,
- * fan_in_fan_out, biases, initializations that change the base are refused by name.
+ * rows of B of q and k are permuted:
+ *     B_gguf[h * hd + 2 * j + s] = B_peft[h * hd + s * hd / 2 + j],  s in {0, 1}, j < hd / 2
+ * qwen2 and qwen3 keep Hugging Face's order. rsLoRA and a module's own rank and alpha
+ * (rank_pattern, alpha_pattern) are taken into the scale; DoRA, modules_to_save, fan_in_fan_out,
+ * biases, initializations that change the base are refused by name.
  *
  * Models: a folder with config.json, tokenizer.json (and tokenizer_config.json), model.safetensors
  * or model-*.safetensors with their index, of LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM.

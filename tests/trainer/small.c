@@ -157,7 +157,7 @@ sh_adapter *small_adapter(const sh_model_config *config, const uint32_t *ranks, 
 
 bool same_adapter(const sh_adapter *x, const sh_adapter *y)
 {
-    for (size_t i = 0; i < (size_t)x->n_layers * SH_LAYER_MATRICES; i++) {
+    for (size_t i = 0; i < sh_lora_pair_count(x->n_layers); i++) {
         const sh_lora_pair *p = &x->pairs[i], *q = &y->pairs[i];
         if (p->a && (memcmp(p->a, q->a, (size_t)p->rank * p->in * sizeof(float)) != 0 ||
                      memcmp(p->b, q->b, (size_t)p->rank * p->out * sizeof(float)) != 0))

@@ -346,12 +346,6 @@ static sh_status plan_run(const setup *s, uint64_t memory_max, bool taught, plan
     return status;
 }
 
-static void must_say(const char *part)
-{
-    if (!strstr(err.text, part))
-        fail_msg("the error does not say '%s': %s", part, err.text);
-}
-
 /* The teacher's memory is in the plan, down to the byte that the refusal asks for. */
 static void test_memory(void **state)
 {

@@ -332,12 +332,6 @@ static void test_freeze(void **state)
 
 /* ---- memory ---- */
 
-static void must_say(const char *part)
-{
-    if (!strstr(err.text, part))
-        fail_msg("the error does not say '%s': %s", part, err.text);
-}
-
 typedef struct {
     float *grad;
     size_t n;

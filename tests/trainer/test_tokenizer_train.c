@@ -91,12 +91,6 @@ static void must_spell(const sh_tokenizer *t, int32_t token, const char *text)
         fail_msg("token %d is '%.*s', expected '%s'", token, (int)n, spelt ? spelt : "", text);
 }
 
-static void must_say(const char *part)
-{
-    if (strstr(err.text, part) == NULL)
-        fail_msg("'%s' does not say '%s'", err.text, part);
-}
-
 /* The text that the engine gives for the ids that it gives for a text. */
 static void round_trip(const sh_tokenizer *t, const void *text, size_t n, sh_buf *out)
 {

@@ -437,12 +437,6 @@ static void test_quantized_base(void **state)
 
 /* ---- plans ---- */
 
-static void must_say(const char *part)
-{
-    if (!strstr(err.text, part))
-        fail_msg("the error does not say '%s': %s", part, err.text);
-}
-
 typedef struct {
     sh_model_config config;
     sh_model *model;

@@ -6,6 +6,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include <cmocka.h>
 
@@ -31,6 +32,14 @@
         if (must_got_ != (status))                                                                 \
             fail_msg("%s is %s, expected %s (%s)", #expr, sh_status_name(must_got_),               \
                      sh_status_name(status), err.text);                                            \
+    } while (0)
+
+/* Of the last error, err. */
+#define must_say(part)                                                                             \
+    do {                                                                                           \
+        const char *must_part_ = (part);                                                           \
+        if (!strstr(err.text, must_part_))                                                         \
+            fail_msg("the error does not say '%s': %s", must_part_, err.text);                     \
     } while (0)
 
 #endif
