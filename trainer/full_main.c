@@ -137,7 +137,8 @@ static sh_status run(const sh_command *command, int argc, char **argv, sh_error 
                               .chat = sh_chat_detect(s.init ? s.init->gguf : s.vocab),
                               .cut_anew = true,
                               .file_name = "model.gguf",
-                              .base = s.init};
+                              .base = s.init,
+                              .inputs = {o.vocab, o.init}};
     SH_GOTO(tp_run_open(&r, &o.common, &source, err));
     SH_GOTO(tp_train_options(&r, &source, &options, err));
     tp_catch_signals();

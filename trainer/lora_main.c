@@ -243,7 +243,9 @@ sh_status sh_lora_main(int argc, char **argv, sh_error *err)
     const tp_source source = {.tokenizer = model->tokenizer,
                               .chat = sh_chat_detect(model->gguf),
                               .file_name = "adapter.gguf",
-                              .base = model};
+                              .base = model,
+                              .inputs = {o.base, o.start},
+                              .outputs = {o.merged}};
     SH_GOTO(tp_run_open(&run, &o.common, &source, err));
     SH_GOTO(lora_train_options(&o, &run, &source, &options, err));
     tp_catch_signals();

@@ -102,6 +102,11 @@ SH_MUST_USE sh_status tp_quantize_aware(const char *name, sh_type *out,
                                         sh_error *err); /* NULL: F32 */
 SH_MUST_USE sh_status tp_written_type(const char *key, const char *name, sh_type *out,
                                       sh_error *err);
+/* That writing to path would destroy nothing that is meant to stay: neither one of the n inputs
+ * (any may be NULL), whatever name it goes by here, nor a file that its owner made read-only. A
+ * rename onto a file asks for no permission of it. */
+SH_MUST_USE sh_status tp_check_output(const char *path, const char *const *inputs, size_t n,
+                                      sh_error *err);
 /* What of --memory-max is left for the training: the pages of models' files will be resident, and
  * so is what the process has now. 0: no limit. */
 SH_MUST_USE sh_status tp_memory(int64_t memory_max, int64_t threads, uint64_t file_bytes,
@@ -135,6 +140,9 @@ typedef struct {
     bool cut_anew;         /* each pass over texts with cuts of its own, in the order of training */
     const char *file_name; /* of what is written into a folder: "adapter.gguf" */
     const sh_model *base;  /* that the training begins with; NULL: none */
+    const char *inputs[2]; /* files of the command's own that are read; NULL: none */
+    const char *outputs[1]; /* files of the command's own that are written, beside --out; NULL: none
+                             */
 } tp_source;
 
 /* Reads data and teacher, chooses the paths. run is zeroed before, and released in any case. */

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "shared/base/clock.h"
@@ -151,6 +152,36 @@ static sh_status check_folder_of(const char *path, sh_error *err)
     if (access(folder, W_OK | X_OK) != 0)
         return sh_fail(err, SH_ERR_USAGE, "cannot write %s: the folder %s: %s", path, folder,
                        strerror(errno));
+    return SH_OK;
+}
+
+sh_status tp_check_output(const char *path, const char *const *inputs, size_t n, sh_error *err)
+{
+    struct stat out, in;
+    if (stat(path, &out) != 0)
+        return SH_OK;
+    for (size_t i = 0; i < n; i++)
+        if (inputs[i] && stat(inputs[i], &in) == 0 && in.st_dev == out.st_dev &&
+            in.st_ino == out.st_ino)
+            return sh_fail(err, SH_ERR_USAGE,
+                           "cannot write %s: it is %s, which is read; choose another name", path,
+                           inputs[i]);
+    if (S_ISREG(out.st_mode) && (out.st_mode & (S_IWUSR | S_IWGRP | S_IWOTH)) == 0)
+        return sh_fail(err, SH_ERR_USAGE,
+                       "cannot write %s: that file is read-only; choose another name", path);
+    return SH_OK;
+}
+
+/* Before anything is read or written. */
+static sh_status check_outputs(const tp_run *run, const tp_source *source, sh_error *err)
+{
+    const tp_options *o = run->o;
+    const char *const inputs[] = {o->data,   o->heldout,        o->teacher,
+                                  o->config, source->inputs[0], source->inputs[1]};
+    const char *const outputs[] = {run->out, run->metrics, run->checkpoint, source->outputs[0]};
+    for (size_t i = 0; i < SH_COUNT(outputs); i++)
+        if (outputs[i] && outputs[i][0])
+            SH_TRY(tp_check_output(outputs[i], inputs, SH_COUNT(inputs), err));
     return SH_OK;
 }
 
@@ -328,6 +359,7 @@ sh_status tp_run_open(tp_run *run, const tp_options *o, const tp_source *source,
     run->terminal = isatty(STDERR_FILENO) == 1;
     run->heldout_loss = (double)NAN;
     SH_TRY(choose_paths(run, source->file_name, err));
+    SH_TRY(check_outputs(run, source, err));
     SH_TRY(open_data(run, source, err));
     if (o->teacher)
         SH_TRY(sh_model_open(o->teacher, &run->teacher, err));

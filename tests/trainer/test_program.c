@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -281,6 +282,46 @@ static void test_lora_options(void **state)
 #undef LORA
 }
 
+/* What is read is never written, by no name of it, nor what is read-only. */
+static void test_inputs_stay(void **state)
+{
+    (void)state;
+#define LORA "lora --base model.gguf --data text --rank 4 --batch 4 --context 16 --steps 1 "
+    static const char *const wrong[][2] = {
+        {LORA "--out model.gguf", "which is read"},
+        {LORA "--out ./model.gguf", "which is read"},
+        {LORA "--out alias.gguf", "which is read"},
+        {LORA "--out x.gguf --merged model.gguf", "which is read"},
+        {LORA "--out x.gguf --metrics text", "which is read"},
+        {LORA "--out kept.gguf", "read-only"},
+        {FULL "--steps 1 --out vocab.gguf", "which is read"},
+    };
+    static const char *const inputs[] = {"model.gguf", "text", "vocab.gguf", "kept.gguf"};
+    sh_hash before[SH_COUNT(inputs)];
+    must_be_ok(sh_file_write_atomic(path_of("kept.gguf"), "kept", 4, &err));
+    assert_int_equal(chmod(path_of("kept.gguf"), 0444), 0);
+    assert_int_equal(symlink("model.gguf", path_of("alias.gguf")), 0);
+    for (size_t round = 0; round < 2; round++) {
+        for (size_t i = 0; i < SH_COUNT(inputs); i++) {
+            uint8_t *bytes = NULL;
+            size_t n = 0;
+            must_be_ok(sh_file_read(path_of(inputs[i]), SIZE_MAX, &bytes, &n, &err));
+            const sh_hash hash = sh_sha256(bytes, n);
+            free(bytes);
+            if (round == 0)
+                before[i] = hash;
+            else
+                assert_memory_equal(&hash, &before[i], sizeof hash);
+        }
+        for (size_t i = 0; round == 0 && i < SH_COUNT(wrong); i++)
+            expect_error(wrong[i][0], 2, wrong[i][1]);
+    }
+    assert_false(sh_file_exists(path_of("x.gguf")));
+    unlink(path_of("kept.gguf"));
+    unlink(path_of("alias.gguf"));
+#undef LORA
+}
+
 /* ---- a vocabulary ---- */
 
 /* From files and a folder's *.txt, then a model with it. */
@@ -506,6 +547,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_full_of_architectures),
         cmocka_unit_test(test_lora),
         cmocka_unit_test(test_lora_options),
+        cmocka_unit_test(test_inputs_stay),
         cmocka_unit_test(test_tokenizer),
         cmocka_unit_test(test_round),
         cmocka_unit_test(test_round_errors),
