@@ -87,6 +87,7 @@ sh_status sh_eval_main(int argc, char **argv, sh_error *err)
     SH_GOTO(sh_options_parse(&sh_eval_command, argc, argv, &o, &args, err));
     if (args.help)
         goto cleanup;
+    SH_GOTO(tp_no_words(&sh_eval_command, &args, err));
     SH_GOTO(tp_need(o.model, "model", err));
     SH_GOTO(tp_need(o.data, "data", err));
     SH_GOTO(tp_long_samples(o.long_samples, &packing.long_samples, err));

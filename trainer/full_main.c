@@ -14,7 +14,7 @@ typedef struct {
 /* clang-format off */
 #define SHAPE_OPTIONS                                                                              \
     SH_OPT_STRING(full_options, init, 0, "init", "FILE", NULL,                                     \
-                  "begin with this GGUF model instead of random values"),                          \
+                  "begin with this GGUF model, in its shape, instead of random values"),                          \
     SH_OPT_STRING(full_options, type, 0, "type", "TYPE", "F16", "type of the saved matrices"),     \
     SH_OPT_INT(full_options, width, 0, "width", "N", 256, 2, 65536, "embedding length"),           \
     SH_OPT_INT(full_options, layers, 0, "layers", "N", 4, 1, SH_MODEL_LAYERS_MAX, "layers"),       \
@@ -133,6 +133,7 @@ static sh_status run(const sh_command *command, int argc, char **argv, sh_error 
         SH_GOTO(tp_need(o.common.teacher, "teacher", err));
     SH_GOTO(tp_written_type("type", o.type, &type, err));
     SH_GOTO(student_open(&o, &s, err));
+    SH_GOTO(sh_full_check_save(s.full, type, err));
     const tp_source source = {.tokenizer = s.init ? s.init->tokenizer : s.tokenizer,
                               .chat = sh_chat_detect(s.init ? s.init->gguf : s.vocab),
                               .cut_anew = true,
@@ -148,7 +149,7 @@ static sh_status run(const sh_command *command, int argc, char **argv, sh_error 
                                         options.quantize_aware};
         SH_GOTO(sh_full_evaluate(s.full, &r.heldout.data, &limits, &heldout, err));
     }
-    SH_GOTO(sh_full_save(s.full, type, r.out, err));
+    SH_GOTO(tp_written(&r, sh_full_save(s.full, type, r.out, err), err));
     tp_finish(&r, &result, heldout);
 cleanup:
     tp_run_release(&r);

@@ -93,6 +93,8 @@ typedef struct {
     SH_OPT_FLAG(T, common.json, 0, "json", "print one JSON object")
 /* clang-format on */
 
+/* SH_ERR_USAGE: words that are no options. */
+SH_MUST_USE sh_status tp_no_words(const sh_command *command, const sh_args *args, sh_error *err);
 SH_MUST_USE sh_status tp_need(const char *value, const char *key, sh_error *err);
 /* The index of a name in a list. */
 SH_MUST_USE sh_status tp_choose(const char *key, const char *value, const char *const *names,
@@ -141,6 +143,7 @@ typedef struct {
     const char *file_name; /* of what is written into a folder: "adapter.gguf" */
     const sh_model *base;  /* that the training begins with; NULL: none */
     const char *inputs[2]; /* files of the command's own that are read; NULL: none */
+    const char *folder;    /* to be made and written into; NULL: none */
     const char *outputs[1]; /* files of the command's own that are written, beside --out; NULL: none
                              */
 } tp_source;
@@ -154,6 +157,8 @@ SH_MUST_USE sh_status tp_train_options(tp_run *run, const tp_source *source, sh_
                                        sh_error *err);
 /* What a training came to: the error that stopped it, with what to do. */
 SH_MUST_USE sh_status tp_trained(tp_run *run, sh_status status, sh_error *err);
+/* What writing the results came to: a training is not lost with a full disk. */
+SH_MUST_USE sh_status tp_written(tp_run *run, sh_status status, sh_error *err);
 /* Whether the loss of run->heldout is still to be measured; if not, *loss is it (NaN: none). */
 bool tp_heldout_is_due(const tp_run *run, const sh_train_result *result, double *loss);
 /* Results on standard output; the checkpoint is removed. */

@@ -219,6 +219,9 @@ SH_MUST_USE sh_status sh_full_train(sh_full *full, const sh_train_data *data,
 SH_MUST_USE sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data,
                                        const sh_train_limits *limits, double *mean_nll,
                                        sh_error *err);
+/* Whether it can be saved so, to be asked before hours of training. SH_ERR_UNSUPPORTED: the type
+ * cannot be written; SH_ERR_INVALID names a matrix whose rows are not whole blocks of it. */
+SH_MUST_USE sh_status sh_full_check_save(const sh_full *full, sh_type type, sh_error *err);
 /* Writes GGUF with matrices of `type` and F32 norms. */
 SH_MUST_USE sh_status sh_full_save(const sh_full *full, sh_type type, const char *path,
                                    sh_error *err);
