@@ -109,10 +109,9 @@ SH_MUST_USE sh_status tp_written_type(const char *key, const char *name, sh_type
  * rename onto a file asks for no permission of it. */
 SH_MUST_USE sh_status tp_check_output(const char *path, const char *const *inputs, size_t n,
                                       sh_error *err);
-/* What of --memory-max is left for the training: the pages of models' files will be resident, and
- * so is what the process has now. 0: no limit. */
-SH_MUST_USE sh_status tp_memory(int64_t memory_max, int64_t threads, uint64_t file_bytes,
-                                uint64_t *out, sh_error *err);
+/* What is taken beside a training: the pages of models' files will be resident, and so is what the
+ * process has now. */
+uint64_t tp_memory_taken(int64_t threads, uint64_t file_bytes);
 /* Options of a command that has TP_OPTIONS, of its --config, too. Not with args->help. */
 SH_MUST_USE sh_status tp_parse(const sh_command *command, int argc, char **argv, void *options,
                                sh_args *args, sh_error *err);
@@ -132,7 +131,8 @@ typedef struct {
     uint32_t step_begun;
     bool terminal, any_step;
     FILE *metrics_file;
-    sh_error failed; /* of the metrics; code SH_OK: none */
+    uint64_t memory_taken, memory_least; /* beside the training; of it, once it was too much */
+    sh_error failed;                     /* of the metrics; code SH_OK: none */
 } tp_run;
 
 /* What a command brings. */

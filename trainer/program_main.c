@@ -356,22 +356,16 @@ static bool on_step(void *arg, const sh_train_progress *p)
 #define BLAS_BYTES  (24u << 20) /* of a thread that calls OpenBLAS: its packed panels */
 #define OTHER_BYTES (16u << 20) /* the allocator's own, stacks, what else is read meanwhile */
 
-sh_status tp_memory(int64_t memory_max, int64_t threads, uint64_t file_bytes, uint64_t *out,
-                    sh_error *err)
+uint64_t tp_memory_taken(int64_t threads, uint64_t file_bytes)
 {
-    const uint64_t taken =
-        sh_memory_now().resident + file_bytes + OTHER_BYTES + (uint64_t)threads * BLAS_BYTES;
-    *out = 0;
-    if (memory_max == 0)
-        return SH_OK;
-    if (taken >= (uint64_t)memory_max)
-        return sh_fail(err, SH_ERR_LIMIT,
-                       "--memory-max %lld: the program, its data, the models' files and OpenBLAS "
-                       "alone take %llu bytes: %llu more are needed, and some for the training",
-                       (long long)memory_max, (unsigned long long)taken,
-                       (unsigned long long)(taken - (uint64_t)memory_max));
-    *out = (uint64_t)memory_max - taken;
-    return SH_OK;
+    return sh_memory_now().resident + file_bytes + OTHER_BYTES + (uint64_t)threads * BLAS_BYTES;
+}
+
+/* What a limit leaves for the training; where it leaves nothing, the least that is a limit: the
+ * library's planning then says what it needs. */
+static uint64_t memory_left(uint64_t limit, uint64_t taken)
+{
+    return limit == 0 ? 0 : limit > taken ? limit - taken : 1;
 }
 
 /* ---- a run ---- */
@@ -459,7 +453,10 @@ sh_status tp_train_options(tp_run *run, const tp_source *source, sh_train_option
     SH_TRY(tp_quantize_aware(o->quantize_aware, &out->quantize_aware, err));
     const uint64_t file_bytes = (source->base ? source->base->file_bytes : 0) +
                                 (run->teacher ? run->teacher->file_bytes : 0);
-    return tp_memory(o->memory_max, o->threads, file_bytes, &out->memory_max, err);
+    run->memory_taken = tp_memory_taken(o->threads, file_bytes);
+    out->memory_max = memory_left((uint64_t)o->memory_max, run->memory_taken);
+    out->memory_least = &run->memory_least;
+    return SH_OK;
 }
 
 sh_status tp_trained(tp_run *run, sh_status status, sh_error *err)
@@ -468,6 +465,14 @@ sh_status tp_trained(tp_run *run, sh_status status, sh_error *err)
         *err = run->failed;
         return run->failed.code;
     }
+    if (status == SH_ERR_LIMIT && run->memory_least > 0)
+        return sh_fail(
+            err, status,
+            "--memory-max %lld is too little: %llu are needed at least, %llu for the "
+            "training, the rest for the program, its data, the models' files and OpenBLAS",
+            (long long)run->o->memory_max,
+            (unsigned long long)(run->memory_taken + run->memory_least),
+            (unsigned long long)run->memory_least);
     if (status == SH_ERR_CANCELLED)
         return sh_fail(err, status, "interrupted; --resume goes on from %s", run->checkpoint);
     return status;

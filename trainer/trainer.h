@@ -132,6 +132,9 @@ typedef struct {
      * (SH_FREEZE_A when none); 0: never. */
     uint32_t alternate;
     const sh_train_checkpoint *checkpoint; /* borrowed; NULL: none */
+    /* Where SH_ERR_LIMIT leaves the least memory_max that will do, when that is what it is of;
+     * NULL: nowhere. */
+    uint64_t *memory_least;
 } sh_train_options;
 
 /* How the batches were worked on. Results are the same bits for any number of threads and kept
