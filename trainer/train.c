@@ -160,7 +160,7 @@ static sh_status options_check(const sh_train_options *o, sh_error *err)
                        "training options: held-out data, how often to measure its loss, and "
                        "patience go together");
     const sh_train_checkpoint *c = o->checkpoint;
-    if (c && (!c->path || !c->path[0] || !isfinite(c->every_s) || c->every_s < 0))
+    if (c && (!c->path || !c->path[0] || isnan(c->every_s) || c->every_s < 0))
         return sh_fail(err, SH_ERR_INVALID,
                        "training options: a checkpoint needs a path, and seconds between two that "
                        "are not negative");

@@ -55,8 +55,8 @@ typedef struct {
  * (A program ignores SIGXFSZ, or a limit of file sizes kills it.) */
 typedef struct {
     const char *path;
-    double every_s; /* between two, of wall time; 0: after each step. And when progress cancels, and
-                       at the end */
+    double every_s; /* between two, of wall time; 0: after each step, INFINITY: none. And when
+                       progress cancels, and at the end */
     bool resume;    /* go on from the file, if it is there. SH_ERR_MISMATCH: it is of other options,
                        data, shapes, parameters at the start, or another identity, and which */
     sh_hash identity;          /* of what the library cannot see: the files of base and teacher */
