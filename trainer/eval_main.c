@@ -71,6 +71,19 @@ static void print_result(const eval_options *o, const sh_dataset_rows *rows, dou
     json_decref(j);
 }
 
+static sh_status memory_left(const eval_options *o, uint64_t file_bytes, uint64_t *out,
+                             sh_error *err)
+{
+    const uint64_t limit = (uint64_t)o->memory_max, taken = tp_memory_taken(o->threads, file_bytes);
+    *out = limit == 0 ? 0 : limit - SH_MIN(limit, taken);
+    return limit == 0 || limit > taken
+               ? SH_OK
+               : sh_fail(err, SH_ERR_LIMIT,
+                         "--memory-max %llu is too little: the program, its data, the model's file "
+                         "and OpenBLAS take %llu, and the sequences more",
+                         (unsigned long long)limit, (unsigned long long)taken);
+}
+
 sh_status sh_eval_main(int argc, char **argv, sh_error *err)
 {
     sh_status status = SH_OK;
@@ -87,6 +100,7 @@ sh_status sh_eval_main(int argc, char **argv, sh_error *err)
     SH_GOTO(sh_options_parse(&sh_eval_command, argc, argv, &o, &args, err));
     if (args.help)
         goto cleanup;
+    SH_GOTO(tp_no_words(&sh_eval_command, &args, err));
     SH_GOTO(tp_need(o.model, "model", err));
     SH_GOTO(tp_need(o.data, "data", err));
     SH_GOTO(tp_long_samples(o.long_samples, &packing.long_samples, err));
@@ -100,7 +114,7 @@ sh_status sh_eval_main(int argc, char **argv, sh_error *err)
     SH_GOTO(sh_dataset_open(o.data, &reading, &data, err));
     SH_GOTO(sh_dataset_pack(data, &packing, &rows, err));
     limits.threads = (unsigned)o.threads;
-    SH_GOTO(tp_memory(o.memory_max, o.threads, model->file_bytes, &limits.memory_max, err));
+    SH_GOTO(memory_left(&o, model->file_bytes, &limits.memory_max, err));
     SH_GOTO(sh_train_evaluate(model, adapter, &rows.data, &limits, &nll, err));
     print_result(&o, &rows, nll);
 cleanup:

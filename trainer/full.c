@@ -233,19 +233,24 @@ static sh_status add_tensor(const sh_full *full, const tr_tensor *t, sh_type typ
     return sh_gguf_writer_add_tensor(w, t->name, type, ne, 2, bytes, err);
 }
 
-sh_status sh_full_save(const sh_full *full, sh_type type, const char *path, sh_error *err)
+sh_status sh_full_check_save(const sh_full *full, sh_type type, sh_error *err)
 {
-    sh_status status = SH_OK;
-    sh_gguf_writer *w = NULL;
-    uint8_t *bytes = NULL;
-    size_t total = 0;
     const sh_type_info *info = sh_type_get(type);
     if (!info || !info->can_write)
         return sh_fail(err, SH_ERR_UNSUPPORTED, "cannot write weights of type %s",
                        info ? info->name : "unknown");
     if (!full->keys)
         return sh_fail(err, SH_ERR_INVALID, "a model without a GGUF file has no keys to save");
-    SH_TRY(tr_rows_check(full->net, type, err));
+    return tr_rows_check(full->net, type, err);
+}
+
+sh_status sh_full_save(const sh_full *full, sh_type type, const char *path, sh_error *err)
+{
+    sh_status status = SH_OK;
+    sh_gguf_writer *w = NULL;
+    uint8_t *bytes = NULL;
+    size_t total = 0;
+    SH_TRY(sh_full_check_save(full, type, err));
     for (size_t i = 0; i < tr_tensor_count(full->net); i++) {
         tr_tensor t = tr_tensor_at(full->net, i);
         total += t.is_vector ? 0 : t.rows * sh_type_row_bytes(type, t.row);

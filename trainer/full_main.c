@@ -15,7 +15,7 @@ typedef struct {
 /* clang-format off */
 #define SHAPE_OPTIONS                                                                              \
     SH_OPT_STRING(full_options, init, 0, "init", "FILE", NULL,                                     \
-                  "begin with this GGUF model instead of random values"),                          \
+                  "begin with this GGUF model, in its shape, instead of random values"),                          \
     SH_OPT_STRING(full_options, type, 0, "type", "TYPE", "F16", "type of the saved matrices"),     \
     SH_OPT_STRING(full_options, arch, 0, "arch", "NAME", "llama",                                  \
                   "architecture of a new model: llama, qwen2, qwen3"),                             \
@@ -148,11 +148,13 @@ static sh_status run(const sh_command *command, int argc, char **argv, sh_error 
         SH_GOTO(tp_need(o.common.teacher, "teacher", err));
     SH_GOTO(tp_written_type("type", o.type, &type, err));
     SH_GOTO(student_open(&o, &s, err));
+    SH_GOTO(sh_full_check_save(s.full, type, err));
     const tp_source source = {.tokenizer = s.init ? s.init->tokenizer : s.tokenizer,
                               .chat = sh_chat_detect(s.init ? s.init->gguf : s.vocab),
                               .cut_anew = true,
                               .file_name = "model.gguf",
-                              .base = s.init};
+                              .base = s.init,
+                              .inputs = {o.vocab, o.init}};
     SH_GOTO(tp_run_open(&r, &o.common, &source, err));
     SH_GOTO(tp_train_options(&r, &source, &options, err));
     tp_catch_signals();
@@ -162,7 +164,7 @@ static sh_status run(const sh_command *command, int argc, char **argv, sh_error 
                                         options.quantize_aware};
         SH_GOTO(sh_full_evaluate(s.full, &r.heldout.data, &limits, &heldout, err));
     }
-    SH_GOTO(sh_full_save(s.full, type, r.out, err));
+    SH_GOTO(tp_written(&r, sh_full_save(s.full, type, r.out, err), err));
     tp_finish(&r, &result, heldout);
 cleanup:
     tp_run_release(&r);

@@ -90,7 +90,7 @@ static sh_status read_numbers(const char *key, const char *list, double least, d
                               double values[TARGETS], sh_error *err)
 {
     char word[48];
-    size_t which;
+    size_t which = 0;
     while (list && next_word(&list, word, sizeof word)) {
         char *number = strchr(word, '='), *end;
         if (!number)
@@ -101,6 +101,23 @@ static sh_status read_numbers(const char *key, const char *list, double least, d
         if (end == number || *end || !(values[which] >= least && values[which] <= most))
             return sh_fail(err, SH_ERR_USAGE, "--%s: %s=%s is not in [%g, %g]", key, word, number,
                            least, most);
+    }
+    return SH_OK;
+}
+
+/* A rank or an alpha of a matrix that is not adapted would be lost without a word. */
+static sh_status check_adapted(const char *key, const char *list, const bool targets[TARGETS],
+                               sh_error *err)
+{
+    double values[TARGETS] = {0};
+    SH_TRY(read_numbers(key, list, 1e-6, 1e6, values, err));
+    for (size_t i = 0; i < TARGETS; i++) {
+        if (values[i] > 0 && !targets[i])
+            return sh_fail(err, SH_ERR_USAGE, "--%s: %s is not among --targets", key,
+                           target_names[i]);
+        if (strcmp(key, "ranks") == 0 && values[i] != floor(values[i]))
+            return sh_fail(err, SH_ERR_USAGE, "--ranks: %s=%g is no whole number", target_names[i],
+                           values[i]);
     }
     return SH_OK;
 }
@@ -135,6 +152,8 @@ static sh_status make_adapter(const lora_options *o, const sh_model *model, sh_a
     uint32_t ranks[SH_LAYER_MATRICES];
     bool any = false;
     SH_TRY(read_targets(o->targets, targets, err));
+    SH_TRY(check_adapted("ranks", o->ranks, targets, err));
+    SH_TRY(check_adapted("alphas", o->alphas, targets, err));
     for (size_t i = 0; i < TARGETS; i++)
         numbers[i] = (double)o->rank;
     SH_TRY(read_numbers("ranks", o->ranks, 1, SH_LORA_RANK_MAX, numbers, err));
@@ -160,6 +179,8 @@ static sh_status first_adapter(const lora_options *o, const sh_model *model, sh_
 {
     if (!o->start)
         return make_adapter(o, model, out, err);
+    if (o->ranks)
+        return sh_fail(err, SH_ERR_USAGE, "--ranks: an adapter of --start has its own ranks");
     SH_TRY(sh_adapter_open_any(o->start, &model->config, out, err));
     const sh_status status = sh_adapter_check_base(*out, model, o->start, err);
     if (status != SH_OK)
@@ -243,7 +264,10 @@ sh_status sh_lora_main(int argc, char **argv, sh_error *err)
     const tp_source source = {.tokenizer = model->tokenizer,
                               .chat = sh_chat_detect(model->gguf),
                               .file_name = "adapter.gguf",
-                              .base = model};
+                              .base = model,
+                              .folder = o.peft,
+                              .inputs = {o.base, o.start},
+                              .outputs = {o.merged}};
     SH_GOTO(tp_run_open(&run, &o.common, &source, err));
     SH_GOTO(lora_train_options(&o, &run, &source, &options, err));
     tp_catch_signals();
@@ -255,7 +279,7 @@ sh_status sh_lora_main(int argc, char **argv, sh_error *err)
         SH_GOTO(sh_train_evaluate(model, adapter, &run.heldout.data, &limits, &heldout, err));
     }
     adapter->base = sh_model_hash(model);
-    SH_GOTO(write_outputs(&o, &run, model, adapter, err));
+    SH_GOTO(tp_written(&run, write_outputs(&o, &run, model, adapter, err), err));
     tp_finish(&run, &result, heldout);
 cleanup:
     tp_run_release(&run);

@@ -93,6 +93,8 @@ typedef struct {
     SH_OPT_FLAG(T, common.json, 0, "json", "print one JSON object")
 /* clang-format on */
 
+/* SH_ERR_USAGE: words that are no options. */
+SH_MUST_USE sh_status tp_no_words(const sh_command *command, const sh_args *args, sh_error *err);
 SH_MUST_USE sh_status tp_need(const char *value, const char *key, sh_error *err);
 /* The index of a name in a list. */
 SH_MUST_USE sh_status tp_choose(const char *key, const char *value, const char *const *names,
@@ -102,10 +104,14 @@ SH_MUST_USE sh_status tp_quantize_aware(const char *name, sh_type *out,
                                         sh_error *err); /* NULL: F32 */
 SH_MUST_USE sh_status tp_written_type(const char *key, const char *name, sh_type *out,
                                       sh_error *err);
-/* What of --memory-max is left for the training: the pages of models' files will be resident, and
- * so is what the process has now. 0: no limit. */
-SH_MUST_USE sh_status tp_memory(int64_t memory_max, int64_t threads, uint64_t file_bytes,
-                                uint64_t *out, sh_error *err);
+/* That writing to path would destroy nothing that is meant to stay: neither one of the n inputs
+ * (any may be NULL), whatever name it goes by here, nor a file that its owner made read-only. A
+ * rename onto a file asks for no permission of it. */
+SH_MUST_USE sh_status tp_check_output(const char *path, const char *const *inputs, size_t n,
+                                      sh_error *err);
+/* What is taken beside a training: the pages of models' files will be resident, and so is what the
+ * process has now. */
+uint64_t tp_memory_taken(int64_t threads, uint64_t file_bytes);
 /* Options of a command that has TP_OPTIONS, of its --config, too. Not with args->help. */
 SH_MUST_USE sh_status tp_parse(const sh_command *command, int argc, char **argv, void *options,
                                sh_args *args, sh_error *err);
@@ -125,7 +131,8 @@ typedef struct {
     uint32_t step_begun;
     bool terminal, any_step;
     FILE *metrics_file;
-    sh_error failed; /* of the metrics; code SH_OK: none */
+    uint64_t memory_taken, memory_least; /* beside the training; of it, once it was too much */
+    sh_error failed;                     /* of the metrics; code SH_OK: none */
 } tp_run;
 
 /* What a command brings. */
@@ -135,6 +142,10 @@ typedef struct {
     bool cut_anew;         /* each pass over texts with cuts of its own, in the order of training */
     const char *file_name; /* of what is written into a folder: "adapter.gguf" */
     const sh_model *base;  /* that the training begins with; NULL: none */
+    const char *inputs[2]; /* files of the command's own that are read; NULL: none */
+    const char *folder;    /* to be made and written into; NULL: none */
+    const char *outputs[1]; /* files of the command's own that are written, beside --out; NULL: none
+                             */
 } tp_source;
 
 /* Reads data and teacher, chooses the paths. run is zeroed before, and released in any case. */
@@ -146,6 +157,8 @@ SH_MUST_USE sh_status tp_train_options(tp_run *run, const tp_source *source, sh_
                                        sh_error *err);
 /* What a training came to: the error that stopped it, with what to do. */
 SH_MUST_USE sh_status tp_trained(tp_run *run, sh_status status, sh_error *err);
+/* What writing the results came to: a training is not lost with a full disk. */
+SH_MUST_USE sh_status tp_written(tp_run *run, sh_status status, sh_error *err);
 /* Whether the loss of run->heldout is still to be measured; if not, *loss is it (NaN: none). */
 bool tp_heldout_is_due(const tp_run *run, const sh_train_result *result, double *loss);
 /* Results on standard output; the checkpoint is removed. */

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "shared/base/clock.h"
@@ -30,13 +31,22 @@ static void on_signal(int number)
 
 void tp_catch_signals(void)
 {
-    struct sigaction stop = {.sa_handler = on_signal}, ignore = {.sa_handler = SIG_IGN};
+    /* A second one ends it at once, should what it does now take long. */
+    struct sigaction stop = {.sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND},
+                     ignore = {.sa_handler = SIG_IGN};
     sigaction(SIGINT, &stop, NULL);
     sigaction(SIGTERM, &stop, NULL);
     sigaction(SIGXFSZ, &ignore, NULL); /* a limit of file sizes is an error of the write */
 }
 
 /* ---- options ---- */
+
+sh_status tp_no_words(const sh_command *command, const sh_args *args, sh_error *err)
+{
+    return args->n_positional == 0 ? SH_OK
+                                   : sh_fail(err, SH_ERR_USAGE, "'%s' is no option (see %s --help)",
+                                             args->positional[0], command->name);
+}
 
 sh_status tp_need(const char *value, const char *key, sh_error *err)
 {
@@ -119,9 +129,7 @@ sh_status tp_parse(const sh_command *command, int argc, char **argv, void *optio
         snprintf(config, sizeof config, "%s", o->config);
         SH_TRY(sh_options_parse_file(command, config, argc, argv, options, args, err));
     }
-    if (args->n_positional > 0)
-        return sh_fail(err, SH_ERR_USAGE, "'%s' is no option (see %s --help)", args->positional[0],
-                       command->name);
+    SH_TRY(tp_no_words(command, args, err));
     return check_options(o, err);
 }
 
@@ -141,17 +149,63 @@ static bool ends_with(const char *text, const char *end)
     return n >= m && strcmp(text + n - m, end) == 0;
 }
 
-/* Before hours of training. */
-static sh_status check_folder_of(const char *path, sh_error *err)
+/* Before hours of training: a file is begun beside it, and removed. */
+static sh_status check_writable(const char *path, sh_error *err)
 {
-    char folder[SH_PATH_BYTES];
-    const char *slash = strrchr(path, '/');
-    snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - path + 1) : 1,
-             slash ? path : ".");
-    if (access(folder, W_OK | X_OK) != 0)
-        return sh_fail(err, SH_ERR_USAGE, "cannot write %s: the folder %s: %s", path, folder,
-                       strerror(errno));
+    sh_file_writer writer = {0};
+    SH_TRY(sh_file_writer_open_private(path, &writer, err));
+    sh_file_writer_abandon(&writer);
     return SH_OK;
+}
+
+static sh_status check_folder(const char *folder, sh_error *err)
+{
+    char path[SH_PATH_BYTES];
+    SH_TRY(sh_dir_make(folder, err));
+    SH_TRY(sh_path_join(path, sizeof path, folder, "adapter_config.json", err));
+    return check_writable(path, err);
+}
+
+sh_status tp_check_output(const char *path, const char *const *inputs, size_t n, sh_error *err)
+{
+    struct stat out, in;
+    if (stat(path, &out) != 0)
+        return SH_OK;
+    for (size_t i = 0; i < n; i++)
+        if (inputs[i] && stat(inputs[i], &in) == 0 && in.st_dev == out.st_dev &&
+            in.st_ino == out.st_ino)
+            return sh_fail(err, SH_ERR_USAGE,
+                           "cannot write %s: it is %s, which is read; choose another name", path,
+                           inputs[i]);
+    if (S_ISREG(out.st_mode) && (out.st_mode & (S_IWUSR | S_IWGRP | S_IWOTH)) == 0)
+        return sh_fail(err, SH_ERR_USAGE,
+                       "cannot write %s: that file is read-only; choose another name", path);
+    return SH_OK;
+}
+
+/* Before anything is read or written. */
+static sh_status check_outputs(const tp_run *run, const tp_source *source, sh_error *err)
+{
+    const tp_options *o = run->o;
+    const char *const inputs[] = {o->data,   o->heldout,        o->teacher,
+                                  o->config, source->inputs[0], source->inputs[1]};
+    const char *const outputs[] = {run->out, run->metrics, run->checkpoint, source->outputs[0]};
+    for (size_t i = 0; i < SH_COUNT(outputs); i++) {
+        if (!outputs[i] || !outputs[i][0])
+            continue;
+        for (size_t k = 0; k < i; k++)
+            if (outputs[k] && strcmp(outputs[k], outputs[i]) == 0)
+                return sh_fail(err, SH_ERR_USAGE, "%s would be written twice; choose another name",
+                               outputs[i]);
+        SH_TRY(tp_check_output(outputs[i], inputs, SH_COUNT(inputs), err));
+        SH_TRY(check_writable(outputs[i], err));
+    }
+    if (!o->resume && sh_file_exists(run->checkpoint))
+        return sh_fail(err, SH_ERR_USAGE,
+                       "%s is of a run that was interrupted: --resume goes on with it; remove it "
+                       "to begin anew",
+                       run->checkpoint);
+    return source->folder ? check_folder(source->folder, err) : SH_OK;
 }
 
 static sh_status choose_paths(tp_run *run, const char *name, sh_error *err)
@@ -168,7 +222,7 @@ static sh_status choose_paths(tp_run *run, const char *name, sh_error *err)
     }
     if (o->metrics)
         SH_TRY(append(run->metrics, o->metrics, "", err));
-    return check_folder_of(run->out, err);
+    return SH_OK;
 }
 
 /* ---- data ---- */
@@ -302,22 +356,16 @@ static bool on_step(void *arg, const sh_train_progress *p)
 #define BLAS_BYTES  (24u << 20) /* of a thread that calls OpenBLAS: its packed panels */
 #define OTHER_BYTES (16u << 20) /* the allocator's own, stacks, what else is read meanwhile */
 
-sh_status tp_memory(int64_t memory_max, int64_t threads, uint64_t file_bytes, uint64_t *out,
-                    sh_error *err)
+uint64_t tp_memory_taken(int64_t threads, uint64_t file_bytes)
 {
-    const uint64_t taken =
-        sh_memory_now().resident + file_bytes + OTHER_BYTES + (uint64_t)threads * BLAS_BYTES;
-    *out = 0;
-    if (memory_max == 0)
-        return SH_OK;
-    if (taken >= (uint64_t)memory_max)
-        return sh_fail(err, SH_ERR_LIMIT,
-                       "--memory-max %lld: the program, its data, the models' files and OpenBLAS "
-                       "alone take %llu bytes: %llu more are needed, and some for the training",
-                       (long long)memory_max, (unsigned long long)taken,
-                       (unsigned long long)(taken - (uint64_t)memory_max));
-    *out = (uint64_t)memory_max - taken;
-    return SH_OK;
+    return sh_memory_now().resident + file_bytes + OTHER_BYTES + (uint64_t)threads * BLAS_BYTES;
+}
+
+/* What a limit leaves for the training; where it leaves nothing, the least that is a limit: the
+ * library's planning then says what it needs. */
+static uint64_t memory_left(uint64_t limit, uint64_t taken)
+{
+    return limit == 0 ? 0 : limit > taken ? limit - taken : 1;
 }
 
 /* ---- a run ---- */
@@ -328,6 +376,7 @@ sh_status tp_run_open(tp_run *run, const tp_options *o, const tp_source *source,
     run->terminal = isatty(STDERR_FILENO) == 1;
     run->heldout_loss = (double)NAN;
     SH_TRY(choose_paths(run, source->file_name, err));
+    SH_TRY(check_outputs(run, source, err));
     SH_TRY(open_data(run, source, err));
     if (o->teacher)
         SH_TRY(sh_model_open(o->teacher, &run->teacher, err));
@@ -404,12 +453,9 @@ sh_status tp_train_options(tp_run *run, const tp_source *source, sh_train_option
     SH_TRY(tp_quantize_aware(o->quantize_aware, &out->quantize_aware, err));
     const uint64_t file_bytes = (source->base ? source->base->file_bytes : 0) +
                                 (run->teacher ? run->teacher->file_bytes : 0);
-    SH_TRY(tp_memory(o->memory_max, o->threads, file_bytes, &out->memory_max, err));
-    if (!o->resume && sh_file_exists(run->checkpoint))
-        return sh_fail(err, SH_ERR_USAGE,
-                       "%s is of a run that was interrupted: --resume goes on with it; remove it "
-                       "to begin anew",
-                       run->checkpoint);
+    run->memory_taken = tp_memory_taken(o->threads, file_bytes);
+    out->memory_max = memory_left((uint64_t)o->memory_max, run->memory_taken);
+    out->memory_least = &run->memory_least;
     return SH_OK;
 }
 
@@ -419,9 +465,25 @@ sh_status tp_trained(tp_run *run, sh_status status, sh_error *err)
         *err = run->failed;
         return run->failed.code;
     }
+    if (status == SH_ERR_LIMIT && run->memory_least > 0)
+        return sh_fail(
+            err, status,
+            "--memory-max %lld is too little: %llu are needed at least, %llu for the "
+            "training, the rest for the program, its data, the models' files and OpenBLAS",
+            (long long)run->o->memory_max,
+            (unsigned long long)(run->memory_taken + run->memory_least),
+            (unsigned long long)run->memory_least);
     if (status == SH_ERR_CANCELLED)
         return sh_fail(err, status, "interrupted; --resume goes on from %s", run->checkpoint);
     return status;
+}
+
+sh_status tp_written(tp_run *run, sh_status status, sh_error *err)
+{
+    return status == SH_OK
+               ? SH_OK
+               : sh_fail_in(err, "the training is done and kept in %s, --resume writes it again",
+                            run->checkpoint);
 }
 
 /* ---- results ---- */

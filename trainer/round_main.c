@@ -268,6 +268,7 @@ sh_status sh_round_main(int argc, char **argv, sh_error *err)
     SH_GOTO(sh_options_parse(&sh_round_command, argc, argv, &o, &args, err));
     if (args.help)
         goto cleanup;
+    SH_GOTO(tp_no_words(&sh_round_command, &args, err));
     SH_GOTO(check_options(&o, err));
     SH_GOTO(make_options(&o, &options, err));
     SH_GOTO(sh_crypto_init(err));

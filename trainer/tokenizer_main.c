@@ -271,7 +271,9 @@ sh_status sh_tokenizer_train_main(int argc, char **argv, sh_error *err)
     if (args.help)
         goto cleanup;
     tp_catch_signals();
+    SH_GOTO(tp_no_words(&sh_tokenizer_train_command, &args, err));
     SH_GOTO(make_options(&o, &options, err));
+    SH_GOTO(tp_check_output(o.out, &o.data, 1, err));
     if (o.special != NULL) {
         list = strdup(o.special);
         if (list == NULL) {

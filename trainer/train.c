@@ -232,6 +232,26 @@ static tr_batcher_options batcher_options(const loop *l)
                                 .like = l->plan.micro_sequences > 0 ? &l->plan : NULL};
 }
 
+/* The least limit, of what is taken without copies of frozen weights: under a limit they are made
+ * as tr_copy_bytes says, and then they count. */
+static uint64_t memory_least(const loop *l, uint64_t without_copies)
+{
+    const tr_net *nets[] = {l->t->net, l->t->teacher.net};
+    uint64_t least = without_copies, before;
+    do {
+        before = least;
+        least = without_copies;
+        for (size_t i = 0; i < SH_COUNT(nets); i++) {
+            const uint64_t copy = nets[i] ? nets[i]->layout.n * sizeof(float) : 0;
+            if (nets[i] && nets[i]->model && copy <= tr_copy_bytes(before) &&
+                (i > 0 || l->t->mode == TR_GRAD_LORA))
+                least += copy;
+        }
+        least = SH_MAX(least, before);
+    } while (least > before);
+    return least;
+}
+
 /* What weights, parameters, optimizer and the order of the data leave for activations. */
 static sh_status memory_left(loop *l, sh_error *err)
 {
@@ -246,6 +266,11 @@ static sh_status memory_left(loop *l, sh_error *err)
         return SH_OK;
     const tr_batcher_options o = batcher_options(l);
     const uint64_t least = tr_batcher_bytes_least(&o);
+    if (taken + least > memory_max && l->options->memory_least) {
+        const uint64_t copied = (is_lora && net->weights ? net->layout.n : 0) +
+                                (teacher && teacher->weights ? teacher->layout.n : 0);
+        *l->options->memory_least = memory_least(l, taken + least - copied * sizeof(float));
+    }
     if (taken + least > memory_max)
         return sh_fail(err, SH_ERR_LIMIT,
                        "training: weights and optimizer take %llu bytes and sequences of %u tokens "

@@ -154,6 +154,10 @@ typedef struct {
                             optimizer, activations. Files are not counted, nor data and adapter of
                             the caller, nor what OpenBLAS takes. 0: no limit */
 
+    /* Where SH_ERR_LIMIT leaves the least memory_max that will do, when that is what it is of;
+     * NULL: nowhere. */
+    uint64_t *memory_least;
+
     const sh_train_checkpoint *checkpoint; /* borrowed; NULL: none */
     /* Called after each step; a false return cancels (SH_ERR_CANCELLED). May be NULL. */
     bool (*progress)(void *arg, const sh_train_progress *p);
@@ -244,6 +248,9 @@ SH_MUST_USE sh_status sh_full_train(sh_full *full, const sh_train_data *data,
 SH_MUST_USE sh_status sh_full_evaluate(const sh_full *full, const sh_train_data *data,
                                        const sh_train_limits *limits, double *mean_nll,
                                        sh_error *err);
+/* Whether it can be saved so, to be asked before hours of training. SH_ERR_UNSUPPORTED: the type
+ * cannot be written; SH_ERR_INVALID names a matrix whose rows are not whole blocks of it. */
+SH_MUST_USE sh_status sh_full_check_save(const sh_full *full, sh_type type, sh_error *err);
 /* Writes GGUF with matrices of `type` and F32 norms. */
 SH_MUST_USE sh_status sh_full_save(const sh_full *full, sh_type type, const char *path,
                                    sh_error *err);

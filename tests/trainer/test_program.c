@@ -6,86 +6,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "shared/base/file.h"
-#include "shared/base/json.h"
 #include "shared/model/model.h"
 #include "shared/model/synth.h"
 #include "tests/model/tiny.h"
-#include "tests/trainer/util.h"
+#include "tests/trainer/program_run.h"
 #include "trainer/snapshot.h"
-
-static sh_error err;
-static const char *program;
-static char dir[] = "/tmp/shoal-train-test-XXXXXX";
-
-static const char *const files[] = {"vocab.gguf",   "text",        "model.gguf", "again.gguf",
-                                    "adapter.gguf", "broken.gguf", "f16.gguf",   "snapshot",
-                                    "update.gguf",  "result.json", "other.gguf"};
-
-static const char *path_of(const char *name)
-{
-    static char paths[8][128];
-    static size_t next;
-    char *path = paths[next++ % SH_COUNT(paths)];
-    snprintf(path, sizeof(paths[0]), "%s/%s", dir, name);
-    return path;
-}
-
-/* Runs the program in a shell with the folder as working directory; returns its exit status and
- * what it printed on stdout. stderr goes to the folder's file "stderr". */
-static int run(const char *arguments, char *out, size_t bytes)
-{
-    char command[1024];
-    snprintf(command, sizeof(command), "cd '%s' && '%s' %s 2>stderr", dir, program, arguments);
-    FILE *pipe = popen(command, "r");
-    assert_non_null(pipe);
-    size_t n = fread(out, 1, bytes - 1, pipe);
-    out[n] = '\0';
-    int status = pclose(pipe);
-    assert_true(WIFEXITED(status));
-    return WEXITSTATUS(status);
-}
-
-static void must_exit(const char *arguments, int expected)
-{
-    char out[4096];
-    uint8_t *text = NULL;
-    size_t n = 0;
-    int status = run(arguments, out, sizeof(out));
-    must_be_ok(sh_file_read(path_of("stderr"), 1 << 20, &text, &n, &err));
-    if (status != expected || n == 0)
-        fail_msg("'%s' exits with %d, expected %d and a line: %s", arguments, status, expected,
-                 (const char *)text);
-    free(text);
-}
-
-static json_t *run_json(const char *arguments)
-{
-    char out[8192];
-    json_error_t where;
-    int status = run(arguments, out, sizeof(out));
-    if (status != 0)
-        fail_msg("'%s' exits with %d", arguments, status);
-    json_t *j = json_loads(out, 0, &where);
-    if (!j)
-        fail_msg("'%s' prints no JSON: %s", arguments, out);
-    return j;
-}
-
-static double number_of(const json_t *j, const char *key)
-{
-    const json_t *value = json_object_get(j, key);
-    if (!json_is_number(value))
-        fail_msg("no number '%s'", key);
-    return json_number_value(value);
-}
-
-#define FULL                                                                                       \
-    "full --vocab vocab.gguf --data text --heldout text --width 32 --layers 2 --heads 4 "          \
-    "--kv-heads 2 --ffn 64 --context-length 64 --context 16 --batch 4 --warmup 2 --lr 0.01 "
 
 static void test_full(void **state)
 {
@@ -227,19 +156,6 @@ static void test_lora(void **state)
     json_decref(e);
 }
 
-static void expect_error(const char *arguments, int code, const char *text)
-{
-    uint8_t *line = NULL;
-    size_t n = 0;
-    unlink(path_of("result.json"));
-    must_exit(arguments, code);
-    must_be_ok(sh_file_read(path_of("stderr"), 1 << 20, &line, &n, &err));
-    if (!strstr((const char *)line, text))
-        fail_msg("'%s' says: %s", arguments, (const char *)line);
-    free(line);
-    assert_false(sh_file_exists(path_of("result.json")));
-}
-
 /* What is adapted, how it is scaled, where it begins and what of it is trained. */
 static void test_lora_options(void **state)
 {
@@ -278,6 +194,46 @@ static void test_lora_options(void **state)
     };
     for (size_t i = 0; i < SH_COUNT(wrong); i++)
         expect_error(wrong[i][0], 2, wrong[i][1]);
+#undef LORA
+}
+
+/* What is read is never written, by no name of it, nor what is read-only. */
+static void test_inputs_stay(void **state)
+{
+    (void)state;
+#define LORA "lora --base model.gguf --data text --rank 4 --batch 4 --context 16 --steps 1 "
+    static const char *const wrong[][2] = {
+        {LORA "--out model.gguf", "which is read"},
+        {LORA "--out ./model.gguf", "which is read"},
+        {LORA "--out alias.gguf", "which is read"},
+        {LORA "--out x.gguf --merged model.gguf", "which is read"},
+        {LORA "--out x.gguf --metrics text", "which is read"},
+        {LORA "--out kept.gguf", "read-only"},
+        {FULL "--steps 1 --out vocab.gguf", "which is read"},
+    };
+    static const char *const inputs[] = {"model.gguf", "text", "vocab.gguf", "kept.gguf"};
+    sh_hash before[SH_COUNT(inputs)];
+    must_be_ok(sh_file_write_atomic(path_of("kept.gguf"), "kept", 4, &err));
+    assert_int_equal(chmod(path_of("kept.gguf"), 0444), 0);
+    assert_int_equal(symlink("model.gguf", path_of("alias.gguf")), 0);
+    for (size_t round = 0; round < 2; round++) {
+        for (size_t i = 0; i < SH_COUNT(inputs); i++) {
+            uint8_t *bytes = NULL;
+            size_t n = 0;
+            must_be_ok(sh_file_read(path_of(inputs[i]), SIZE_MAX, &bytes, &n, &err));
+            const sh_hash hash = sh_sha256(bytes, n);
+            free(bytes);
+            if (round == 0)
+                before[i] = hash;
+            else
+                assert_memory_equal(&hash, &before[i], sizeof hash);
+        }
+        for (size_t i = 0; round == 0 && i < SH_COUNT(wrong); i++)
+            expect_error(wrong[i][0], 2, wrong[i][1]);
+    }
+    assert_false(sh_file_exists(path_of("x.gguf")));
+    unlink(path_of("kept.gguf"));
+    unlink(path_of("alias.gguf"));
 #undef LORA
 }
 
@@ -471,32 +427,6 @@ static void test_errors(void **state)
     assert_non_null(strstr(out, "usage"));
 }
 
-static int prepare(void **state)
-{
-    (void)state;
-    static const char line[] = "the quick brown fox jumps over the lazy dog and the cat sat. ";
-    static char text[60 * sizeof(line)];
-    tiny_options o = tiny_defaults(1);
-    size_t n = 0;
-    for (int i = 0; i < 60; i++, n += sizeof(line) - 1)
-        memcpy(text + n, line, sizeof(line) - 1);
-    if (!mkdtemp(dir))
-        return 1;
-    must_be_ok(tiny_write(&o, path_of("vocab.gguf"), &err));
-    must_be_ok(sh_file_write_atomic(path_of("text"), text, n, &err));
-    must_be_ok(sh_file_write_atomic(path_of("broken.gguf"), "GGUFnot", 7, &err));
-    return 0;
-}
-
-static int clean(void **state)
-{
-    (void)state;
-    for (size_t i = 0; i < SH_COUNT(files); i++)
-        unlink(path_of(files[i]));
-    unlink(path_of("stderr"));
-    return rmdir(dir);
-}
-
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
@@ -506,6 +436,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_full_of_architectures),
         cmocka_unit_test(test_lora),
         cmocka_unit_test(test_lora_options),
+        cmocka_unit_test(test_inputs_stay),
         cmocka_unit_test(test_tokenizer),
         cmocka_unit_test(test_round),
         cmocka_unit_test(test_round_errors),
