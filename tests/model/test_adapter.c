@@ -11,8 +11,7 @@
 #include <string.h>
 
 #include "shared/base/buf.h"
-#include "shared/base/rng.h"
-#include "shared/model/model.h"
+#include "tests/model/util.h"
 
 #define SEED      20260206
 #define BYTES_MAX (4u << 20)
@@ -245,6 +244,111 @@ static void test_broken(void **state)
     }
 }
 
+/* ---- which base it is of ---- */
+
+#define KEY_BASE "shoal.base.sha256"
+
+/* The hash goes through the file; one that is not known leaves no key. */
+static void test_base(void **state)
+{
+    (void)state;
+    for (size_t known = 0; known < 2; known++) {
+        sh_adapter *a = random_adapter(2), *b = NULL;
+        sh_gguf *g = NULL;
+        sh_buf bytes;
+        const char *text = NULL;
+        size_t n = 0;
+        assert_true(sh_hash_is_zero(&a->base));
+        for (size_t i = 0; known && i < sizeof a->base.b; i++)
+            a->base.b[i] = (uint8_t)(i * 37 + 5);
+        sh_buf_init(&bytes, BYTES_MAX);
+        CHECK_OK(sh_adapter_encode(a, &bytes, err));
+        CHECK_OK(sh_adapter_decode(bytes.data, bytes.len, "x", &config, &b, err));
+        assert_true(sh_hash_equal(&a->base, &b->base));
+        CHECK_OK(sh_gguf_open_memory(bytes.data, bytes.len, "x", &g, err));
+        assert_int_equal(sh_gguf_get_string(g, KEY_BASE, &text, &n, NULL),
+                         known ? SH_OK : SH_ERR_NOT_FOUND);
+        if (known)
+            assert_true(n == 64 && memcmp(text, "052a4f7499be", 12) == 0);
+        sh_gguf_close(&g);
+        sh_adapter_destroy(&a);
+        sh_adapter_destroy(&b);
+        sh_buf_release(&bytes);
+    }
+}
+
+/* text NULL: a number. */
+static void expect_base_refused(const char *text)
+{
+    static const float data[24 * 8] = {0};
+    sh_gguf_writer *w = NULL;
+    sh_buf out;
+    const uint64_t ne[] = {24, 8};
+    sh_buf_init(&out, BYTES_MAX);
+    CHECK_OK(sh_gguf_writer_create(&w, err));
+    assert_int_equal(sh_gguf_writer_set_string(w, "general.type", "adapter"), SH_OK);
+    assert_int_equal(sh_gguf_writer_set_string(w, "general.architecture", "llama"), SH_OK);
+    assert_int_equal(sh_gguf_writer_set_string(w, "adapter.type", "lora"), SH_OK);
+    assert_int_equal(sh_gguf_writer_set_f32(w, "adapter.lora.alpha", 16), SH_OK);
+    assert_int_equal(text ? sh_gguf_writer_set_string(w, KEY_BASE, text)
+                          : sh_gguf_writer_set_u32(w, KEY_BASE, 7),
+                     SH_OK);
+    for (char side = 'a'; side <= 'b'; side++) {
+        char name[] = "blk.0.attn_q.weight.lora_a";
+        const uint64_t ne_b[] = {8, 24};
+        name[sizeof name - 2] = side;
+        CHECK_OK(
+            sh_gguf_writer_add_tensor(w, name, SH_TYPE_F32, side == 'a' ? ne : ne_b, 2, data, err));
+    }
+    CHECK_OK(sh_gguf_writer_encode(w, &out, err));
+    expect_refused(&out, &config, SH_ERR_INVALID, KEY_BASE);
+    sh_gguf_writer_destroy(&w);
+    sh_buf_release(&out);
+}
+
+static void test_base_malformed(void **state)
+{
+    (void)state;
+    char hex[80];
+    memset(hex, 'a', sizeof hex);
+    hex[65] = '\0';
+    expect_base_refused(hex); /* a digit too many */
+    hex[63] = '\0';
+    expect_base_refused(hex);
+    hex[63] = 'a';
+    hex[64] = '\0';
+    hex[17] = 'g';
+    expect_base_refused(hex);
+    hex[17] = ' ';
+    expect_base_refused(hex);
+    expect_base_refused("");
+    expect_base_refused(NULL);
+}
+
+static void test_check_base(void **state)
+{
+    (void)state;
+    const tiny_options first = tiny_defaults(SEED), second = tiny_defaults(SEED + 1);
+    sh_model *model = util_open(&first), *other = util_open(&second);
+    sh_adapter *a = util_adapter(model, 2, SEED, 0.1f);
+    sh_error error = {0};
+    char hex[SH_HASH_HEX_BYTES];
+    CHECK_OK(sh_adapter_check_base(a, other, "a.gguf", err)); /* it does not say */
+    a->base = sh_model_hash(model);
+    CHECK_OK(sh_adapter_check_base(a, model, "a.gguf", err));
+    assert_int_equal(sh_adapter_check_base(a, other, "a.gguf", &error), SH_ERR_MISMATCH);
+    assert_non_null(strstr(error.text, "a.gguf"));
+    for (size_t i = 0; i < 2; i++) { /* both are named by how they begin */
+        const sh_hash hash = sh_model_hash(i ? other : model);
+        sh_hex(hash.b, sizeof hash.b, hex);
+        hex[16] = '\0';
+        assert_non_null(strstr(error.text, hex));
+    }
+    sh_adapter_destroy(&a);
+    sh_model_close(&model);
+    sh_model_close(&other);
+}
+
 /* The two of a pair disagree about the rank; then agree, in F16. */
 static void test_ranks_and_f16(void **state)
 {
@@ -331,7 +435,8 @@ int main(void)
         cmocka_unit_test(test_output),     cmocka_unit_test(test_create),
         cmocka_unit_test(test_round_trip), cmocka_unit_test(test_mismatch),
         cmocka_unit_test(test_broken),     cmocka_unit_test(test_ranks_and_f16),
-        cmocka_unit_test(test_no_memory),
+        cmocka_unit_test(test_no_memory),  cmocka_unit_test(test_base),
+        cmocka_unit_test(test_check_base), cmocka_unit_test(test_base_malformed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -347,7 +347,8 @@ static double softmax_nll(double *z, size_t n, size_t target)
     return log(sum) - of_target;
 }
 
-enum { MOST = 128 }; /* positions, and any dimension of a reference model */
+/* Positions, and any dimension of a reference model but its vocabulary. */
+enum { MOST = 128, VOCAB_MOST = 320 };
 
 /* One position of one layer's attention; k and v hold positions 0..t of this layer, of which those
  * from `begin` on are seen. */
@@ -448,7 +449,7 @@ static double softened_kl(const reference_mixture *mixture, const double *z, con
                           size_t n)
 {
     const double t = mixture->temperature;
-    double p[MOST], q[MOST], kl = 0;
+    double p[VOCAB_MOST], q[VOCAB_MOST], kl = 0;
     for (size_t i = 0; i < n; i++) {
         q[i] = z[i] / t;
         p[i] = v[i] / t;
@@ -465,8 +466,8 @@ double reference_mixed_loss(const reference *r, const reference_mixture *mixture
 {
     const reference *teacher = mixture->teacher;
     cache *keys = must(sh_calloc(teacher ? 4 : 2, sizeof(*keys)));
-    double z[MOST], v[MOST], loss = 0, n = 0;
-    SH_ASSERT(data->length <= MOST && r->config.vocab <= MOST && r->config.ffn <= MOST);
+    double z[VOCAB_MOST], v[VOCAB_MOST], loss = 0, n = 0;
+    SH_ASSERT(data->length <= MOST && r->config.vocab <= VOCAB_MOST && r->config.ffn <= MOST);
     for (size_t s = 0; s < data->n; s++) {
         const int32_t *tokens = data->tokens + s * data->length;
         size_t begin = 0;

@@ -5,7 +5,9 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
+#include "shared/model/synth.h"
 #include "tests/trainer/small.h"
 #include "tests/trainer/util.h"
 #include "trainer/train.h"
@@ -38,10 +40,8 @@ static void compare(reference *r, const sh_train_data *data, const char *name, d
         fail_msg("%s: gradients differ by %g, the largest is %g", name, worst, most);
 }
 
-static void check_full_model(const sh_model_config *config, const sh_train_data *data,
-                             size_t stride)
+static void check_opened_model(const sh_model *model, const sh_train_data *data, size_t stride)
 {
-    sh_model *model = small_model(config, SH_TYPE_F32, 7);
     sh_full *full = NULL;
     reference r;
     double loss = 0;
@@ -60,6 +60,13 @@ static void check_full_model(const sh_model_config *config, const sh_train_data 
     }
     reference_release(&r);
     sh_full_destroy(&full);
+}
+
+static void check_full_model(const sh_model_config *config, const sh_train_data *data,
+                             size_t stride)
+{
+    sh_model *model = small_model(config, SH_TYPE_F32, 7);
+    check_opened_model(model, data, stride);
     small_model_free(&model);
 }
 
@@ -71,15 +78,72 @@ static void check_full(bool tied, size_t n, uint32_t length, bool masked, size_t
     small_data_free(&data);
 }
 
-/* Biases, norms of heads, RoPE with its pairs a half apart and scaled. */
+/* Biases, norms of heads, RoPE scaled, with its pairs a half apart and, of llama, side by side;
+ * with an output of its own and without. */
+static sh_model_config architecture(sh_arch arch, bool tied)
+{
+    sh_model_config config = small_config_of(arch);
+    config.rope_halves = arch != SH_ARCH_LLAMA;
+    config.tied_output = tied;
+    return config;
+}
+
 static void test_full_architectures(void **state)
 {
     (void)state;
-    for (sh_arch arch = SH_ARCH_QWEN2; arch <= SH_ARCH_QWEN3; arch++) {
-        const sh_model_config config = small_config_of(arch);
-        sh_train_data data = small_data(&config, 2, 7, false, 11);
-        check_full_model(&config, &data, 1);
+    for (sh_arch arch = SH_ARCH_LLAMA; arch <= SH_ARCH_QWEN3; arch++) {
+        for (int tied = 0; tied < 2; tied++) {
+            const sh_model_config config = architecture(arch, tied);
+            sh_train_data data = small_data(&config, 2, 7, false, 11);
+            check_full_model(&config, &data, 3);
+            small_data_free(&data);
+        }
+    }
+}
+
+/* The trainer's loss of files of every form of RoPE is the engine's, and gradients are those of
+ * the angles that the file was read with. */
+static void test_files(void **state)
+{
+    (void)state;
+    static const struct {
+        sh_arch arch;
+        sh_rope_scaling rope;
+        bool freqs, tied;
+    } cases[] = {
+        {SH_ARCH_LLAMA, SH_ROPE_PLAIN, false, false}, {SH_ARCH_LLAMA, SH_ROPE_LINEAR, false, true},
+        {SH_ARCH_LLAMA, SH_ROPE_YARN, false, false},  {SH_ARCH_LLAMA, SH_ROPE_PLAIN, true, true},
+        {SH_ARCH_QWEN2, SH_ROPE_PLAIN, false, true},  {SH_ARCH_QWEN2, SH_ROPE_LINEAR, false, false},
+        {SH_ARCH_QWEN3, SH_ROPE_PLAIN, false, false}, {SH_ARCH_QWEN3, SH_ROPE_YARN, false, true},
+    };
+    for (size_t i = 0; i < SH_COUNT(cases); i++) {
+        char path[] = "/tmp/shoal-gradients-XXXXXX";
+        const int fd = mkstemp(path);
+        sh_model *model = NULL;
+        sh_loss engine = {0};
+        double nll = 0;
+        const sh_synth_shape shape = {"small", cases[i].arch, 2,    16, 4, 2, 8, 24, 300,
+                                      32,      cases[i].tied, 50.0f}; /* low frequencies matter */
+        const sh_synth_options synth = {.shape = &shape,
+                                        .type = SH_TYPE_F32,
+                                        .seed = 50 + i,
+                                        .sigma = 0.3f,
+                                        .rope = cases[i].rope,
+                                        .rope_factor = 4,
+                                        .rope_freqs = cases[i].freqs};
+        assert_true(fd >= 0);
+        close(fd);
+        must_be_ok(sh_synth_model(&synth, path, &err));
+        must_be_ok(sh_model_open(path, &model, &err));
+        unlink(path);
+        sh_train_data data = small_data(&model->config, 1, 13, false, 11);
+        must_be_ok(sh_model_loss(model, NULL, data.tokens, data.length, data.length, false, &engine,
+                                 &err));
+        must_be_ok(sh_train_evaluate(model, NULL, &data, NULL, &nll, &err));
+        must_be_near(nll, engine.nll_sum / (double)engine.n_scored, 1e-5 * nll);
+        check_opened_model(model, &data, 41);
         small_data_free(&data);
+        sh_model_close(&model);
     }
 }
 
@@ -240,23 +304,21 @@ static double scale_of(const sh_train_options *o, const sh_adapter *adapter, siz
 }
 
 /* options NULL: sh_lora_gradient. */
-static void check_lora(const uint32_t *ranks, size_t n_ranks, bool tied,
-                       const sh_train_options *options)
+static void check_lora_of(const sh_model_config *config, const sh_train_data *data,
+                          const uint32_t *ranks, size_t n_ranks, const sh_train_options *options)
 {
     const sh_train_options none = {0};
-    sh_model_config config = small_config(tied);
-    sh_model *model = small_model(&config, SH_TYPE_F32, 3);
-    sh_train_data data = small_data(&config, 2, 6, true, 5);
-    sh_adapter *adapter = small_adapter(&config, ranks, n_ranks, 13);
-    sh_adapter *grad = small_adapter(&config, ranks, n_ranks, 14);
+    sh_model *model = small_model(config, SH_TYPE_F32, 3);
+    sh_adapter *adapter = small_adapter(config, ranks, n_ranks, 13);
+    sh_adapter *grad = small_adapter(config, ranks, n_ranks, 14);
     double *a[2 * SH_LAYER_MATRICES] = {0}, *b[2 * SH_LAYER_MATRICES] = {0}, loss = 0;
     double scales[2 * SH_LAYER_MATRICES];
     masks m = {0};
-    lora_case c = {model, &data, {.shape = adapter, .a = a, .b = b, .scales = scales}, RELATIVE, 1};
+    lora_case c = {model, data, {.shape = adapter, .a = a, .b = b, .scales = scales}, RELATIVE, 1};
     if (options)
         training_gradient(&c, options, &m, adapter, grad, &loss);
     else
-        must_be_ok(sh_lora_gradient(model, adapter, &data, grad, &loss, &err));
+        must_be_ok(sh_lora_gradient(model, adapter, data, grad, &loss, &err));
     if (options) {
         c.relative = RELATIVE_TRAINED;
         c.stride = 5;
@@ -294,8 +356,16 @@ static void check_lora(const uint32_t *ranks, size_t n_ranks, bool tied,
         free(m.at[i]);
     sh_adapter_destroy(&adapter);
     sh_adapter_destroy(&grad);
-    small_data_free(&data);
     small_model_free(&model);
+}
+
+static void check_lora(const uint32_t *ranks, size_t n_ranks, bool tied,
+                       const sh_train_options *options)
+{
+    const sh_model_config config = small_config(tied);
+    sh_train_data data = small_data(&config, 2, 6, true, 5);
+    check_lora_of(&config, &data, ranks, n_ranks, options);
+    small_data_free(&data);
 }
 
 static void test_lora(void **state)
@@ -309,6 +379,21 @@ static void test_lora_mixed_ranks(void **state)
 {
     (void)state;
     check_lora((const uint32_t[]){2, 0, 5, 1, 0}, 5, false, NULL);
+}
+
+/* Through biases, norms of heads and scaled RoPE, and with several documents in a sequence. */
+static void test_lora_architectures(void **state)
+{
+    (void)state;
+    static const uint32_t ranks[] = {1, 0, 2};
+    for (sh_arch arch = SH_ARCH_LLAMA; arch <= SH_ARCH_QWEN3; arch++) {
+        const sh_model_config config = architecture(arch, arch == SH_ARCH_QWEN2);
+        sh_train_data data = small_data(&config, 2, 8, true, 5);
+        ((uint8_t *)(uintptr_t)data.mask)[3] |= SH_TRAIN_BEGINS;
+        ((uint8_t *)(uintptr_t)data.mask)[8 + 5] |= SH_TRAIN_BEGINS;
+        check_lora_of(&config, &data, ranks, SH_COUNT(ranks), NULL);
+        small_data_free(&data);
+    }
 }
 
 static void test_lora_scales(void **state)
@@ -336,11 +421,12 @@ static void test_lora_dropout(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_full_tied),        cmocka_unit_test(test_full_untied_masked),
-        cmocka_unit_test(test_full_long),        cmocka_unit_test(test_full_architectures),
-        cmocka_unit_test(test_full_documents),   cmocka_unit_test(test_lora),
-        cmocka_unit_test(test_lora_mixed_ranks), cmocka_unit_test(test_lora_scales),
-        cmocka_unit_test(test_lora_dropout),
+        cmocka_unit_test(test_full_tied),          cmocka_unit_test(test_full_untied_masked),
+        cmocka_unit_test(test_full_long),          cmocka_unit_test(test_full_architectures),
+        cmocka_unit_test(test_full_documents),     cmocka_unit_test(test_lora),
+        cmocka_unit_test(test_lora_mixed_ranks),   cmocka_unit_test(test_lora_scales),
+        cmocka_unit_test(test_lora_dropout),       cmocka_unit_test(test_files),
+        cmocka_unit_test(test_lora_architectures),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
