@@ -166,6 +166,39 @@ bool same_adapter(const sh_adapter *x, const sh_adapter *y)
     return true;
 }
 
+/* Of all of an adapter's factors. */
+static sh_hash hash_of(const sh_adapter *adapter)
+{
+    sh_sha256_state hash;
+    sh_sha256_init(&hash);
+    for (size_t i = 0; i < sh_lora_pair_count(adapter->n_layers); i++) {
+        const sh_lora_pair *p = &adapter->pairs[i];
+        if (!p->a)
+            continue;
+        sh_sha256_update(&hash, p->a, (size_t)p->rank * p->in * sizeof(float));
+        sh_sha256_update(&hash, p->b, (size_t)p->rank * p->out * sizeof(float));
+    }
+    return sh_sha256_final(&hash);
+}
+
+size_t small_train_without_memory(const sh_model *base, sh_adapter *adapter,
+                                  const sh_train_data *data, const sh_train_options *options)
+{
+    const sh_hash before = hash_of(adapter);
+    sh_train_result result;
+    sh_error err = {0};
+    for (size_t n = 1;; n++) {
+        SH_ASSERT(n < 1000);
+        (void)sh_alloc_fail_after(n);
+        const sh_status status = sh_lora_train(base, adapter, data, options, &result, &err);
+        (void)sh_alloc_fail_after(0);
+        if (status == SH_OK)
+            return n;
+        const sh_hash now = hash_of(adapter);
+        SH_ASSERT(status == SH_ERR_NO_MEMORY && sh_hash_equal(&now, &before));
+    }
+}
+
 sh_train_data small_data(const sh_model_config *config, size_t n, uint32_t length, bool masked,
                          uint64_t seed)
 {

@@ -21,6 +21,10 @@ sh_adapter *small_adapter(const sh_model_config *config, const uint32_t *ranks, 
                           uint64_t seed);
 /* Adapters of one shape with the same bits. */
 bool same_adapter(const sh_adapter *x, const sh_adapter *y);
+/* sh_lora_train with every allocation in turn failing, until it ends well: each failure must be
+ * SH_ERR_NO_MEMORY and leave the adapter as it was. Returns how many allocations that took. */
+size_t small_train_without_memory(const sh_model *base, sh_adapter *adapter,
+                                  const sh_train_data *data, const sh_train_options *options);
 /* n random sequences of `length` tokens; with masked, about half of them are targets. Free with
  * small_data_free. */
 sh_train_data small_data(const sh_model_config *config, size_t n, uint32_t length, bool masked,

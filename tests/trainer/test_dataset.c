@@ -11,6 +11,7 @@
 
 #include "shared/base/file.h"
 #include "tests/model/tiny.h"
+#include "tests/trainer/tokens.h"
 #include "tests/trainer/util.h"
 #include "trainer/dataset_internal.h"
 #include "trainer/snapshot.h"
@@ -53,22 +54,6 @@ static void remove_made(void)
 {
     while (n_made > 0)
         unlink(path_of(made[--n_made]));
-}
-
-static sh_tokenizer *load_tokenizer(bool add_bos)
-{
-    tiny_options o = tiny_defaults(1);
-    sh_buf bytes;
-    sh_gguf *gguf = NULL;
-    sh_tokenizer *t = NULL;
-    o.add_bos = add_bos;
-    sh_buf_init(&bytes, 1u << 24);
-    must_be_ok(tiny_encode(&o, &bytes));
-    must_be_ok(sh_gguf_open_memory(bytes.data, bytes.len, "tiny", &gguf, &err));
-    must_be_ok(sh_tokenizer_load(gguf, &t, &err));
-    sh_gguf_close(&gguf);
-    sh_buf_release(&bytes);
-    return t;
 }
 
 static int set_up(void **state)

@@ -11,6 +11,7 @@
 #include "shared/base/file.h"
 #include "tests/model/tiny.h"
 #include "tests/trainer/small.h"
+#include "tests/trainer/tokens.h"
 #include "tests/trainer/util.h"
 #include "trainer/dataset_internal.h"
 
@@ -374,26 +375,10 @@ static void expect_shuffled(const sh_dataset *d, size_t context, size_t want, ui
     sh_dataset_rows_release(&rows);
 }
 
-static sh_tokenizer *load_tokenizer(void)
-{
-    tiny_options o = tiny_defaults(1);
-    sh_buf bytes;
-    sh_gguf *gguf = NULL;
-    sh_tokenizer *t = NULL;
-    o.add_bos = true;
-    sh_buf_init(&bytes, 1u << 24);
-    must_be_ok(tiny_encode(&o, &bytes));
-    must_be_ok(sh_gguf_open_memory(bytes.data, bytes.len, "tiny", &gguf, &err));
-    must_be_ok(sh_tokenizer_load(gguf, &t, &err));
-    sh_gguf_close(&gguf);
-    sh_buf_release(&bytes);
-    return t;
-}
-
 static sh_dataset *open_text(const char *text, size_t n)
 {
     char path[] = "/tmp/shoal-dataset-test-XXXXXX";
-    sh_tokenizer *t = load_tokenizer();
+    sh_tokenizer *t = load_tokenizer(true);
     sh_dataset *d = NULL;
     const int fd = mkstemp(path);
     assert_true(fd >= 0);
