@@ -14,7 +14,7 @@ typedef struct {
 /* clang-format off */
 #define SHAPE_OPTIONS                                                                              \
     SH_OPT_STRING(full_options, init, 0, "init", "FILE", NULL,                                     \
-                  "begin with this GGUF model, in its shape, instead of random values"),                          \
+                  "begin with this GGUF model, in its shape"),                                     \
     SH_OPT_STRING(full_options, type, 0, "type", "TYPE", "F16", "type of the saved matrices"),     \
     SH_OPT_INT(full_options, width, 0, "width", "N", 256, 2, 65536, "embedding length"),           \
     SH_OPT_INT(full_options, layers, 0, "layers", "N", 4, 1, SH_MODEL_LAYERS_MAX, "layers"),       \
