@@ -15,7 +15,7 @@ typedef struct {
 /* clang-format off */
 #define SHAPE_OPTIONS                                                                              \
     SH_OPT_STRING(full_options, init, 0, "init", "FILE", NULL,                                     \
-                  "begin with this GGUF model, in its shape"),                                     \
+                  "begin with this GGUF model, in its shape, instead of random values"),           \
     SH_OPT_STRING(full_options, type, 0, "type", "TYPE", "F16", "type of the saved matrices"),     \
     SH_OPT_STRING(full_options, arch, 0, "arch", "NAME", "llama",                                  \
                   "architecture of a new model: llama, qwen2, qwen3"),                             \
