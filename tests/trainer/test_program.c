@@ -141,6 +141,46 @@ static void test_full_is_deterministic(void **state)
     json_decref(c);
 }
 
+/* New models of each architecture; of the vocabulary's file they take the tokenizer alone. */
+static void test_new_architectures(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *options;
+        sh_arch arch;
+        uint32_t head_size;
+        bool tied;
+    } cases[] = {{"--arch llama --head-size 16", SH_ARCH_LLAMA, 16, true},
+                 {"--arch qwen2 --untied", SH_ARCH_QWEN2, 8, false},
+                 {"--arch qwen3 --head-size 16 --untied", SH_ARCH_QWEN3, 16, false}};
+    sh_synth_options o = {.type = SH_TYPE_Q8_0, .rope = SH_ROPE_LINEAR, .rope_factor = 2};
+    must_be_ok(sh_synth_find("tiny-qwen3", &o.shape, &err));
+    must_be_ok(sh_synth_model(&o, path_of("scaled.gguf"), &err));
+    for (size_t i = 0; i < SH_COUNT(cases); i++) {
+        char command[512];
+        sh_model *model = NULL;
+        snprintf(command, sizeof command,
+                 FULL "--vocab scaled.gguf --steps 12 --type F32 --out new.gguf --json %s",
+                 cases[i].options);
+        json_t *j = run_json(command);
+        assert_true(number_of(j, "heldout_loss") < number_of(j, "loss_first"));
+        must_be_ok(sh_model_open(path_of("new.gguf"), &model, &err));
+        assert_int_equal(model->config.arch, cases[i].arch);
+        assert_int_equal(model->config.head_size, cases[i].head_size);
+        assert_int_equal(model->config.tied_output, cases[i].tied);
+        assert_int_equal(model->config.rope_scaling, SH_ROPE_PLAIN);
+        assert_true((model->layers[0].q_norm != NULL) == (cases[i].arch == SH_ARCH_QWEN3));
+        assert_true((model->layers[0].bias[0] != NULL) == (cases[i].arch == SH_ARCH_QWEN2));
+        json_t *e = run_json("eval --model new.gguf --data text --context 16 --json");
+        must_be_near(number_of(e, "mean_nll"), number_of(j, "heldout_loss"), 1e-9);
+        sh_model_close(&model);
+        json_decref(j);
+        json_decref(e);
+    }
+    expect_error(FULL "--steps 1 --arch qwen2 --head-size 16 --out x.gguf", 2, "qwen2");
+    expect_error(FULL "--steps 1 --arch gpt2 --out x.gguf", 2, "llama, qwen2, qwen3");
+}
+
 static void test_lora(void **state)
 {
     (void)state;
@@ -434,6 +474,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_full_is_deterministic),
         cmocka_unit_test(test_other_architectures),
         cmocka_unit_test(test_full_of_architectures),
+        cmocka_unit_test(test_new_architectures),
         cmocka_unit_test(test_lora),
         cmocka_unit_test(test_lora_options),
         cmocka_unit_test(test_inputs_stay),
