@@ -56,8 +56,8 @@ static sh_status open_adapter(const eval_options *o, const sh_model *model, sh_a
 static void print_result(const eval_options *o, const sh_dataset_rows *rows, double nll)
 {
     if (!o->json) {
-        printf("mean NLL %.6f, perplexity %.4f, of %llu tokens\n", nll, exp(nll),
-               (unsigned long long)rows->targets);
+        printf("mean NLL %.6f, perplexity %.4f, of %llu tokens; %s, %lld threads\n", nll, exp(nll),
+               (unsigned long long)rows->targets, sh_blas_core(), (long long)o->threads);
         return;
     }
     json_t *j = json_object();

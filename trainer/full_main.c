@@ -1,6 +1,7 @@
 /* `shoal-train full` and `shoal-train distill`: every weight of a small model. */
 #include <stdlib.h>
 
+#include "shared/base/memory.h"
 #include "trainer/commands.h"
 #include "trainer/program.h"
 
@@ -147,13 +148,16 @@ static sh_status run(const sh_command *command, int argc, char **argv, sh_error 
     if (command == &sh_distill_command)
         SH_GOTO(tp_need(o.common.teacher, "teacher", err));
     SH_GOTO(tp_written_type("type", o.type, &type, err));
+    const uint64_t before = sh_memory_now().resident;
     SH_GOTO(student_open(&o, &s, err));
+    const uint64_t after = sh_memory_now().resident;
     SH_GOTO(sh_full_check_save(s.full, type, err));
     const tp_source source = {.tokenizer = s.init ? s.init->tokenizer : s.tokenizer,
                               .chat = sh_chat_detect(s.init ? s.init->gguf : s.vocab),
                               .cut_anew = true,
                               .file_name = "model.gguf",
                               .base = s.init,
+                              .weights_bytes = after - SH_MIN(before, after),
                               .inputs = {o.vocab, o.init}};
     SH_GOTO(tp_run_open(&r, &o.common, &source, err));
     SH_GOTO(tp_train_options(&r, &source, &options, err));

@@ -142,6 +142,8 @@ typedef struct {
     bool cut_anew;         /* each pass over texts with cuts of its own, in the order of training */
     const char *file_name; /* of what is written into a folder: "adapter.gguf" */
     const sh_model *base;  /* that the training begins with; NULL: none */
+    uint64_t
+        weights_bytes;     /* of the trained model: resident, and the training counts them itself */
     const char *inputs[2]; /* files of the command's own that are read; NULL: none */
     const char *folder;    /* to be made and written into; NULL: none */
     const char *outputs[1]; /* files of the command's own that are written, beside --out; NULL: none

@@ -419,6 +419,10 @@ sh_status tp_train_options(tp_run *run, const tp_source *source, sh_train_option
     size_t schedule = 0, optimizer = 0;
     SH_TRY(tp_choose("schedule", o->schedule, schedules, SH_COUNT(schedules), &schedule, err));
     SH_TRY(tp_choose("optimizer", o->optimizer, optimizers, SH_COUNT(optimizers), &optimizer, err));
+    /* Before the files are hashed, which makes their pages resident: they are counted as files. */
+    const uint64_t file_bytes = (source->base ? source->base->file_bytes : 0) +
+                                (run->teacher ? run->teacher->file_bytes : 0);
+    run->memory_taken = tp_memory_taken(o->threads, file_bytes) - source->weights_bytes;
     run->saving = (sh_train_checkpoint){.path = run->checkpoint,
                                         .every_s = o->checkpoint_every > 0 ? o->checkpoint_every
                                                                            : (double)INFINITY,
@@ -451,9 +455,6 @@ sh_status tp_train_options(tp_run *run, const tp_source *source, sh_train_option
         .progress_arg = run,
     };
     SH_TRY(tp_quantize_aware(o->quantize_aware, &out->quantize_aware, err));
-    const uint64_t file_bytes = (source->base ? source->base->file_bytes : 0) +
-                                (run->teacher ? run->teacher->file_bytes : 0);
-    run->memory_taken = tp_memory_taken(o->threads, file_bytes);
     out->memory_max = memory_left((uint64_t)o->memory_max, run->memory_taken);
     out->memory_least = &run->memory_least;
     return SH_OK;
