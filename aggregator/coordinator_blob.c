@@ -259,7 +259,7 @@ static sh_status ask(coord_step *s, const sh_update_id *id, sh_bytes payload,
     if (w == NULL)
         SH_TRY(waiting_add(s, id, payload, &w));
     w->outstanding = n;
-    sh_msg msg = {.type = SH_MSG_WANT, .want = {.n = n, .chunk_hashes = hashes}};
+    sh_msg msg = {.type = SH_MSG_WANT, .want = {.n = n, .hashes = hashes}};
     return coord_send(s, &id->node, &msg);
 }
 
@@ -369,12 +369,12 @@ static bool is_public(const sh_coord *c, const uint8_t *hash)
     return false;
 }
 
-sh_status coord_on_want(coord_step *s, const sh_hash *node, const sh_msg_want *want)
+sh_status coord_on_want(coord_step *s, const sh_hash *node, const sh_hash_list *want)
 {
     uint32_t sent = 0;
     uint32_t max = (uint32_t)SH_MIN(s->c->options.chunk_budget, (uint64_t)SH_WIRE_WANT_MAX);
     for (uint32_t i = 0; i < want->n && sent < max; i++) {
-        const uint8_t *hash = want->chunk_hashes + i * sizeof(sh_hash);
+        const uint8_t *hash = want->hashes + i * sizeof(sh_hash);
         /* Only models are served: another node's update is nobody else's business. */
         if (!is_public(s->c, hash))
             continue;

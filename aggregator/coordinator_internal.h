@@ -219,7 +219,7 @@ sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item
 /* Takes, refuses or waits for the chunks of an update item that is new. */
 sh_status coord_on_update(coord_step *s, const sh_update_id *id, sh_bytes payload);
 sh_status coord_on_chunk(coord_step *s, const sh_hash *node, const sh_msg_chunk *chunk);
-sh_status coord_on_want(coord_step *s, const sh_hash *node, const sh_msg_want *want);
+sh_status coord_on_want(coord_step *s, const sh_hash *node, const sh_hash_list *want);
 void coord_on_gone(sh_coord *c, const sh_hash *node);
 /* Forgets the waiting updates of a node whose sequences lie in the range. */
 sh_status coord_waiting_forget(coord_step *s, const sh_hash *node, uint64_t epoch, uint64_t first,

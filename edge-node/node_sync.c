@@ -197,7 +197,12 @@ static sh_status send_enrol(node_step *s)
 {
     const sh_node_options *o = &s->n->options;
     sh_msg msg = {.type = SH_MSG_ENROL};
-    msg.enrol = (sh_msg_enrol){s->n->state.epoch, o->agent, o->kernel, o->cores, o->memory_bytes};
+    msg.enrol = (sh_msg_enrol){.epoch = s->n->state.epoch,
+                               .agent = o->agent,
+                               .kernel = o->kernel,
+                               .cores = o->cores,
+                               .memory_bytes = o->memory_bytes,
+                               .slots = NODE_SLOTS};
     node_retry_arm(s, &s->n->enrol);
     return node_send(s, &msg);
 }
@@ -468,11 +473,11 @@ static sh_status on_ack(node_step *s, const sh_msg_ack *ack)
     return bury_gap(s, &outbox, ack);
 }
 
-static void on_want(node_step *s, const sh_msg_want *want)
+static void on_want(node_step *s, const sh_hash_list *want)
 {
     sh_node *n = s->n;
     for (uint32_t i = 0; i < want->n && n->n_serve < NODE_SERVE_MAX; i++) {
-        const uint8_t *hash = want->chunk_hashes + i * HASH_BYTES;
+        const uint8_t *hash = want->hashes + i * HASH_BYTES;
         bool queued = false;
         for (uint32_t k = 0; k < n->n_serve && !queued; k++)
             queued = memcmp(n->serve + k * HASH_BYTES, hash, HASH_BYTES) == 0;

@@ -63,6 +63,13 @@ static sh_status check_range(const wire_schema *schema, const wire_field *field,
                    (unsigned long long)field->max);
 }
 
+/* NULL says the same as "". */
+static const char *text_of(const void *at)
+{
+    const char *text = *(const char *const *)at;
+    return text != NULL ? text : "";
+}
+
 static sh_status bad_text(const wire_schema *schema, const wire_field *field, sh_error *err)
 {
     return sh_fail(err, SH_ERR_INVALID, "%s: field %s is not UTF-8 text without control characters",
@@ -155,8 +162,7 @@ static sh_status check_field(const wire_schema *schema, const wire_field *field,
     case WIRE_F64:
         return check_finite(schema, field, *(const double *)at, err);
     case WIRE_TEXT: {
-        const char *text = *(const char *const *)at;
-        SH_ASSERT(text != NULL);
+        const char *text = text_of(at);
         SH_TRY(check_range(schema, field, strlen(text), " bytes", err));
         return text_is_clean((const uint8_t *)text, strlen(text)) ? SH_OK
                                                                   : bad_text(schema, field, err);
@@ -166,7 +172,7 @@ static sh_status check_field(const wire_schema *schema, const wire_field *field,
     case WIRE_BLOB:
         return check_blob(schema, field, at, err);
     case WIRE_HASHES:
-        return check_range(schema, field, ((const sh_msg_want *)at)->n, "", err);
+        return check_range(schema, field, ((const sh_hash_list *)at)->n, "", err);
     default:
         return SH_OK; /* WIRE_LIST: its count is not at its offset, and checked with it */
     }
@@ -188,7 +194,7 @@ static int pack_field(msgpack_packer *pk, const wire_field *field, const void *a
     case WIRE_F64:
         return msgpack_pack_double(pk, *(const double *)at);
     case WIRE_TEXT:
-        return pack_text(pk, *(const char *const *)at);
+        return pack_text(pk, text_of(at));
     case WIRE_HASH:
         return pack_bytes(pk, at, sizeof(sh_hash));
     case WIRE_BYTES:
@@ -196,8 +202,8 @@ static int pack_field(msgpack_packer *pk, const wire_field *field, const void *a
     case WIRE_BLOB:
         return pack_blob(pk, at);
     case WIRE_HASHES:
-        return pack_bytes(pk, ((const sh_msg_want *)at)->chunk_hashes,
-                          ((const sh_msg_want *)at)->n * sizeof(sh_hash));
+        return pack_bytes(pk, ((const sh_hash_list *)at)->hashes,
+                          ((const sh_hash_list *)at)->n * sizeof(sh_hash));
     case WIRE_BITMAP:
         return pack_bitmap(pk, at);
     case WIRE_PLAN:
@@ -597,8 +603,8 @@ static void read_field(reader *r, const wire_field *field, void *record)
         take_blob(r, (sh_blob *)at);
         break;
     case WIRE_HASHES: {
-        sh_msg_want *want = (sh_msg_want *)at;
-        want->chunk_hashes = take_hashes(r, (uint32_t)field->max, &want->n);
+        sh_hash_list *want = (sh_hash_list *)at;
+        want->hashes = take_hashes(r, (uint32_t)field->max, &want->n);
         break;
     }
     case WIRE_BITMAP:

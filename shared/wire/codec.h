@@ -23,7 +23,7 @@ typedef enum {
     WIRE_HASH,     /* sh_hash: bin of 32 bytes */
     WIRE_BYTES,    /* sh_bytes: bin */
     WIRE_BLOB,     /* sh_blob: array [sha256, bytes, chunk hashes] */
-    WIRE_HASHES,   /* sh_msg_want: bin of n * 32 bytes */
+    WIRE_HASHES,   /* sh_hash_list: bin of n * 32 bytes */
     WIRE_BITMAP,   /* uint64_t[SH_ACK_BITMAP_WORDS]: bin, bit i is byte i/8's bit i%8 */
     WIRE_PLAN,     /* sh_train_plan: nil when it says not to train, else an array by `sub` */
     WIRE_EVALUATE, /* sh_evaluate_plan: nil without a candidate, else an array by `sub` */

@@ -16,6 +16,8 @@
 #define ENVELOPE_MAX    32 /* bytes around a body */
 #define BODY_MAX        (SH_WIRE_MESSAGE_MAX - ENVELOPE_MAX)
 #define PAYLOAD_VERSION 1
+#define RELAYED_VERSION 2 /* of an update's payload that has parts */
+#define PART_ID_BYTES   48
 
 /* Shorthands of the tables below. FIELD: what has no range; RANGE: what has one. */
 #define NAMED(label, T, member, how) .name = label, .kind = how, .offset = offsetof(T, member)
@@ -35,9 +37,10 @@
     {                                                                                              \
         NAMED(#member, sh_msg, m.member, how), .min = from, .max = to                              \
     }
-#define MSG_TEXT(m, member, slot)                                                                  \
+#define MSG_TEXT(m, member, slot) MSG_TEXT_MAX(m, member, slot, SH_WIRE_TEXT_MAX)
+#define MSG_TEXT_MAX(m, member, slot, to)                                                          \
     {                                                                                              \
-        NAMED(#member, sh_msg, m.member, WIRE_TEXT), .max = SH_WIRE_TEXT_MAX,                      \
+        NAMED(#member, sh_msg, m.member, WIRE_TEXT), .max = to,                                    \
                                                      .storage = offsetof(sh_msg, text[slot])       \
     }
 #define U64(T, member)     RANGE(T, member, WIRE_U64, 0, UINT64_MAX)
@@ -51,16 +54,30 @@
 
 /* ---- messages ---- */
 
+/* A version's fields are the first ones of the next version's: FIELDS_n of them. */
+#define ENROL_FIELDS_2 5
 static const wire_field enrol_fields[] = {
-    MSG_U64(enrol, epoch), MSG_TEXT(enrol, agent, 0),    MSG_TEXT(enrol, kernel, 1),
-    MSG_U32(enrol, cores), MSG_U64(enrol, memory_bytes),
+    MSG_U64(enrol, epoch),
+    MSG_TEXT(enrol, agent, 0),
+    MSG_TEXT(enrol, kernel, 1),
+    MSG_U32(enrol, cores),
+    MSG_U64(enrol, memory_bytes),
+    MSG_TEXT_MAX(enrol, device_class, 2, SH_WIRE_CLASS_MAX),
+    MSG_U64(enrol, disk_bytes),
+    MSG_U32(enrol, slots),
+    MSG_RANGE(enrol, token, WIRE_BYTES, 0, SH_WIRE_TOKEN_MAX),
+    MSG_RANGE(enrol, leases, WIRE_HASHES, 0, SH_WIRE_LEASES_MAX),
 };
 
+#define WELCOME_FIELDS_2 2
 static const wire_field welcome_fields[] = {
     MSG_FIELD(welcome, accepted, WIRE_BOOL),
     MSG_TEXT(welcome, text, 0),
+    MSG_FIELD(welcome, renew, WIRE_BOOL),
+    MSG_U64(welcome, retry_after_ms),
 };
 
+#define CHECKIN_FIELDS_2 17
 static const wire_field checkin_fields[] = {
     MSG_U64(checkin, epoch),
     MSG_U64(checkin, now_ms),
@@ -79,6 +96,16 @@ static const wire_field checkin_fields[] = {
     MSG_U64(checkin, inferences),
     MSG_U64(checkin, windows),
     MSG_FIELD(checkin, drifting, WIRE_BOOL),
+    MSG_U64(checkin, disk_free),
+    MSG_U64(checkin, store_bytes),
+    MSG_U64(checkin, store_bytes_max),
+    MSG_U64(checkin, refused_full),
+    MSG_U32(checkin, stores_lost),
+    MSG_RANGE(checkin, conditions, WIRE_U32, 0, SH_CONDITIONS_ALL),
+    MSG_U64(checkin, bytes_up_day),
+    MSG_U64(checkin, bytes_down_day),
+    MSG_U32(checkin, nodes),
+    MSG_U32(checkin, nodes_drifting),
 };
 _Static_assert(SH_CLASSES == 4, "a class more is a field more");
 
@@ -109,12 +136,14 @@ static const wire_field evaluate_fields[] = {
 static const wire_schema evaluate_schema =
     WIRE_SCHEMA("message plan.evaluate", evaluate_fields, NULL);
 
-#define PLAN_FIELDS_1 3 /* version 1 ends before evaluate */
+#define PLAN_FIELDS_1 3
+#define PLAN_FIELDS_2 4
 static const wire_field plan_fields[] = {
     MSG_U64(plan, return_after_ms),
     {NAMED("train", sh_msg, plan.train, WIRE_PLAN), .sub = &train_schema},
     MSG_RANGE(plan, manifest, WIRE_BYTES, 0, SH_WIRE_MANIFEST_MAX),
     {NAMED("evaluate", sh_msg, plan.evaluate, WIRE_EVALUATE), .sub = &evaluate_schema},
+    MSG_RANGE(plan, time, WIRE_BYTES, 0, SH_WIRE_TIME_MAX),
 };
 
 #define ITEM_FIELDS(last_kind)                                                                     \
@@ -164,6 +193,11 @@ static const wire_field error_fields[] = {
     MSG_U64(error, retry_after_ms),
 };
 
+static const wire_field rotate_fields[] = {
+    MSG_FIELD(rotate, key, WIRE_HASH),
+    MSG_RANGE(rotate, token, WIRE_BYTES, 0, SH_WIRE_TOKEN_MAX),
+};
+
 static const wire_schema messages[] = {
     [SH_MSG_ENROL] = WIRE_SCHEMA("message enrol", enrol_fields, NULL),
     [SH_MSG_WELCOME] = WIRE_SCHEMA("message welcome", welcome_fields, NULL),
@@ -174,11 +208,23 @@ static const wire_schema messages[] = {
     [SH_MSG_WANT] = WIRE_SCHEMA("message want", want_fields, NULL),
     [SH_MSG_CHUNK] = WIRE_SCHEMA("message chunk", chunk_fields, NULL),
     [SH_MSG_ERROR] = WIRE_SCHEMA("message error", error_fields, NULL),
+    [SH_MSG_ROTATE] = WIRE_SCHEMA("message rotate", rotate_fields, NULL),
 };
 
-/* What version 1 had differently. */
+/* What earlier versions had differently: fewer fields, fewer kinds of items. */
 static const wire_schema plan_schema_1 = {"message plan", plan_fields, PLAN_FIELDS_1, NULL};
 static const wire_schema item_schema_1 = WIRE_SCHEMA("message item", item_fields_1, check_item);
+static const wire_schema messages_2[] = {
+    [SH_MSG_ENROL] = {"message enrol", enrol_fields, ENROL_FIELDS_2, NULL},
+    [SH_MSG_WELCOME] = {"message welcome", welcome_fields, WELCOME_FIELDS_2, NULL},
+    [SH_MSG_CHECKIN] = {"message checkin", checkin_fields, CHECKIN_FIELDS_2, NULL},
+    [SH_MSG_PLAN] = {"message plan", plan_fields, PLAN_FIELDS_2, NULL},
+};
+
+static sh_msg_type last_type(uint32_t version)
+{
+    return version < 3 ? SH_MSG_ERROR : SH_MSG_ROTATE;
+}
 
 static const wire_schema *schema_of(sh_msg_type type, uint32_t version)
 {
@@ -186,12 +232,14 @@ static const wire_schema *schema_of(sh_msg_type type, uint32_t version)
         return &plan_schema_1;
     if (version == 1 && type == SH_MSG_ITEM)
         return &item_schema_1;
+    if (version < 3 && type <= SH_MSG_PLAN)
+        return &messages_2[type];
     return &messages[type];
 }
 
 const char *sh_msg_type_name(sh_msg_type type)
 {
-    if (type < SH_MSG_ENROL || type > SH_MSG_ERROR)
+    if (type < SH_MSG_ENROL || type > SH_MSG_ROTATE)
         return "unknown";
     return messages[type].name + strlen("message ");
 }
@@ -206,7 +254,7 @@ typedef struct {
 
 static const wire_field envelope_fields[] = {
     RANGE(envelope, version, WIRE_U32, SH_WIRE_VERSION_MIN, SH_WIRE_VERSION),
-    RANGE(envelope, type, WIRE_U8, SH_MSG_ENROL, SH_MSG_ERROR),
+    RANGE(envelope, type, WIRE_U8, SH_MSG_ENROL, SH_MSG_ROTATE),
     RANGE(envelope, hash, WIRE_BYTES, HASH_BYTES, HASH_BYTES),
     RANGE(envelope, body, WIRE_BYTES, 0, BODY_MAX),
 };
@@ -215,8 +263,8 @@ static const wire_schema envelope_schema = WIRE_SCHEMA("message", envelope_field
 sh_status sh_msg_encode(const sh_msg *msg, sh_buf *out, sh_error *err)
 {
     uint32_t version = msg->version != 0 ? msg->version : SH_WIRE_VERSION;
-    SH_ASSERT(msg->type >= SH_MSG_ENROL && msg->type <= SH_MSG_ERROR);
     SH_ASSERT(version >= SH_WIRE_VERSION_MIN && version <= SH_WIRE_VERSION);
+    SH_ASSERT(msg->type >= SH_MSG_ENROL && msg->type <= last_type(version));
     sh_buf body;
     sh_buf_init(&body, BODY_MAX);
     sh_status status;
@@ -242,6 +290,9 @@ sh_status sh_msg_decode(const void *bytes, size_t n, sh_msg *out, sh_error *err)
                        (unsigned long long)version, SH_WIRE_VERSION_MIN, SH_WIRE_VERSION);
     envelope e;
     SH_TRY(sh_wire_decode(&envelope_schema, bytes, n, &e, err));
+    if (e.type > last_type(e.version))
+        return sh_fail(err, SH_ERR_LIMIT, "message: field type is %u, version %u ends at %d",
+                       e.type, e.version, (int)last_type(e.version));
     sh_hash hash = sh_blake2b(e.body.data, e.body.n);
     if (memcmp(hash.b, e.hash.data, HASH_BYTES) != 0)
         return sh_fail(err, SH_ERR_CORRUPT, "%s: the body's hash is not the one in the envelope",
@@ -255,31 +306,83 @@ sh_status sh_msg_decode(const void *bytes, size_t n, sh_msg *out, sh_error *err)
 
 /* ---- payloads ---- */
 
-static const wire_field update_fields[] = {
-    VERSION_FIELD,
-    FIELD(sh_update_meta, blob, WIRE_BLOB),
-    U32(sh_update_meta, round),
-    U64(sh_update_meta, base_version),
-    FIELD(sh_update_meta, base_sha256, WIRE_HASH),
-    U64(sh_update_meta, a_seed),
-    U32(sh_update_meta, rank),
-    FIELD(sh_update_meta, alpha, WIRE_F32),
-    U64(sh_update_meta, samples),
-    U64(sh_update_meta, tokens_seen),
-    FIELD(sh_update_meta, heldout_before, WIRE_F64),
-    FIELD(sh_update_meta, heldout_after, WIRE_F64),
+#define UPDATE_FIELDS                                                                              \
+    FIELD(sh_update_meta, blob, WIRE_BLOB), U32(sh_update_meta, round),                            \
+        U64(sh_update_meta, base_version), FIELD(sh_update_meta, base_sha256, WIRE_HASH),          \
+        U64(sh_update_meta, a_seed), U32(sh_update_meta, rank),                                    \
+        FIELD(sh_update_meta, alpha, WIRE_F32), U64(sh_update_meta, samples),                      \
+        U64(sh_update_meta, tokens_seen), FIELD(sh_update_meta, heldout_before, WIRE_F64),         \
+        FIELD(sh_update_meta, heldout_after, WIRE_F64)
+static const wire_field update_fields[] = {VERSION_FIELD, UPDATE_FIELDS};
+static const wire_field relayed_fields[] = {
+    {.name = "payload version", .kind = WIRE_CONST, .min = RELAYED_VERSION},
+    UPDATE_FIELDS,
+    RANGE(sh_update_meta, parts, WIRE_BYTES, SH_UPDATE_PART_BYTES,
+          SH_UPDATE_PARTS_MAX *SH_UPDATE_PART_BYTES),
 };
+
+void sh_update_part_put(uint8_t out[SH_UPDATE_PART_BYTES], const sh_update_part *part)
+{
+    const uint64_t numbers[] = {part->epoch, part->seq, part->samples};
+    memcpy(out, part->node.b, sizeof part->node.b);
+    for (size_t i = 0; i < SH_COUNT(numbers) * 8; i++)
+        out[32 + i] = (uint8_t)(numbers[i / 8] >> (56 - 8 * (i % 8)));
+}
+
+sh_update_part sh_update_part_get(const uint8_t in[SH_UPDATE_PART_BYTES])
+{
+    sh_update_part part;
+    uint64_t numbers[3] = {0};
+    memcpy(part.node.b, in, sizeof part.node.b);
+    for (size_t i = 0; i < SH_COUNT(numbers) * 8; i++)
+        numbers[i / 8] = numbers[i / 8] << 8 | in[32 + i];
+    part.epoch = numbers[0];
+    part.seq = numbers[1];
+    part.samples = numbers[2];
+    return part;
+}
+
+static sh_status check_relayed(const void *record, sh_error *err)
+{
+    const sh_update_meta *meta = record;
+    const uint8_t *parts = meta->parts.data;
+    uint64_t samples = 0;
+    if (meta->parts.n % SH_UPDATE_PART_BYTES != 0)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "payload update: field parts has %zu bytes, must be a multiple of %u",
+                       meta->parts.n, SH_UPDATE_PART_BYTES);
+    for (size_t at = 0; at < meta->parts.n; at += SH_UPDATE_PART_BYTES) {
+        sh_update_part part = sh_update_part_get(parts + at);
+        if (part.seq == 0 || part.samples == 0 || samples + part.samples < samples)
+            return sh_fail(err, SH_ERR_INVALID,
+                           "payload update: field parts has a part without sequence or samples");
+        if (at > 0 && memcmp(parts + at - SH_UPDATE_PART_BYTES, parts + at, PART_ID_BYTES) >= 0)
+            return sh_fail(err, SH_ERR_INVALID, "payload update: field parts is not sorted");
+        samples += part.samples;
+    }
+    if (samples != meta->samples)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "payload update: field samples is %llu, its parts have %llu",
+                       (unsigned long long)meta->samples, (unsigned long long)samples);
+    return SH_OK;
+}
+
 static const wire_schema update_schema = WIRE_SCHEMA("payload update", update_fields, NULL);
+static const wire_schema relayed_schema =
+    WIRE_SCHEMA("payload update", relayed_fields, check_relayed);
 
 sh_status sh_update_meta_encode(const sh_update_meta *meta, sh_buf *out, sh_error *err)
 {
-    return sh_wire_encode(&update_schema, meta, out, err);
+    return sh_wire_encode(meta->parts.n > 0 ? &relayed_schema : &update_schema, meta, out, err);
 }
 
 sh_status sh_update_meta_decode(const void *bytes, size_t n, sh_update_meta *out, sh_error *err)
 {
     sh_update_meta meta = {0};
-    SH_TRY(sh_wire_decode(&update_schema, bytes, n, &meta, err));
+    uint64_t version = 0;
+    SH_TRY(sh_wire_peek_number("payload update", bytes, n, &version, err));
+    SH_TRY(sh_wire_decode(version == RELAYED_VERSION ? &relayed_schema : &update_schema, bytes, n,
+                          &meta, err));
     *out = meta;
     return SH_OK;
 }
@@ -380,41 +483,83 @@ static sh_status check_manifest(const void *record, sh_error *err)
 
 static const wire_schema manifest_schema = WIRE_SCHEMA("manifest", manifest_fields, check_manifest);
 
-sh_status sh_manifest_sign(const sh_manifest *manifest, const sh_sign_secret_key *sk, sh_buf *out,
-                           sh_error *err)
+/* What is signed: the record's bytes, then the signature over them. */
+static sh_status sign_record(const wire_schema *schema, const void *record,
+                             const sh_sign_secret_key *sk, sh_buf *out, sh_error *err)
 {
     size_t start = out->len;
-    SH_TRY(sh_wire_encode(&manifest_schema, manifest, out, err));
+    SH_TRY(sh_wire_encode(schema, record, out, err));
     sh_signature sig = sh_sign(out->data + start, out->len - start, sk);
     sh_status status = sh_buf_append(out, sig.b, sizeof(sig.b));
     if (status != SH_OK) {
         out->len = start;
-        return sh_fail(err, status, "manifest: no room in its buffer of at most %zu bytes",
+        return sh_fail(err, status, "%s: no room in its buffer of at most %zu bytes", schema->name,
                        out->max);
     }
     return SH_OK;
 }
 
+/* Nothing is read before the signature holds. */
+static sh_status verify_record(const wire_schema *schema, sh_bytes bytes, size_t max,
+                               const sh_sign_public_key *pk, void *record, sh_error *err)
+{
+    sh_signature sig;
+    if (bytes.n > max)
+        return sh_fail(err, SH_ERR_LIMIT, "%s: %zu bytes, at most %zu", schema->name, bytes.n, max);
+    if (bytes.n <= sizeof(sig.b))
+        return sh_fail(err, SH_ERR_INVALID, "%s: %zu bytes are too few for a signature",
+                       schema->name, bytes.n);
+    size_t signed_n = bytes.n - sizeof(sig.b);
+    memcpy(sig.b, (const uint8_t *)bytes.data + signed_n, sizeof(sig.b));
+    sh_status status = sh_sign_verify(bytes.data, signed_n, &sig, pk, err);
+    if (status != SH_OK) {
+        (void)sh_fail_in(err, "%s", schema->name);
+        return status;
+    }
+    return sh_wire_decode(schema, bytes.data, signed_n, record, err);
+}
+
+sh_status sh_manifest_sign(const sh_manifest *manifest, const sh_sign_secret_key *sk, sh_buf *out,
+                           sh_error *err)
+{
+    return sign_record(&manifest_schema, manifest, sk, out, err);
+}
+
 sh_status sh_manifest_verify(const void *bytes, size_t n, const sh_sign_public_key *pk,
                              sh_manifest *out, sh_error *err)
 {
-    sh_signature sig;
-    if (n > SH_WIRE_MANIFEST_MAX)
-        return sh_fail(err, SH_ERR_LIMIT, "manifest: %zu bytes, at most %u", n,
-                       SH_WIRE_MANIFEST_MAX);
-    if (n <= sizeof(sig.b))
-        return sh_fail(err, SH_ERR_INVALID, "manifest: %zu bytes are too few for a signature", n);
-    size_t signed_n = n - sizeof(sig.b);
-    memcpy(sig.b, (const uint8_t *)bytes + signed_n, sizeof(sig.b));
-    sh_status status = sh_sign_verify(bytes, signed_n, &sig, pk, err);
-    if (status != SH_OK) {
-        (void)sh_fail_in(err, "manifest");
-        return status;
-    }
     sh_manifest manifest = {0};
-    SH_TRY(sh_wire_decode(&manifest_schema, bytes, signed_n, &manifest, err));
+    SH_TRY(verify_record(&manifest_schema, (sh_bytes){bytes, n}, SH_WIRE_MANIFEST_MAX, pk,
+                         &manifest, err));
     *out = manifest;
     sh_wire_rebase_texts(&manifest_schema, out);
+    return SH_OK;
+}
+
+/* ---- time ---- */
+
+typedef struct {
+    uint64_t now_ms;
+} time_stamp;
+static const wire_field time_fields[] = {
+    {.name = "shoal-time", .kind = WIRE_MAGIC},
+    VERSION_FIELD,
+    U64(time_stamp, now_ms),
+};
+static const wire_schema time_schema = WIRE_SCHEMA("signed time", time_fields, NULL);
+
+sh_status sh_time_sign(uint64_t now_ms, const sh_sign_secret_key *sk, sh_buf *out, sh_error *err)
+{
+    time_stamp stamp = {now_ms};
+    return sign_record(&time_schema, &stamp, sk, out, err);
+}
+
+sh_status sh_time_verify(sh_bytes stamp, const sh_sign_public_key *pk, uint64_t *now_ms,
+                         sh_error *err)
+{
+    time_stamp got = {0};
+    SH_TRY(verify_record(&time_schema, stamp, SH_WIRE_TIME_MAX, pk, &got, err));
+    *now_ms = got.now_ms;
     return SH_OK;
 }
 

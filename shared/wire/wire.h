@@ -15,7 +15,7 @@
 #include "shared/base/buf.h"
 #include "shared/base/hash.h"
 
-#define SH_WIRE_VERSION      2 /* 2: federated evaluation */
+#define SH_WIRE_VERSION      3 /* 2: federated evaluation; 3: leases, tokens, rotation, relays */
 #define SH_WIRE_VERSION_MIN  1 /* the oldest that is still spoken */
 #define SH_WIRE_MESSAGE_MAX  (1u << 20)
 #define SH_WIRE_TEXT_MAX     256
@@ -26,6 +26,11 @@
 #define SH_WIRE_FORMAT_MAX   15
 #define SH_WIRE_WANT_MAX     64u /* chunks asked for in one WANT */
 #define SH_ACK_BITMAP_WORDS  16u /* 1,024 sequences above the high-water mark */
+#define SH_WIRE_LEASES_MAX   8u  /* in one ENROL */
+#define SH_WIRE_TOKEN_MAX    64u /* bytes of a token */
+#define SH_WIRE_CLASS_MAX    31  /* bytes of a device class's name */
+#define SH_WIRE_TIME_MAX     96u /* bytes of a signed time */
+#define SH_UPDATE_PARTS_MAX  1024u /* updates that a relay merges into one */
 
 typedef enum {
     SH_MSG_ENROL = 1, /* node: who I am and can do */
@@ -37,6 +42,7 @@ typedef enum {
     SH_MSG_WANT,      /* both: send me these chunks */
     SH_MSG_CHUNK,     /* both: a chunk */
     SH_MSG_ERROR,     /* both: what was wrong with what you sent */
+    SH_MSG_ROTATE,    /* node: my next key; aggregator: it may connect. From version 3 on */
 } sh_msg_type;
 
 typedef enum { /* outbox classes, most precious first */
@@ -62,16 +68,45 @@ typedef struct {
 } sh_blob;
 
 typedef struct {
+    uint32_t n;
+    const uint8_t *hashes; /* [n * 32], borrowed */
+} sh_hash_list;
+
+typedef struct {
     uint64_t epoch;
-    const char *agent, *kernel;
+    const char *agent, *kernel; /* kernel: level of the kernels, that is the SIMD that it has */
     uint32_t cores;
     uint64_t memory_bytes;
+    /* from version 3 on */
+    const char *device_class; /* as its owner named it; "": not said */
+    uint64_t disk_bytes;      /* that its store may take */
+    uint32_t slots;           /* model files that it keeps */
+    sh_bytes token;           /* one-time token of an enrolment or a rotation; empty: none */
+    sh_hash_list leases;      /* [0] this start's, then those that the aggregator may have on
+                                 record, at most SH_WIRE_LEASES_MAX; n 0: the node does not guard
+                                 against copies of its store. See docs/protocol.md, "Leases" */
 } sh_msg_enrol;
 
 typedef struct {
     bool accepted;
     const char *text;
+    /* from version 3 on */
+    bool renew;              /* another sender has this epoch: take a new one */
+    uint64_t retry_after_ms; /* not accepted: enrol again after so long; 0: as the node likes */
 } sh_msg_welcome;
+
+/* Bits of sh_msg_checkin.conditions: what the device says of itself now. */
+enum {
+    SH_CONDITION_STORE_FULL = 1u << 0,
+    SH_CONDITION_METERED = 1u << 1,
+    SH_CONDITION_BATTERY = 1u << 2, /* no external power */
+    SH_CONDITION_BUSY = 1u << 3,    /* its user is at work */
+    SH_CONDITION_HOT = 1u << 4,
+    SH_CONDITION_HOURS = 1u << 5,  /* outside of the hours given */
+    SH_CONDITION_BUDGET = 1u << 6, /* a byte budget is used up */
+    SH_CONDITION_CLOCK = 1u << 7,  /* its clock is more than a day off */
+    SH_CONDITIONS_ALL = (1u << 8) - 1
+};
 
 typedef struct {
     uint64_t epoch, now_ms;
@@ -83,6 +118,13 @@ typedef struct {
     uint64_t dropped[SH_CLASSES]; /* items lost to quotas so far */
     uint64_t inferences, windows;
     bool drifting; /* an alarm stands */
+    /* from version 3 on */
+    uint64_t disk_free, store_bytes, store_bytes_max;
+    uint64_t refused_full;  /* inferences and items that a full store did not take */
+    uint32_t stores_lost;   /* environments set aside as corrupt */
+    uint32_t conditions;    /* SH_CONDITION_ bits */
+    uint64_t bytes_up_day, bytes_down_day;
+    uint32_t nodes, nodes_drifting; /* behind a relay; a node: 0 */
 } sh_msg_checkin;
 
 typedef struct {
@@ -111,6 +153,7 @@ typedef struct {
     sh_train_plan train;
     sh_bytes manifest;         /* signed manifest of the release to take; empty: stay */
     sh_evaluate_plan evaluate; /* from version 2 on */
+    sh_bytes time;             /* sh_time_sign's; empty: none. From version 3 on */
 } sh_msg_plan;
 
 typedef enum {
@@ -138,11 +181,6 @@ typedef struct {
 } sh_msg_ack;
 
 typedef struct {
-    uint32_t n;
-    const uint8_t *chunk_hashes; /* [n * 32] */
-} sh_msg_want;
-
-typedef struct {
     sh_hash hash;
     sh_bytes bytes;
 } sh_msg_chunk;
@@ -151,6 +189,11 @@ typedef struct {
     const char *code, *text; /* code: a status name */
     uint64_t retry_after_ms;
 } sh_msg_error;
+
+typedef struct { /* the answer repeats key and says nothing of the token */
+    sh_hash key;
+    sh_bytes token; /* 16 to SH_WIRE_TOKEN_MAX bytes from the node, empty from the aggregator */
+} sh_msg_rotate;
 
 typedef struct {
     uint32_t version; /* encode: 0 is SH_WIRE_VERSION; fields that a version has not are left out.
@@ -163,13 +206,14 @@ typedef struct {
         sh_msg_plan plan;
         sh_msg_item item;
         sh_msg_ack ack;
-        sh_msg_want want;
+        sh_hash_list want; /* chunks: 1 to SH_WIRE_WANT_MAX */
         sh_msg_chunk chunk;
         sh_msg_error error;
+        sh_msg_rotate rotate;
     };
     /* Storage of decoded texts: the text pointers of a copied sh_msg still point at the original.
      */
-    char text[2][SH_WIRE_TEXT_MAX + 1];
+    char text[3][SH_WIRE_TEXT_MAX + 1];
 } sh_msg;
 
 /* Appends the message's bytes to out. SH_ERR_LIMIT when a field passes its limit, SH_ERR_INVALID
@@ -193,7 +237,18 @@ typedef struct { /* one node's update: what the aggregator needs to know before 
     uint64_t samples;                     /* target tokens trained on, once each */
     uint64_t tokens_seen;                 /* over all passes */
     double heldout_before, heldout_after; /* node's own held-out part, nats a token */
+    sh_bytes parts; /* of a relay: n * SH_UPDATE_PART_BYTES, see sh_update_part_put; empty: the
+                       sender trained it itself */
 } sh_update_meta;
+/* One node's update that a relay merged: who made it, as the relay knows it. Sorted by (node, epoch,
+ * seq), each once; samples sum up to the update's. */
+typedef struct {
+    sh_hash node;
+    uint64_t epoch, seq, samples;
+} sh_update_part;
+#define SH_UPDATE_PART_BYTES 56u
+void sh_update_part_put(uint8_t out[SH_UPDATE_PART_BYTES], const sh_update_part *part);
+sh_update_part sh_update_part_get(const uint8_t in[SH_UPDATE_PART_BYTES]);
 SH_MUST_USE sh_status sh_update_meta_encode(const sh_update_meta *meta, sh_buf *out, sh_error *err);
 SH_MUST_USE sh_status sh_update_meta_decode(const void *bytes, size_t n, sh_update_meta *out,
                                             sh_error *err);
@@ -249,6 +304,13 @@ SH_MUST_USE sh_status sh_manifest_sign(const sh_manifest *manifest, const sh_sig
 /* SH_ERR_AUTH when the signature is not pk's; nothing is read before that. */
 SH_MUST_USE sh_status sh_manifest_verify(const void *bytes, size_t n, const sh_sign_public_key *pk,
                                          sh_manifest *out, sh_error *err);
+
+/* The aggregator's time, signed by the release key: ["shoal-time", 1, now_ms], then the signature.
+ * A floor, not a clock: the true time is not before it. */
+SH_MUST_USE sh_status sh_time_sign(uint64_t now_ms, const sh_sign_secret_key *sk, sh_buf *out,
+                                   sh_error *err);
+SH_MUST_USE sh_status sh_time_verify(sh_bytes stamp, const sh_sign_public_key *pk, uint64_t *now_ms,
+                                     sh_error *err);
 
 /* Fills chunk hashes (malloc'ed, the caller's) and SHA-256 of a blob's bytes. SH_ERR_LIMIT over
  * SH_BLOB_CHUNKS_MAX chunks. */

@@ -333,14 +333,14 @@ rig_update rig_make(const rig *r, unsigned node, uint64_t seq)
     return u;
 }
 
-static void send_chunks(rig *r, unsigned node, const sh_msg_want *want, const uint8_t *bytes)
+static void send_chunks(rig *r, unsigned node, const sh_hash_list *want, const uint8_t *bytes)
 {
     for (uint32_t i = 0; i < want->n; i++)
         for (size_t at = 0; at < RIG_UPDATE_BYTES; at += SH_CHUNK_BYTES) {
             size_t n = SH_MIN(RIG_UPDATE_BYTES - at, (size_t)SH_CHUNK_BYTES);
             sh_msg msg = {.type = SH_MSG_CHUNK,
                           .chunk = {.hash = sh_blake2b(bytes + at, n), .bytes = {bytes + at, n}}};
-            if (memcmp(msg.chunk.hash.b, want->chunk_hashes + 32 * i, 32) == 0)
+            if (memcmp(msg.chunk.hash.b, want->hashes + 32 * i, 32) == 0)
                 (void)rig_send(r, node, &msg);
         }
 }
@@ -382,8 +382,8 @@ bool rig_offer(rig *r, unsigned node, const rig_update *u)
                     (above < 64 && (msg.ack.bitmap[0] >> above & 1) != 0);
         } else if (msg.type == SH_MSG_WANT) {
             uint8_t wanted[32 * SH_WIRE_WANT_MAX];
-            memcpy(wanted, msg.want.chunk_hashes, 32 * (size_t)msg.want.n);
-            msg.want.chunk_hashes = wanted;
+            memcpy(wanted, msg.want.hashes, 32 * (size_t)msg.want.n);
+            msg.want.hashes = wanted;
             send_chunks(r, node, &msg.want, bytes);
         }
     }

@@ -369,7 +369,7 @@ static void test_the_candidate_is_served(void **state)
     static uint8_t bytes[RIG_MODEL_BYTES];
     rig_candidate_bytes(bytes, 1);
     sh_hash chunk = sh_blake2b(bytes + SH_CHUNK_BYTES, SH_CHUNK_BYTES);
-    sh_msg want = {.type = SH_MSG_WANT, .want = {.n = 1, .chunk_hashes = chunk.b}}, msg;
+    sh_msg want = {.type = SH_MSG_WANT, .want = {.n = 1, .hashes = chunk.b}}, msg;
     offer_three(r, 1);
     assert_true(rig_end_merge(r, NULL));
     assert_true(rig_send(r, 3, &want)); /* not before the suites let it pass */

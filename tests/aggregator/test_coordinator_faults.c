@@ -253,7 +253,7 @@ static void test_only_wanted_chunks_are_kept(void **state)
     send_chunk(r, 1, u.content, 0); /* another node was asked */
     assert_int_equal(rig_count(r, SH_COORD_T_CHUNK), 3);
     uint8_t hash[32];
-    memcpy(hash, msg.want.chunk_hashes, 32);
+    memcpy(hash, msg.want.hashes, 32);
     sh_msg lie = {.type = SH_MSG_CHUNK, .chunk = {.bytes = {"not these bytes", 15}}};
     memcpy(lie.chunk.hash.b, hash, 32);
     assert_true(rig_send(r, 0, &lie));
@@ -312,7 +312,7 @@ static void test_naming_anothers_chunks(void **state)
     sh_txn_abort(&txn);
     sh_hash chunk = sh_blake2b(bytes.data, SH_CHUNK_BYTES);
     sh_buf_release(&bytes);
-    sh_msg msg = {.type = SH_MSG_WANT, .want = {.n = 1, .chunk_hashes = chunk.b}};
+    sh_msg msg = {.type = SH_MSG_WANT, .want = {.n = 1, .hashes = chunk.b}};
     assert_true(rig_send(r, 1, &msg)); /* another node's update is not served */
     assert_true(rig_take(r, 1, &msg));
     assert_int_equal(msg.type, SH_MSG_ERROR);
@@ -335,7 +335,7 @@ static void test_a_release_is_served_in_pieces(void **state)
         memcpy(hashes + 32 * i, h.b, 32);
     }
     memset(hashes + 96, 0x5a, 64); /* and two that nobody has */
-    sh_msg msg = {.type = SH_MSG_WANT, .want = {.n = 5, .chunk_hashes = hashes}};
+    sh_msg msg = {.type = SH_MSG_WANT, .want = {.n = 5, .hashes = hashes}};
     assert_true(rig_send(r, 0, &msg));
     unsigned chunks = 0;
     while (rig_take(r, 0, &msg)) {
@@ -464,7 +464,7 @@ static void test_random_and_mutated_messages(void **state)
     sh_msg msgs[4] = {
         {.type = SH_MSG_CHECKIN, .checkin = {.epoch = EPOCH, .active_version = 1}},
         {.type = SH_MSG_ITEM, .item = item_of(SH_CLASS_WINDOW, SH_ITEM_WINDOW, 1, "window", 6)},
-        {.type = SH_MSG_WANT, .want = {.n = 1, .chunk_hashes = u.base_sha256.b}},
+        {.type = SH_MSG_WANT, .want = {.n = 1, .hashes = u.base_sha256.b}},
         {.type = SH_MSG_WELCOME, .welcome = {.accepted = true, .text = "I am the aggregator"}},
     };
     for (size_t i = 0; i < SH_COUNT(good); i++) {

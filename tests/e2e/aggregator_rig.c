@@ -355,11 +355,11 @@ static void on_plan(agg_rig *r, unsigned peer, const sh_msg_plan *plan)
         make_evaluation(p, &plan->evaluate);
 }
 
-static void on_want(agg_peer *p, const sh_msg_want *want)
+static void on_want(agg_peer *p, const sh_hash_list *want)
 {
     for (uint32_t i = 0; i < want->n && p->chunks != NULL; i++) {
         for (uint32_t k = 0; k < p->described.n_chunks; k++) {
-            if (memcmp(p->chunks + 32 * k, want->chunk_hashes + 32 * i, 32) != 0)
+            if (memcmp(p->chunks + 32 * k, want->hashes + 32 * i, 32) != 0)
                 continue;
             size_t at = (size_t)k * SH_CHUNK_BYTES;
             sh_msg msg = {.type = SH_MSG_CHUNK};

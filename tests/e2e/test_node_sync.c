@@ -147,13 +147,13 @@ static void advance_update(played *p, const sh_hash *to)
     sh_buf_clear(&p->pending);
 }
 
-static void serve_chunks(played *p, const sh_hash *to, const sh_msg_want *want)
+static void serve_chunks(played *p, const sh_hash *to, const sh_hash_list *want)
 {
     for (uint32_t i = 0; i < want->n; i++) {
         sh_txn *txn = NULL;
         sh_slice bytes;
         sh_msg msg = {.type = SH_MSG_CHUNK};
-        memcpy(msg.chunk.hash.b, want->chunk_hashes + i * sizeof(sh_hash), sizeof(sh_hash));
+        memcpy(msg.chunk.hash.b, want->hashes + i * sizeof(sh_hash), sizeof(sh_hash));
         OK(sh_txn_begin(p->store, SH_TXN_READ, &txn, err));
         OK(sh_txn_get(txn, T_CHUNK, msg.chunk.hash.b, sizeof(sh_hash), &bytes));
         msg.chunk.bytes = (sh_bytes){bytes.data, bytes.n};

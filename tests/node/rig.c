@@ -218,7 +218,7 @@ static bool agg_try_update(rig *r, sh_txn *txn, const sh_msg_item *item, bool as
             agg_mark(r, txn, item);
         return true;
     }
-    want.want.chunk_hashes = hashes;
+    want.want.hashes = hashes;
     if (ask)
         agg_send(r, &want);
     return false;
@@ -265,12 +265,12 @@ static void agg_on_chunk(rig *r, sh_txn *txn, const sh_msg_chunk *chunk)
     }
 }
 
-static void agg_on_want(rig *r, sh_txn *txn, const sh_msg_want *want)
+static void agg_on_want(rig *r, sh_txn *txn, const sh_hash_list *want)
 {
     for (uint32_t i = 0; i < SH_MIN(want->n, r->chunk_budget); i++) {
         sh_msg msg = {.type = SH_MSG_CHUNK};
         sh_slice value;
-        memcpy(msg.chunk.hash.b, want->chunk_hashes + i * 32, 32);
+        memcpy(msg.chunk.hash.b, want->hashes + i * 32, 32);
         OK(sh_txn_get(txn, AGG_T_CHUNK, msg.chunk.hash.b, 32, &value));
         msg.chunk.bytes = (sh_bytes){value.data, value.n};
         agg_send(r, &msg);
@@ -293,7 +293,7 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
     switch (msg.type) {
     case SH_MSG_ENROL:
         reply.type = SH_MSG_WELCOME;
-        reply.welcome = (sh_msg_welcome){!r->reject, "hello"};
+        reply.welcome = (sh_msg_welcome){.accepted = !r->reject, .text = "hello"};
         agg_send(r, &reply);
         break;
     case SH_MSG_CHECKIN:

@@ -131,12 +131,15 @@ void sample_msg(sh_rng *rng, sh_msg_type type, size_t size_max, sample *out)
     m->type = type;
     switch (type) {
     case SH_MSG_ENROL:
-        m->enrol = (sh_msg_enrol){number(rng, UINT64_MAX), text(rng, out->text[0]),
-                                  text(rng, out->text[1]), (uint32_t)number(rng, UINT32_MAX),
-                                  number(rng, UINT64_MAX)};
+        m->enrol.epoch = number(rng, UINT64_MAX);
+        m->enrol.agent = text(rng, out->text[0]);
+        m->enrol.kernel = text(rng, out->text[1]);
+        m->enrol.cores = (uint32_t)number(rng, UINT32_MAX);
+        m->enrol.memory_bytes = number(rng, UINT64_MAX);
         break;
     case SH_MSG_WELCOME:
-        m->welcome = (sh_msg_welcome){sh_rng_below(rng, 2) == 1, text(rng, out->text[0])};
+        m->welcome.accepted = sh_rng_below(rng, 2) == 1;
+        m->welcome.text = text(rng, out->text[0]);
         break;
     case SH_MSG_CHECKIN:
         sample_checkin(rng, &m->checkin);
@@ -157,7 +160,7 @@ void sample_msg(sh_rng *rng, sh_msg_type type, size_t size_max, sample *out)
         break;
     case SH_MSG_WANT:
         m->want.n = 1 + (uint32_t)sh_rng_below(rng, SH_MIN(SH_WIRE_WANT_MAX, 1 + size_max / 32));
-        m->want.chunk_hashes = out->hashes;
+        m->want.hashes = out->hashes;
         fill(rng, out->hashes, (size_t)m->want.n * 32);
         break;
     case SH_MSG_CHUNK:
@@ -169,6 +172,8 @@ void sample_msg(sh_rng *rng, sh_msg_type type, size_t size_max, sample *out)
     case SH_MSG_ERROR:
         m->error = (sh_msg_error){text(rng, out->text[0]), text(rng, out->text[1]),
                                   number(rng, UINT64_MAX)};
+        break;
+    case SH_MSG_ROTATE: /* version 1 has none */
         break;
     }
 }

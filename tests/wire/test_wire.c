@@ -124,7 +124,7 @@ static void assert_msg(const sh_msg *a, const sh_msg *b)
         break;
     case SH_MSG_WANT:
         assert_int_equal(a->want.n, b->want.n);
-        assert_memory_equal(a->want.chunk_hashes, b->want.chunk_hashes, (size_t)b->want.n * 32);
+        assert_memory_equal(a->want.hashes, b->want.hashes, (size_t)b->want.n * 32);
         break;
     case SH_MSG_CHUNK:
         assert_memory_equal(&a->chunk.hash, &b->chunk.hash, sizeof(sh_hash));
@@ -134,6 +134,10 @@ static void assert_msg(const sh_msg *a, const sh_msg *b)
         assert_string_equal(a->error.code, b->error.code);
         assert_string_equal(a->error.text, b->error.text);
         assert_int_equal(a->error.retry_after_ms, b->error.retry_after_ms);
+        break;
+    case SH_MSG_ROTATE:
+        assert_memory_equal(&a->rotate.key, &b->rotate.key, sizeof(sh_hash));
+        assert_bytes(a->rotate.token, b->rotate.token);
         break;
     }
 }
