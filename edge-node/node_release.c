@@ -114,17 +114,18 @@ sh_status node_want(node_step *s)
         n->want.attempt = 0;
     n->asked_got = 0;
     n->n_asked = 0;
+    uint32_t chunks_max = SH_MIN(n->want_size, node_policy_may_want(n));
     if (n->state.take == TAKE_DOWNLOAD) {
         sh_manifest manifest;
         SH_GOTO(node_manifest_take(s, &bytes, &manifest));
-        SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &manifest.model, n->asked, n->want_size,
+        SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &manifest.model, n->asked, chunks_max,
                                 &n->n_asked, s->err));
     }
     if (n->n_asked == 0 && n->evaluate && n->evaluate_job == 0) {
         sh_evaluate_plan plan;
         sh_buf_release(&bytes);
         SH_GOTO(node_candidate_load(s, &bytes, &plan));
-        SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &plan.model, n->asked, n->want_size,
+        SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &plan.model, n->asked, chunks_max,
                                 &n->n_asked, s->err));
     }
     if (n->n_asked == 0) { /* a whole release waits for the active one's confirmation */

@@ -202,6 +202,8 @@ static sh_status send_enrol(node_step *s)
                                .kernel = o->kernel,
                                .cores = o->cores,
                                .memory_bytes = o->memory_bytes,
+                               .device_class = o->device_class ? o->device_class : "",
+                               .disk_bytes = o->disk_bytes,
                                .slots = NODE_SLOTS};
     node_retry_arm(s, &s->n->enrol);
     return node_send(s, &msg);
@@ -215,7 +217,7 @@ static sh_status send_checkin(node_step *s)
     sh_msg_checkin *c = &msg.checkin;
     *c = (sh_msg_checkin){
         .epoch = st->epoch,
-        .now_ms = s->now_ms,
+        .now_ms = s->wall_ms,
         .active_version = node_active(n)->version,
         .confirmed_version = st->confirmed_version,
         .installing_version = st->take != TAKE_NONE ? st->taking.version : 0,
@@ -231,6 +233,7 @@ static sh_status send_checkin(node_step *s)
         c->outbox_bytes += n->counts.bytes[cls];
         c->dropped[cls] = n->counts.dropped[cls];
     }
+    node_policy_fill(n, c);
     node_retry_arm(s, &n->checkin);
     return node_send(s, &msg);
 }
@@ -256,7 +259,7 @@ static sh_status resend_items(node_step *s, const sh_outbox *outbox)
     for (unsigned i = 0; i < NODE_IN_FLIGHT_MAX && node_may_send(s); i++) {
         node_in_flight *f = &s->n->in_flight[i];
         sh_msg_item item;
-        if (!f->used || f->retry.due_ms > s->now_ms)
+        if (!f->used || f->retry.due_ms > s->now_ms || !node_policy_may_send(s->n, f->cls))
             continue;
         sh_status status = sh_outbox_next(outbox, s->txn, f->cls, f->seq, &item);
         if (status != SH_OK && status != SH_ERR_NOT_FOUND)
@@ -288,6 +291,8 @@ static sh_status send_items(node_step *s)
             sh_msg_item item;
             if (f == NULL || !node_may_send(s))
                 return SH_OK;
+            if (!node_policy_may_send(n, (uint8_t)cls))
+                break; /* it waits for its policy, or for a budget */
             sh_status status =
                 sh_outbox_next(&outbox, s->txn, (sh_class)cls, n->send_from[cls], &item);
             if (status == SH_ERR_NOT_FOUND) {
@@ -311,7 +316,8 @@ static sh_status serve_chunks(node_step *s)
 {
     sh_node *n = s->n;
     uint32_t done = 0;
-    for (unsigned sent = 0; done < n->n_serve && sent < NODE_SERVE_STEP_MAX && node_may_send(s);
+    for (unsigned sent = 0; done < n->n_serve && sent < NODE_SERVE_STEP_MAX && node_may_send(s) &&
+                            node_policy_may_serve(n);
          done++) {
         sh_msg msg = {.type = SH_MSG_CHUNK};
         sh_slice bytes;
@@ -338,7 +344,8 @@ static bool items_wait(const sh_node *n)
     for (unsigned i = 0; i < NODE_IN_FLIGHT_MAX; i++)
         used += n->in_flight[i].used;
     for (unsigned cls = 0; cls < SH_CLASSES && used < NODE_IN_FLIGHT_MAX; cls++)
-        if (n->counts.items[cls] > 0 && n->send_from[cls] < n->counts.next_seq[cls])
+        if (n->counts.items[cls] > 0 && n->send_from[cls] < n->counts.next_seq[cls] &&
+            node_policy_may_send(n, (uint8_t)cls))
             return true;
     return false;
 }
@@ -348,15 +355,16 @@ sh_status node_pump(node_step *s)
     sh_node *n = s->n;
     if (n->link == LINK_DOWN || n->hold_ms > s->now_ms)
         return SH_OK;
-    if (n->enrol.due_ms <= s->now_ms && node_may_send(s))
+    bool contact = node_policy_contact_ms(n) <= s->now_ms;
+    if (n->enrol.due_ms <= s->now_ms && contact && node_may_send(s))
         SH_TRY(send_enrol(s));
     if (n->link == LINK_REJECTED)
         return SH_OK;
-    if (n->checkin.due_ms <= s->now_ms && node_may_send(s))
+    if (n->checkin.due_ms <= s->now_ms && contact && node_may_send(s))
         SH_TRY(send_checkin(s));
     SH_TRY(send_items(s));
     SH_TRY(serve_chunks(s));
-    if (n->want.due_ms <= s->now_ms && node_may_send(s))
+    if (n->want.due_ms <= s->now_ms && node_policy_may_want(n) > 0 && node_may_send(s))
         SH_TRY(node_want(s));
     return SH_OK;
 }
@@ -365,14 +373,16 @@ uint64_t node_sync_due(const sh_node *n)
 {
     if (n->link == LINK_DOWN)
         return NODE_NEVER;
-    uint64_t due = n->enrol.due_ms;
+    uint64_t contact = node_policy_contact_ms(n);
+    uint64_t due = SH_MAX(n->enrol.due_ms, contact);
     if (n->link != LINK_REJECTED) {
-        due = SH_MIN(due, n->checkin.due_ms);
-        due = SH_MIN(due, n->want.due_ms);
+        due = SH_MIN(due, SH_MAX(n->checkin.due_ms, contact));
+        if (node_policy_may_want(n) > 0)
+            due = SH_MIN(due, n->want.due_ms);
         for (unsigned i = 0; i < NODE_IN_FLIGHT_MAX; i++)
-            if (n->in_flight[i].used)
+            if (n->in_flight[i].used && node_policy_may_send(n, n->in_flight[i].cls))
                 due = SH_MIN(due, n->in_flight[i].retry.due_ms);
-        if (n->n_serve > 0 || items_wait(n))
+        if ((n->n_serve > 0 && node_policy_may_serve(n)) || items_wait(n))
             due = 0;
     }
     return SH_MAX(due, n->hold_ms);
@@ -509,7 +519,11 @@ static sh_status on_plan(node_step *s, const sh_msg_plan *plan)
         uint64_t wait = SH_MAX(plan->return_after_ms, (uint64_t)NODE_RETURN_MIN_MS);
         n->checkin = (node_retry){.due_ms = s->now_ms + SH_MIN(wait, (uint64_t)NODE_RETURN_MAX_MS)};
     }
-    n->state.last_sync_ms = s->now_ms;
+    sh_status stamped = node_clock_stamp(s, plan->time);
+    if (stamped != SH_OK)
+        SH_TRY(bad_message(s, stamped, "the signed time does not hold"));
+    n->policy.plan_ms = s->now_ms;
+    n->state.last_sync_ms = s->wall_ms;
     n->dirty = true;
     node_note(s, SH_NOTE_CHECKED_IN, 0);
     node_on_train_plan(s, &plan->train);
