@@ -2,8 +2,8 @@
  * The clocks of a step.
  *   now_ms   steady, the shell's: intervals
  *   wall_ms  dates that others read (ledger, windows, alarms, check-ins) and the hours of policies
- *   row_ms   ages of rows and the periods of budgets: runs with now_ms, never goes back, also over
- *            restarts, and no setting of the clock moves it
+ *   row_ms   ages of rows and the periods of budgets: runs with now_ms, no setting of the clock
+ * moves it, and it goes back only at a start, by what was not kept (CLOCK_SAVE_MS)
  *
  * The wall clock. The aggregator's plans carry its time, signed. It is a floor, which replays of
  * older stamps cannot lower; and as a plan answers a check-in, its time is also not far behind. The
@@ -13,12 +13,14 @@
  * the floor wins, and without one the floor itself: so a device whose clock is as wrong as it was
  * before is right at once, and so is one whose clock was put right.
  *
- * The rows' clock goes on at a start where it was when it was last kept, plus the time that the
- * wall clock says has passed since, at most CLOCK_OFF_MAX_MS: a clock that is decades ahead at a
- * start makes no row old.
+ * The rows' clock goes on at a start where it was when it was last kept. The time off is added when
+ * signed time says how long it was. A node that never had such time adds what the device's clock
+ * says, at most CLOCK_OFF_MAX_MS, so that a clock that is decades ahead at a start makes no row
+ * old; one that had it does so when none has come after CLOCK_GRACE_MS.
  *
  * META "clock": version (1), floor_ms (8), skew (8), seen_row_ms (8), seen_wall_ms (8),
- * since_ms (8), little-endian; the first 8 bytes of BLAKE2b-256 of that.
+ * anchor_row_ms (8), anchor_wall_ms (8), since_ms (8), little-endian; the first 8 bytes of
+ * BLAKE2b-256 of that.
  */
 #include "edge-node/node_internal.h"
 
@@ -26,12 +28,13 @@
 
 #define DAY_MS           (24ull * 3600 * 1000)
 #define CLOCK_VERSION    1
-#define CLOCK_BYTES      41
+#define CLOCK_BYTES      57
 #define CLOCK_SUM        8
 #define CLOCK_SLACK_MS   (5u * 60 * 1000)
-#define CLOCK_SAVE_MS    (3600u * 1000)    /* between two savings while nothing jumps */
-#define CLOCK_OFF_MAX_MS (400ull * DAY_MS) /* switched off for so long is believed */
-#define CLOCK_FUTURE_MS  DAY_MS            /* a row so far ahead is a wrong clock's */
+#define CLOCK_SAVE_MS    (3600u * 1000) /* between two savings while nothing jumps */
+#define CLOCK_OFF_MAX_MS (7 * DAY_MS)   /* switched off for so long is believed, unsigned */
+#define CLOCK_GRACE_MS   (3600u * 1000)
+#define CLOCK_FUTURE_MS  DAY_MS /* a row so far ahead is a wrong clock's */
 
 static const char meta_clock[] = "clock";
 
@@ -85,14 +88,22 @@ static sh_status load(node_step *s, bool *found)
     c->skew = node_get_le(p + 9, 8);
     c->seen_row_ms = node_get_le(p + 17, 8);
     c->seen_wall_ms = node_get_le(p + 25, 8);
-    c->since_ms = node_get_le(p + 33, 8);
+    c->anchor_row_ms = node_get_le(p + 33, 8);
+    c->anchor_wall_ms = node_get_le(p + 41, 8);
+    c->since_ms = node_get_le(p + 49, 8);
     return SH_OK;
 }
 
-static uint64_t rows_start(const node_clock *c, uint64_t wall_ms)
+/* Where the rows' clock goes on. */
+static uint64_t rows_start(node_clock *c, uint64_t wall_ms)
 {
     uint64_t off = wall_ms > c->seen_wall_ms ? wall_ms - c->seen_wall_ms : 0;
-    uint64_t row = c->seen_row_ms + SH_MIN(off, CLOCK_OFF_MAX_MS);
+    off = SH_MIN(off, CLOCK_OFF_MAX_MS);
+    if (c->anchor_wall_ms != 0) {
+        c->off_ms = off;
+        return c->seen_row_ms;
+    }
+    uint64_t row = c->seen_row_ms + off;
     bool near = wall_ms >= c->seen_row_ms && apart(row, wall_ms) <= CLOCK_SLACK_MS;
     return near ? wall_ms : row;
 }
@@ -102,7 +113,7 @@ sh_status node_clock_open(node_step *s)
     node_clock *c = &s->n->clock;
     bool found = false;
     SH_TRY(load(s, &found));
-    c->floor_now_ms = c->saved_ms = s->now_ms;
+    c->floor_now_ms = c->saved_ms = c->start_ms = s->now_ms;
     c->asked_ms = NODE_NEVER;
     uint64_t wall = choose_wall(c, s->now_ms);
     uint64_t row = found ? rows_start(c, wall) : wall;
@@ -127,6 +138,11 @@ void node_clock_step(node_step *s, uint64_t wall_ms)
             c->dirty = true; /* seen_wall_ms is of another clock */
         c->wall_offset = wall - s->now_ms;
     }
+    if (c->off_ms > 0 && s->now_ms - c->start_ms >= CLOCK_GRACE_MS) {
+        c->row_offset += c->off_ms;
+        c->off_ms = 0;
+        c->dirty = true;
+    }
     set_dates(s);
 }
 
@@ -135,6 +151,18 @@ static uint64_t age_max(const node_step *s)
 {
     uint64_t asked = s->n->clock.asked_ms;
     return CLOCK_SLACK_MS + (asked <= s->now_ms ? s->now_ms - asked : 0);
+}
+
+/* The rows' clock makes up for the time off. */
+static void credit_time_off(node_clock *c, uint64_t wall_ms, uint64_t now_ms)
+{
+    uint64_t row = now_ms + c->row_offset;
+    c->off_ms = 0;
+    if (c->anchor_wall_ms == 0 || wall_ms < c->anchor_wall_ms)
+        return;
+    uint64_t due = c->anchor_row_ms + (wall_ms - c->anchor_wall_ms);
+    if (due > row)
+        c->row_offset += due - row;
 }
 
 sh_status node_clock_stamp(node_step *s, sh_bytes stamp)
@@ -162,6 +190,8 @@ sh_status node_clock_stamp(node_step *s, sh_bytes stamp)
     }
     c->wall_offset = wall - s->now_ms;
     c->skew = c->wall_offset - c->shell_offset;
+    if (!c->trusted)
+        credit_time_off(c, wall, s->now_ms);
     c->trusted = c->dirty = true;
     set_dates(s);
     return SH_OK;
@@ -200,11 +230,17 @@ sh_status node_clock_save(node_step *s)
     c->floor_now_ms = s->now_ms;
     c->seen_row_ms = s->row_ms;
     c->seen_wall_ms = s->wall_ms;
+    if (c->trusted) {
+        c->anchor_row_ms = s->row_ms;
+        c->anchor_wall_ms = s->wall_ms;
+    }
     node_put_le(value + 1, c->floor_ms, 8);
     node_put_le(value + 9, c->skew, 8);
     node_put_le(value + 17, c->seen_row_ms, 8);
     node_put_le(value + 25, c->seen_wall_ms, 8);
-    node_put_le(value + 33, c->since_ms, 8);
+    node_put_le(value + 33, c->anchor_row_ms, 8);
+    node_put_le(value + 41, c->anchor_wall_ms, 8);
+    node_put_le(value + 49, c->since_ms, 8);
     sh_hash sum = sh_blake2b(value, CLOCK_BYTES);
     memcpy(value + CLOCK_BYTES, sum.b, CLOCK_SUM);
     c->dirty = false;

@@ -107,12 +107,14 @@ typedef struct {
 
 /* See node_clock.c. Offsets are added to now_ms, modulo 2^64. */
 typedef struct {
-    uint64_t floor_ms, floor_now_ms;    /* the true time is not before it; that was at */
-    uint64_t skew;                      /* the core's wall clock less the device's */
-    uint64_t seen_row_ms, seen_wall_ms; /* both clocks at one moment of the past */
-    uint64_t since_ms;                  /* rows' clock when it was first kept */
+    uint64_t floor_ms, floor_now_ms;        /* the true time is not before it; that was at */
+    uint64_t skew;                          /* the core's wall clock less the device's */
+    uint64_t seen_row_ms, seen_wall_ms;     /* both clocks at one moment of the past */
+    uint64_t anchor_row_ms, anchor_wall_ms; /* at the last one whose wall clock was signed */
+    uint64_t since_ms;                      /* rows' clock when it was first kept */
     uint64_t shell_offset, wall_offset, row_offset;
     uint64_t wall_ms, row_ms;    /* at the last step */
+    uint64_t start_ms, off_ms;   /* steady; time off that is not in the rows' clock yet */
     uint64_t saved_ms, asked_ms; /* steady; the last check-in was sent */
     bool trusted, dirty;
 } node_clock;
