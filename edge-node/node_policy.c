@@ -1,7 +1,7 @@
 /*
  * Opportunistic mode: what the node may do now, by the device's signals, the hour and the budgets.
- * What may not be sent stays where it is, due as before; node_sync_due passes it over, and the step
- * that finds that its policy holds again sends it. Inference asks nothing of this.
+ * What may not be sent stays where it is, due as before; the link passes it over (sh_link_closed),
+ * and the step that finds that its policy holds again sends it. Inference asks nothing of this.
  */
 #include "edge-node/node_internal.h"
 
@@ -133,6 +133,7 @@ sh_status node_policy_update(node_step *s, const sh_node_event *event)
         p->conditions |= failing(s, &n->options.policies[i], &blocked);
         p->holds[i] = !blocked;
     }
+    node_policy_gates(n);
     if (p->holds[SH_POLICY_TRAIN] && !trained) {
         SH_TRY(node_train_consider(s));
         return node_evaluate_advance(s);
@@ -150,7 +151,7 @@ static bool has_network(const sh_node *n)
     return n->policy.signals.network != SH_SIGNAL_NO; /* unknown: the link says it itself */
 }
 
-bool node_policy_may_send(const sh_node *n, uint8_t cls)
+static bool may_send(const sh_node *n, uint8_t cls)
 {
     bool is_window = cls == SH_CLASS_WINDOW || cls == SH_CLASS_RECORD;
     if (!has_network(n) || !n->policy.holds[is_window ? SH_POLICY_WINDOWS : SH_POLICY_FEEDBACK])
@@ -158,25 +159,21 @@ bool node_policy_may_send(const sh_node *n, uint8_t cls)
     return cls == SH_CLASS_ALARM ? node_budget_small_up(n) : node_budget_bulk_up(n);
 }
 
-bool node_policy_may_serve(const sh_node *n)
+void node_policy_gates(sh_node *n)
 {
-    return node_policy_may_send(n, SH_CLASS_UPDATE);
-}
-
-uint32_t node_policy_may_want(const sh_node *n)
-{
-    if (!has_network(n) || !n->policy.holds[SH_POLICY_DOWNLOAD] || !node_budget_small_up(n))
-        return 0;
-    return node_budget_chunks_down(n);
-}
-
-uint64_t node_policy_contact_ms(const sh_node *n)
-{
-    if (!has_network(n) || !node_budget_small_up(n))
-        return NODE_NEVER;
-    if (n->policy.holds[SH_POLICY_FEEDBACK] || n->policy.plan_ms == NODE_NEVER)
-        return 0;
-    return n->policy.plan_ms + n->options.checkin_blocked_ms;
+    sh_link_closed *closed = &n->link.closed;
+    uint32_t chunks = node_budget_chunks_down(n);
+    bool small = has_network(n) && node_budget_small_up(n);
+    for (unsigned cls = 0; cls < SH_CLASSES; cls++)
+        closed->items[cls] = !may_send(n, (uint8_t)cls);
+    closed->chunks = closed->items[SH_CLASS_UPDATE];
+    closed->want = !small || !n->policy.holds[SH_POLICY_DOWNLOAD] || chunks == 0;
+    closed->want_max = chunks;
+    closed->contact_ms = 0;
+    if (!small)
+        closed->contact_ms = NODE_NEVER;
+    else if (!n->policy.holds[SH_POLICY_FEEDBACK] && n->policy.plan_ms != NODE_NEVER)
+        closed->contact_ms = n->policy.plan_ms + n->options.checkin_blocked_ms;
 }
 
 uint32_t node_policy_conditions(const sh_node *n)
