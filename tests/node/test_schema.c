@@ -135,7 +135,7 @@ static void test_from_version_1(void **state)
     SAME(stored_schema(r), 1);
     rig_start(r);
     SAME(r->active_version, 2);
-    SAME(stored_schema(r), 2);
+    SAME(stored_schema(r), 3);
     assert_as_it_was(r);
     /* The second start migrates nothing. */
     dump(r, first);
@@ -194,11 +194,11 @@ static void test_newer_is_refused(void **state)
     load(r);
     sh_rng_init(&rng, SEED, 0, 79);
     OK(sh_txn_begin(r->store, SH_TXN_WRITE, &txn, &test_err));
-    OK(sh_txn_put(txn, SH_NODE_T_META, "schema", 6, "\x03\0\0\0", 4, &test_err));
+    OK(sh_txn_put(txn, SH_NODE_T_META, "schema", 6, "\x04\0\0\0", 4, &test_err));
     SAME(sh_node_create(&r->options, rig_manifest(r, 1), r->now, &rng, txn, &r->actions, &r->node,
                         &test_err),
          SH_ERR_UNSUPPORTED);
-    assert_non_null(strstr(test_err.text, "schema version 3"));
+    assert_non_null(strstr(test_err.text, "schema version 4"));
     assert_non_null(strstr(test_err.text, "up to 2"));
     assert_null(r->node);
     sh_txn_abort(&txn);
