@@ -508,8 +508,9 @@ static sh_status on_welcome(const sh_link_step *s, const sh_msg_welcome *welcome
             l->enrol.due_ms = s->now_ms + SH_MIN(welcome->retry_after_ms, l->options.retry_max_ms);
         return SH_OK;
     }
-    if (l->enrol.due_ms == SH_LINK_NEVER)
-        return SH_OK; /* an answer to an ENROL that was answered already */
+    bool other = welcome->epoch != 0 && welcome->epoch != l->epoch;
+    if (l->enrol.due_ms == SH_LINK_NEVER || other)
+        return SH_OK; /* of an ENROL that was answered already */
     if (welcome->renew)
         return renew(s, welcome->common);
     l->state = SH_LINK_WELCOME;

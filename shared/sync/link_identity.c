@@ -122,16 +122,31 @@ sh_status sh_link_stored_epoch(sh_txn *txn, unsigned meta_table, uint64_t *epoch
     return SH_OK;
 }
 
-static sh_status draw_epoch(const sh_link_step *s)
+static sh_status put_epoch(const sh_link_step *s, uint64_t epoch)
 {
-    sh_link *l = s->link;
     uint8_t value[8];
-    do
-        l->epoch = sh_rng_u64(s->rng);
-    while (l->epoch == 0);
-    sh_key_put_u64(value, l->epoch);
-    return sh_txn_put(s->txn, l->options.outbox.meta_table, SH_LINK_META_EPOCH,
+    s->link->epoch = epoch;
+    sh_key_put_u64(value, epoch);
+    return sh_txn_put(s->txn, s->link->options.outbox.meta_table, SH_LINK_META_EPOCH,
                       sizeof(SH_LINK_META_EPOCH) - 1, value, sizeof(value), s->err);
+}
+
+static uint64_t draw_epoch(const sh_link_step *s)
+{
+    uint64_t epoch;
+    do
+        epoch = sh_rng_u64(s->rng);
+    while (epoch == 0);
+    return epoch;
+}
+
+/* Copies that have a start in common, and part later, come to the same epoch for what that start
+ * made: it is the same in all of them, and counts once. */
+static uint64_t epoch_of(const link_start *start)
+{
+    sh_hash hash = sh_blake2b(start->lease, sizeof(start->lease));
+    uint64_t epoch = sh_get_le64(hash.b);
+    return epoch != 0 ? epoch : 1;
 }
 
 /* ---- segments ---- */
@@ -220,7 +235,7 @@ sh_status link_identity_open(const sh_link_step *s)
     sh_status status =
         sh_link_stored_epoch(s->txn, l->options.outbox.meta_table, &l->epoch, s->err);
     if (status == SH_ERR_NOT_FOUND)
-        status = draw_epoch(s);
+        status = put_epoch(s, draw_epoch(s));
     SH_TRY(status);
     status = row_get(s, &starts);
     if (status == SH_ERR_NOT_FOUND) {
@@ -259,23 +274,20 @@ sh_status link_renew(const sh_link_step *s, uint32_t common)
     common = SH_MIN(common, starts.n - 1);
     const link_start *parted = &starts.items[common == 0 ? 0 : common - 1];
     sh_link_segment *last = &l->segments.items[l->segments.n - 1];
-    sh_link_segment next = {0};
+    sh_link_segment next = {.epoch = common == 0 ? draw_epoch(s) : epoch_of(parted)};
     bool older = false; /* some of what the epoch has is older than that */
     for (int c = 0; c < SH_CLASSES; c++) {
         next.base[c] = SH_MAX(parted->next_seq[c] - 1, last->base[c]);
         older = older || next.base[c] > last->base[c];
     }
-    SH_TRY(draw_epoch(s));
-    next.epoch = l->epoch;
     if (older && l->segments.n < SH_LINK_SEGMENTS_MAX)
         l->segments.items[l->segments.n++] = next;
     else
-        last->epoch = l->epoch; /* nothing is, or so many epochs are owed that no more fit */
+        last->epoch = next.epoch; /* nothing is, or so many epochs are owed that no more fit */
     l->renewals++;
-    starts.n = 1;
-    for (int c = 0; c < SH_CLASSES; c++)
-        starts.items[0].next_seq[c] = l->segments.items[l->segments.n - 1].base[c] + 1;
-    return row_put(s, &starts);
+    starts.n = SH_MAX(common, 1);
+    SH_TRY(row_put(s, &starts));
+    return put_epoch(s, next.epoch);
 }
 
 /* ---- for readers of a store ---- */

@@ -93,6 +93,7 @@ typedef struct {
     /* from version 3 on */
     bool renew;              /* another sender has this epoch: take a new one */
     uint64_t retry_after_ms; /* not accepted: enrol again after so long; 0: as the node likes */
+    uint64_t epoch;          /* of the ENROL that this answers; 0: not said */
     uint32_t common;         /* renew: index in ENROL's leases of the newest that the other sender
                                 had as well; their number: none */
 } sh_msg_welcome;

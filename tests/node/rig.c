@@ -338,7 +338,8 @@ static void agg_on_enrol(rig *r, const sh_msg_enrol *enrol)
 {
     sh_msg reply = {.type = SH_MSG_WELCOME};
     const sh_hash_list *leases = &enrol->leases;
-    reply.welcome = (sh_msg_welcome){.accepted = !r->reject, .text = "hello"};
+    reply.welcome =
+        (sh_msg_welcome){.accepted = !r->reject, .text = "hello", .epoch = enrol->epoch};
     rig_epoch *e = r->epochs;
     while (e < r->epochs + r->n_epochs && e->epoch != enrol->epoch)
         e++;

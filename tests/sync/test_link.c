@@ -607,6 +607,9 @@ static void a_copy_takes_a_new_epoch(void **state)
     SAME(p->n_out, 1); /* again, and alone */
     SAME(only(p, SH_MSG_ENROL).enrol.epoch, p->link.epoch);
     SAME(only(p, SH_MSG_ENROL).enrol.leases.n, 1);
+    receive(p, &(sh_msg){.type = SH_MSG_WELCOME, /* of the ENROL before */
+                         .welcome = {.accepted = true, .text = "", .epoch = epoch}});
+    SAME(p->link.state, SH_LINK_TRYING);
     welcome(p, false, 0);
     pump(p);
     SAME(count(p, SH_MSG_ITEM), 6);
