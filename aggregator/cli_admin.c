@@ -333,16 +333,16 @@ static sh_status add_argument(const admin_command *command, const char *word, js
 static sh_status make_request(const admin_command *command, const admin_options *o,
                               const sh_args *args, json_t *request, sh_error *err)
 {
-    char name[32];
+    char verb[32];
     bool list = o->file != NULL && strcmp(command->name, "enrol") == 0;
     size_t want = command->argument != NULL && !list;
     if (args->n_positional != want)
         return sh_fail(err, SH_ERR_USAGE, "use: shoal aggregator %s %s --dir DIR", command->name,
                        command->usage);
-    snprintf(name, sizeof name, "%s", list ? "enrol-list" : command->name);
-    for (char *blank; (blank = strchr(name, ' ')) != NULL;)
+    snprintf(verb, sizeof verb, "%s", list ? "enrol-list" : command->name);
+    for (char *blank; (blank = strchr(verb, ' ')) != NULL;)
         *blank = '-';
-    sh_json_set(request, "command", json_string(name));
+    sh_json_set(request, "command", json_string(verb));
     if (want)
         SH_TRY(add_argument(command, args->positional[0], request, err));
     if (list) {

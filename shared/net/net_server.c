@@ -294,7 +294,6 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
     uint8_t id[ROUTE_BYTES] = {0};
     bool good;
     take_connection_events(s);
-    shut_peers(s);
     for (size_t i = 0; i < NET_SKIP_MAX && event.kind == SH_NET_NONE; i++) {
         if (s->skipping) {
             s->skipping = !net_skip_rest(s->socket, NET_SKIP_MAX);
@@ -318,6 +317,8 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
             event.n = zmq_msg_size(&s->body);
         }
     }
+    if (event.kind == SH_NET_NONE)
+        shut_peers(s); /* what they have said is heard first */
     *out = event;
     return SH_OK;
 }
