@@ -467,7 +467,7 @@ sh_status coord_on_enrol(coord_step *s, const sh_msg_enrol *enrol)
     sh_node_row node;
     const char *why = NULL;
     uint64_t later = 0;
-    bool is_new = false, changed = false, known = false, renew = false;
+    bool is_new = false, changed = false, known = false;
     SH_TRY(identify(s, enrol, &node, &is_new, &why, &later));
     if (why != NULL) {
         SH_TRY(refuse(s, why, later));
@@ -477,7 +477,11 @@ sh_status coord_on_enrol(coord_step *s, const sh_msg_enrol *enrol)
     SH_TRY(coord_epoch_see(s, &node, enrol->epoch, &known, &changed));
     if (!known)
         return refuse(s, COORD_TOO_MANY_STORES, 0);
-    SH_TRY(coord_epoch_claim(s, &node, enrol, &renew));
+    sh_msg msg = {.type = SH_MSG_WELCOME,
+                  .welcome = {.accepted = true, .text = "welcome", .epoch = enrol->epoch}};
+    SH_TRY(coord_epoch_claim(s, &node, enrol, &msg.welcome));
+    if (msg.welcome.renew)
+        msg.welcome.text = "another sender has this epoch: take a new one";
     describe(&node, enrol);
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     if (is_new) {
@@ -485,11 +489,6 @@ sh_status coord_on_enrol(coord_step *s, const sh_msg_enrol *enrol)
         coord_note(s, SH_CNOTE_ENROLLED, &node.key, c->enrolled);
         coord_set_key(s, &node.key, SH_KEY_ALLOWED);
     }
-    sh_msg msg = {
-        .type = SH_MSG_WELCOME,
-        .welcome = {.accepted = true,
-                    .text = renew ? "another sender has this epoch: take a new one" : "welcome",
-                    .renew = renew}};
     return coord_send(s, &node.key, &msg);
 }
 

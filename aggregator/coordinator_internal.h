@@ -295,10 +295,10 @@ sh_status coord_node_put(sh_txn *txn, const sh_node_row *row, sh_error *err);
  * (*changed), which the caller puts. */
 sh_status coord_epoch_see(coord_step *s, sh_node_row *row, uint64_t epoch, bool *known,
                           bool *changed);
-/* Whether an ENROL comes from the one sender of its epoch, which coord_epoch_see has seen; else
- * *renew. Changes row->n_clones. */
+/* Whether an ENROL comes from the one sender of its epoch, which coord_epoch_see has seen; else the
+ * welcome says renew, and what the two senders had in common. Changes row->n_clones. */
 sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol *enrol,
-                            bool *renew);
+                            sh_msg_welcome *welcome);
 /* NODE rows of schema 1 and 2 held their epochs themselves. */
 sh_status coord_epochs_migrate(coord_step *s);
 

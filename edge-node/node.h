@@ -39,8 +39,8 @@
 /* Tables of a node's store; the audit and the reports read them by these numbers. */
 enum {
     SH_NODE_T_META,       /* "schema" (node_schema.c), "state", "candidate" (node_state.c), "epoch",
-                             "monitor", "slot0", "slot1" and "take" (signed manifests), "outbox", "lease"
-                             (shared/sync) */
+                             "monitor", "slot0", "slot1" and "take" (signed manifests), "outbox"
+                             and "lease" (shared/sync) */
     SH_NODE_T_RECORD,     /* seq -> sh_record, a ring */
     SH_NODE_T_FEEDBACK,   /* seq -> sh_feedback, a ring */
     SH_NODE_T_WINDOW,     /* index -> encoded window, a ring */

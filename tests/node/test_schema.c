@@ -46,19 +46,31 @@ static void dump(rig *r, const char *path)
     OK(dump_write(r->store, sh_node_tables, SH_NODE_TABLES, path, &test_err));
 }
 
+/* A row's line; the one of META "lease", which each start writes anew, is left out. */
+static bool next_row(FILE *f, char **line, size_t *cap)
+{
+    ssize_t n;
+    do
+        n = getline(line, cap, f);
+    while (n > 0 && strncmp(*line, "meta 6c65617365 ", 16) == 0);
+    return n > 0;
+}
+
 static void assert_same_files(const char *a, const char *b)
 {
     FILE *f = fopen(a, "r"), *g = fopen(b, "r");
     assert_true(f != NULL && g != NULL);
-    int x, y;
-    long at = 0;
+    char *x = NULL, *y = NULL;
+    size_t cap_x = 0, cap_y = 0;
+    bool more;
     do {
-        x = getc(f);
-        y = getc(g);
-        if (x != y)
-            fail_msg("%s and %s differ at byte %ld", a, b, at);
-        at++;
-    } while (x != EOF);
+        more = next_row(f, &x, &cap_x);
+        assert_int_equal(next_row(g, &y, &cap_y), more);
+        if (more)
+            assert_string_equal(x, y);
+    } while (more);
+    free(x);
+    free(y);
     fclose(f);
     fclose(g);
 }
@@ -199,7 +211,7 @@ static void test_newer_is_refused(void **state)
                         &test_err),
          SH_ERR_UNSUPPORTED);
     assert_non_null(strstr(test_err.text, "schema version 4"));
-    assert_non_null(strstr(test_err.text, "up to 2"));
+    assert_non_null(strstr(test_err.text, "up to 3"));
     assert_null(r->node);
     sh_txn_abort(&txn);
     rig_close(&r);
