@@ -56,6 +56,7 @@ typedef struct {
     const char *agent, *kernel;     /* borrowed for the node's life */
     uint32_t cores;
     uint64_t memory_bytes;
+    sh_bytes token; /* one-time token of the enrolment, borrowed; goes into ENROL until a WELCOME */
     sh_monitor_options monitor;
     /* Rings: the oldest go when one of its limits is passed. 0 is no limit of that kind, but for
      * the counts. */

@@ -202,7 +202,8 @@ static sh_status send_enrol(node_step *s)
                                .kernel = o->kernel,
                                .cores = o->cores,
                                .memory_bytes = o->memory_bytes,
-                               .slots = NODE_SLOTS};
+                               .slots = NODE_SLOTS,
+                               .token = o->token};
     node_retry_arm(s, &s->n->enrol);
     return node_send(s, &msg);
 }
@@ -499,6 +500,7 @@ static void on_welcome(node_step *s, const sh_msg_welcome *welcome)
         return;
     }
     n->link = LINK_WELCOME;
+    n->options.token = (sh_bytes){0};
     n->enrol = (node_retry){.due_ms = NODE_NEVER};
 }
 
