@@ -123,8 +123,7 @@ static sh_status on_enrol(call *c)
     if (e.name != NULL && strlen(e.name) > SH_NODE_NAME_MAX)
         return sh_fail(c->err, SH_ERR_USAGE, "a node's name has at most %d bytes",
                        SH_NODE_NAME_MAX);
-    SH_TRY(command(c, &e,
-                   "no more nodes can be enrolled, or the key is one that a node has replaced"));
+    SH_TRY(command(c, &e, "no more nodes can be enrolled; revoke some first"));
     set_hash(c->reply, "key", &e.node);
     return SH_OK;
 }

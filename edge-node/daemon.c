@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "edge-node/daemon_internal.h"
+#include "edge-node/setup.h"
 #include "shared/base/clock.h"
 #include "shared/base/log.h"
 
@@ -189,6 +190,16 @@ static sh_status arm_failpoints(sh_daemon *d, sh_error *err)
     return SH_OK;
 }
 
+/* Of a node that was set up with one and was not let in yet. */
+static sh_status read_enrol_token(sh_daemon *d, sh_error *err)
+{
+    if (!sh_file_exists(SH_NODE_FILE_TOKEN))
+        return SH_OK;
+    SH_TRY(sh_setup_read_token(SH_NODE_FILE_TOKEN, &d->enrol_token, err));
+    d->options.token = (sh_bytes){d->enrol_token.b, sizeof d->enrol_token.b};
+    return SH_OK;
+}
+
 static sh_status make_folders(sh_error *err)
 {
     static const char *const names[] = {SH_NODE_DIR_STORE, SH_NODE_DIR_MODELS, SH_NODE_DIR_WORK};
@@ -218,6 +229,7 @@ static sh_status start(sh_daemon *d, sh_error *err)
     sh_rng_init(&d->rng, seed, 0, 0x6e6f6465u);
     sh_settings_node_options(&d->settings->v, &d->options);
     SH_TRY(read_files(d, err));
+    SH_TRY(read_enrol_token(d, err));
     SH_TRY(make_folders(err));
     SH_TRY(open_store(d, err)); /* from here on the folder is ours alone */
     daemon_empty_work();

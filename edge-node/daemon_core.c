@@ -6,8 +6,10 @@
  * the same path as after a crash. A full store is tried again after DAEMON_FULL_PAUSE_MS; until
  * then inferences are dropped and counted, and ratings are refused.
  */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "edge-node/daemon_internal.h"
 #include "shared/base/clock.h"
@@ -41,6 +43,18 @@ static void log_alarm(sh_daemon *d, uint64_t metric)
     double e = metric < SH_METRICS ? s.log_evalue[metric] : 0;
     sh_log(SH_LOG_WARN, "alarm", "metric=%s window=%llu log_evalue=%.3f",
            sh_metric_name((sh_metric)metric), (unsigned long long)s.windows, e);
+}
+
+/* The aggregator has let us in: it knows our key from now on. */
+static void forget_token(sh_daemon *d)
+{
+    if (d->options.token.n == 0)
+        return;
+    d->options.token = (sh_bytes){0};
+    explicit_bzero(&d->enrol_token, sizeof d->enrol_token);
+    if (unlink(SH_NODE_FILE_TOKEN) != 0)
+        sh_log(SH_LOG_WARN, "token_not_removed", "file=%s error=\"%s\"", SH_NODE_FILE_TOKEN,
+               strerror(errno));
 }
 
 static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
@@ -82,6 +96,7 @@ static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
         sh_log(SH_LOG_WARN, "job_failed", "status=%s", sh_status_name((sh_status)number));
         break;
     case SH_NOTE_CHECKED_IN:
+        forget_token(d);
         sh_log(SH_LOG_INFO, "checked_in", "number=%llu", n);
         break;
     case SH_NOTE_EVALUATED:

@@ -121,7 +121,8 @@ typedef struct {
     sh_store *store;
     sh_node *node; /* NULL: the store was too full to make it again; tried later */
     sh_node_options options;
-    sh_buf genesis; /* signed manifest */
+    sh_hash enrol_token; /* that options.token is, until the aggregator has let us in */
+    sh_buf genesis;      /* signed manifest */
     sh_hash genesis_sha256;
     sh_frozen *frozen;
     sh_engine *engine;

@@ -105,6 +105,7 @@ typedef struct {
     uint32_t cores;
     uint64_t memory_bytes, disk_bytes; /* disk: that the store may take */
     const char *device_class;          /* as its owner names it; NULL: not said. Borrowed, too */
+    sh_bytes token; /* one-time token of the enrolment, borrowed; goes into ENROL until a WELCOME */
     sh_monitor_options monitor;
     /* Rings: the oldest go when one of its limits is passed. 0 is no limit of that kind, but for
      * the counts. */

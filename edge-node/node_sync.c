@@ -284,7 +284,8 @@ sh_status node_link_open(node_step *s)
                   .memory_bytes = o->memory_bytes,
                   .device_class = o->device_class ? o->device_class : "",
                   .disk_bytes = o->disk_bytes,
-                  .slots = NODE_SLOTS},
+                  .slots = NODE_SLOTS,
+                  .token = o->token},
         .retry_min_ms = o->retry_min_ms,
         .retry_max_ms = o->retry_max_ms,
     };

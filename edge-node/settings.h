@@ -21,7 +21,8 @@
 #define SH_NODE_FILE_RELEASE    "release.pub"
 #define SH_NODE_FILE_GENESIS    "genesis.gguf"
 #define SH_NODE_FILE_MANIFEST   "genesis.manifest"
-#define SH_NODE_FILE_ERASING    "erasing" /* there while an erasure is not wholly done */
+#define SH_NODE_FILE_TOKEN      "enrol.token" /* there until the aggregator has let the node in */
+#define SH_NODE_FILE_ERASING    "erasing"     /* there while an erasure is not wholly done */
 #define SH_NODE_DIR_STORE       "store"
 #define SH_NODE_DIR_MODELS      "models"
 #define SH_NODE_DIR_WORK        "work"

@@ -19,7 +19,7 @@
 #define ERASE_WAIT_MS  600000 /* it waits for running requests and jobs, and rewrites the store */
 
 typedef struct {
-    const char *dir, *bundle, *aggregator;
+    const char *dir, *bundle, *aggregator, *token_file;
 } init_options;
 static const sh_option init_table[] = {
     SH_OPT_STRING(init_options, dir, 'd', "dir", "DIR", NULL, "folder to make"),
@@ -29,10 +29,12 @@ static const sh_option init_table[] = {
         "release.pub"),
     SH_OPT_STRING(init_options, aggregator, 'a', "aggregator", "ENDPOINT", NULL,
                   "where the aggregator listens: tcp://HOST:PORT"),
+    SH_OPT_STRING(init_options, token_file, 't', "token-file", "FILE", NULL,
+                  "an enrolment token (shoal aggregator token add): the node enrols itself"),
 };
 static const sh_command init_command = {
     PROGRAM " init",
-    "--dir DIR --bundle BUNDLE --aggregator tcp://HOST:PORT",
+    "--dir DIR --bundle BUNDLE --aggregator tcp://HOST:PORT [--token-file FILE]",
     init_table,
     SH_COUNT(init_table),
     "Sets a node up: folders, keys, configuration. Prints its public key, with which the\n"
@@ -143,14 +145,17 @@ static sh_status init(int argc, char **argv, sh_error *err)
     SH_GOTO(need(o.dir, "--dir", &init_command, err));
     SH_GOTO(need(o.bundle, "--bundle", &init_command, err));
     SH_GOTO(need(o.aggregator, "--aggregator", &init_command, err));
-    SH_GOTO(sh_setup_node(o.dir, o.bundle, o.aggregator, &key, err));
+    SH_GOTO(sh_setup_node(o.dir, o.bundle, o.aggregator, o.token_file, &key, err));
     sh_hex(key.b, sizeof key.b, hex);
-    printf("public key %s\n\n"
-           "Next, on the aggregator's machine:\n"
-           "  shoal aggregator enrol %s --dir AGGREGATOR\n"
-           "and then here:\n"
-           "  " PROGRAM " --dir %s\n",
-           hex, hex, o.dir);
+    if (o.token_file)
+        printf("public key %s\n\nNext:\n  " PROGRAM " --dir %s\n", hex, o.dir);
+    else
+        printf("public key %s\n\n"
+               "Next, on the aggregator's machine:\n"
+               "  shoal aggregator enrol %s --dir AGGREGATOR\n"
+               "and then here:\n"
+               "  " PROGRAM " --dir %s\n",
+               hex, hex, o.dir);
     SH_GOTO(flush_out(err));
 cleanup:
     sh_args_release(&args);

@@ -523,6 +523,7 @@ static sh_status on_welcome(const sh_link_step *s, const sh_msg_welcome *welcome
     if (welcome->renew)
         return renew(s, welcome->common);
     l->state = SH_LINK_WELCOME;
+    l->options.enrol.token = (sh_bytes){0}; /* it has done its work */
     l->enrol = (sh_retry){.due_ms = SH_LINK_NEVER};
     return link_welcomed(s);
 }
