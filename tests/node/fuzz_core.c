@@ -266,7 +266,7 @@ static void error(bench *b, const fuzz_step *s)
 
 static void inferences(bench *b, const fuzz_step *s)
 {
-    for (unsigned i = 0; i <= s->a % 64u; i++)
+    for (unsigned i = 0; i <= s->a % 16u; i++)
         step(b, &(sh_node_event){.kind = SH_NODE_INFERENCE,
                                  .record = {.at_ms = b->now,
                                             .release_version = 1 + (s->b >> 7),
