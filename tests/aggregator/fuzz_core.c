@@ -13,7 +13,8 @@
 #include "tests/fuzz/ops.h"
 #include "tests/wire/sample.h"
 
-#define KEYS        4u /* the last one is a stranger's */
+#define KEYS        4u  /* the last one is a stranger's */
+#define NEXT        32u /* bit of a key's number: the one that it may rotate to */
 #define BLOB_BYTES  (SH_CHUNK_BYTES + 100u)
 #define MODEL_BYTES 1000u
 #define HOURS_MS    (48ull * 3600 * 1000)
@@ -36,7 +37,7 @@ enum {
     OP_COMMAND, /* a: key, b: command, number */
     OP_JOB,     /* a: how it ended */
     OP_RESTART,
-    OP_ROTATE, /* key a to key b */
+    OP_ROTATE, /* key a to the next of key b */
     OP_ERROR,
     OPS
 };
@@ -53,10 +54,13 @@ typedef struct {
     uint64_t candidate;
 } bench;
 
+static const uint8_t rotation_token[32] = {7};
+
 static sh_hash key_of(unsigned a)
 {
     sh_hash key = {{0}};
     key.b[0] = (uint8_t)(1 + a % KEYS);
+    key.b[1] = (a & NEXT) != 0;
     key.b[31] = 0x77;
     return key;
 }
@@ -162,13 +166,16 @@ static void command(bench *b, unsigned key, sh_coord_command what, uint64_t numb
 static void enrol(bench *b, const fuzz_step *s)
 {
     uint8_t leases[2 * sizeof(sh_hash)] = {[0] = s->b & 15, [32] = s->b >> 4};
+    sh_bytes token = {s->bytes, SH_MIN(s->n, SH_WIRE_TOKEN_MAX)};
+    if (s->a & NEXT)
+        token = (sh_bytes){rotation_token, sizeof rotation_token};
     sh_msg msg = {.version = 3 - (s->a >> 6) % 3,
                   .type = SH_MSG_ENROL,
                   .enrol = {.epoch = fuzz_number(s, 1),
                             .agent = "fuzz",
                             .kernel = "none",
                             .cores = 1,
-                            .token = {s->bytes, SH_MIN(s->n, SH_WIRE_TOKEN_MAX)},
+                            .token = token,
                             .leases = {s->b % 3u, leases}}};
     deliver_msg(b, s->a, &msg);
 }
@@ -321,10 +328,10 @@ static void run_command(bench *b, const fuzz_step *s)
 
 static void rotate(bench *b, const fuzz_step *s)
 {
-    uint8_t token[32] = {[0] = s->n};
-    deliver_msg(b, s->a,
-                &(sh_msg){.type = SH_MSG_ROTATE,
-                          .rotate = {.key = key_of(s->b), .token = {token, s->b & 32 ? 32 : 0}}});
+    sh_bytes token = {rotation_token, s->b & 64 ? 3 : sizeof rotation_token};
+    deliver_msg(
+        b, s->a,
+        &(sh_msg){.type = SH_MSG_ROTATE, .rotate = {.key = key_of(s->b | NEXT), .token = token}});
 }
 
 static void pass_time(bench *b, const fuzz_step *s)
