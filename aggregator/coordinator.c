@@ -15,6 +15,7 @@ const char *const sh_coord_tables[SH_COORD_TABLES] = {
     [SH_COORD_T_ALARM] = "alarm", [SH_COORD_T_WINDOW] = "window",
     [SH_COORD_T_CHUNK] = "chunk", [SH_COORD_T_RELEASE] = "release",
     [SH_COORD_T_AUDIT] = "audit", [SH_COORD_T_EVALUATION] = "evaluation",
+    [SH_COORD_T_EPOCH] = "epoch", [SH_COORD_T_ACCESS] = "access",
 };
 
 const char *sh_reason_name(sh_reason reason)
@@ -238,16 +239,19 @@ static sh_status begin_new(coord_step *s, const sh_genesis *genesis)
     return coord_genesis(s, genesis);
 }
 
-/* A store of version 1 has the same tables but for one, and rows that are read as they are; its
- * state is written anew, with what version 2 added. Rows follow as they change. */
-static sh_status migrate(coord_step *s)
+/* A store of version 1 or 2 has rows that are read as they are, but for the epochs of its nodes,
+ * which get rows of their own at once; its state is written anew, with what was added since. Other
+ * rows follow as they change. `from` 0: version 1, which had no row that says so. */
+static sh_status migrate(coord_step *s, uint32_t from)
 {
     sh_coord *c = s->c;
-    c->state.epoch = sh_rng_u64(&c->rng);
+    if (from == 0)
+        c->state.epoch = sh_rng_u64(&c->rng);
     SH_TRY(coord_schema_put(s->txn, s->err));
     if (c->state.phase != PHASE_IDLE)
         SH_TRY(coord_candidate_save(s));
-    return coord_audit(s, "schema from=1 to=%u", COORD_SCHEMA);
+    SH_TRY(coord_epochs_migrate(s));
+    return coord_audit(s, "schema from=%u to=%u", SH_MAX(from, 1u), COORD_SCHEMA);
 }
 
 /* A clock that was set back stretches nothing. */
@@ -270,8 +274,8 @@ static sh_status begin(coord_step *s, const sh_genesis *genesis)
     SH_TRY(coord_state_load(c, s->txn, &found, s->err));
     if (found) {
         SH_TRY(load_all(s, genesis));
-        if (schema == 0)
-            SH_TRY(migrate(s));
+        if (schema < COORD_SCHEMA)
+            SH_TRY(migrate(s, schema));
         check_times(s);
         SH_TRY(coord_backup_mark_take(s->txn, &backup_ms, s->err));
         if (backup_ms != 0)
@@ -391,6 +395,7 @@ sh_coord_status sh_coord_get_status(const sh_coord *c)
                               .drifting = c->drifting,
                               .server_scale = state->server_scale,
                               .bad_messages = state->bad_messages,
+                              .clones = state->clones,
                               .waiting = (uint32_t)c->n_waiting,
                               .asked_bytes = c->asked_bytes,
                               .chunk_names = c->chunks.n,

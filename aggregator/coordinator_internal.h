@@ -3,7 +3,8 @@
  *   coordinator.c         create, step, actions, status
  *   coordinator_state.c   META rows: state, the candidate in progress, updates on their way up
  *   coordinator_codec.c   bytes of rows
- *   coordinator_rows.c    NODE, UPDATE, RELEASE, AUDIT rows and the readers of them
+ *   coordinator_rows.c    UPDATE, RELEASE, AUDIT rows and the readers of them
+ *   coordinator_node.c    NODE and EPOCH rows: who is who, and which sender an epoch belongs to
  *   coordinator_inbox.c   messages of nodes
  *   coordinator_admit.c   how much is taken in at a time; "later"
  *   coordinator_blob.c    chunks up and down
@@ -32,7 +33,7 @@
 #define COORD_LATER_PLACES      8192u      /* nodes told to come later that are remembered */
 #define COORD_LATER_MIN_MS      100u       /* what they are told, at least and at most */
 #define COORD_LATER_MAX_MS      600000u
-#define COORD_EPOCHS_MAX        16u   /* stores that one key may have had */
+#define COORD_EPOCHS_MAX        256u  /* stores that one node may have had */
 #define COORD_RELEASES_KEPT     2u    /* releases whose chunks the store holds */
 #define COORD_NODE_ITEMS_MAX    1024u /* alarms, windows kept of one (node, epoch) */
 #define COORD_WINDOW_BYTES_MAX  8192u
@@ -45,7 +46,8 @@
 #define COORD_ID_BYTES          48u /* node, epoch, seq */
 #define COORD_ROW_BYTES_MAX     (1u << 20)
 #define COORD_AUDIT_TEXT_MAX    256u
-#define COORD_SCHEMA            2u /* of the store; 1 had no row that says so */
+#define COORD_SCHEMA            3u      /* of the store; 1 had no row that says so */
+#define COORD_EPOCH_SEEN_MS     600000u /* how exactly it is kept when an epoch was last seen */
 
 /* Federated evaluation: answers to a candidate, tokens of one, loss a token that it counts with
  * (e^50 is past any vocabulary). */
@@ -139,6 +141,7 @@ typedef struct { /* META "state" */
     bool held;            /* an evaluation was inconclusive: no merge of the same updates at once */
     uint64_t held_until_ms; /* 0: until another update comes */
     bool restored;          /* once a backup */
+    uint32_t restores;      /* how often */
     uint32_t lifts;         /* see COORD_LIFTS_MAX */
     bool rounds_begun, paused, closing, closed;
     float server_scale;
@@ -147,6 +150,7 @@ typedef struct { /* META "state" */
     uint64_t updates_in, updates_merged, updates_refused[SH_REASONS];
     uint64_t audit_seq;
     sh_hash audit_head;
+    uint64_t clones;
 } coord_state;
 
 struct sh_coord {
@@ -184,6 +188,28 @@ typedef struct {
     sh_error *err;
 } coord_step;
 
+/* ---- coordinator_codec.c: bytes of rows, little-endian, bounds-checked; `bad` is sticky ---- */
+typedef struct {
+    const uint8_t *p, *end;
+    bool bad;
+} coord_reader;
+typedef struct {
+    sh_buf buf; /* released by the owner */
+    bool bad;
+} coord_writer;
+void coord_writer_init(coord_writer *w);
+void coord_put_uint(coord_writer *w, uint64_t x, unsigned bytes);
+void coord_put_f64(coord_writer *w, double x);
+void coord_put_bytes(coord_writer *w, const void *bytes, size_t n);
+void coord_put_hash(coord_writer *w, const sh_hash *h);
+void coord_put_text(coord_writer *w, const char *text); /* length byte, bytes */
+coord_reader coord_reader_of(sh_slice value);
+uint64_t coord_get_uint(coord_reader *r, unsigned bytes);
+double coord_get_f64(coord_reader *r);
+void coord_get_bytes(coord_reader *r, void *out, size_t n);
+sh_hash coord_get_hash(coord_reader *r);
+void coord_get_text(coord_reader *r, char *out, size_t out_bytes);
+
 /* ---- coordinator.c ---- */
 void coord_note(coord_step *s, sh_coord_note note, const sh_hash *node, uint64_t number);
 sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg);
@@ -211,13 +237,6 @@ void coord_candidate_release(coord_candidate *candidate);
 void coord_id_put(uint8_t out[COORD_ID_BYTES], const sh_update_id *id);
 bool coord_id_get(sh_slice key, sh_update_id *id);
 int coord_id_compare(const void *a, const void *b);
-
-typedef struct {
-    sh_node_row row;
-    uint64_t epochs[COORD_EPOCHS_MAX];
-} coord_node;
-sh_status coord_node_get(sh_txn *txn, const sh_hash *key, coord_node *node, sh_error *err);
-sh_status coord_node_put(sh_txn *txn, const coord_node *node, sh_error *err);
 
 /* meta_bytes: the encoded sh_update_meta, empty when it was not readable. */
 sh_status coord_update_put(sh_txn *txn, const sh_update_row *row, sh_bytes meta_bytes,
@@ -251,6 +270,28 @@ sh_status coord_evaluation_delete(sh_txn *txn, uint64_t candidate, const sh_upda
 sh_status coord_evaluation_has(sh_txn *txn, uint64_t candidate, const sh_hash *node, bool *has,
                                sh_error *err);
 sh_status coord_audit(coord_step *s, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Calls fn(arg, key, value) for each row of a table; SH_OK at the end. */
+sh_status coord_each_row(sh_txn *txn, unsigned table,
+                         sh_status (*fn)(void *arg, sh_slice key, sh_slice value), void *arg,
+                         sh_error *err);
+/* Puts what was written and releases the writer; SH_ERR_NO_MEMORY when that had none. */
+sh_status coord_row_put(sh_txn *txn, unsigned table, sh_slice key, coord_writer *w, sh_error *err);
+sh_status coord_row_corrupt(sh_error *err, unsigned table);
+
+/* ---- coordinator_node.c ---- */
+/* SH_ERR_NOT_FOUND without text. */
+sh_status coord_node_get(sh_txn *txn, const sh_hash *key, sh_node_row *row, sh_error *err);
+sh_status coord_node_put(sh_txn *txn, const sh_node_row *row, sh_error *err);
+/* The node has this epoch from now on. *known false: it has had too many. Changes row->n_epochs
+ * (*changed), which the caller puts. */
+sh_status coord_epoch_see(coord_step *s, sh_node_row *row, uint64_t epoch, bool *known,
+                          bool *changed);
+/* Whether an ENROL comes from the one sender of its epoch, which coord_epoch_see has seen; else
+ * *renew. Changes row->n_clones. */
+sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol *enrol,
+                            bool *renew);
+/* NODE rows of schema 1 and 2 held their epochs themselves. */
+sh_status coord_epochs_migrate(coord_step *s);
 
 /* ---- coordinator_inbox.c ---- */
 sh_status coord_on_message(coord_step *s, const sh_hash *node, sh_bytes message);
@@ -352,27 +393,5 @@ sh_status coord_restored(coord_step *s, uint64_t made_ms);
  * mark. The next version will be above it. */
 sh_status coord_lift(coord_step *s, uint64_t version);
 void coord_release_release(coord_release *release);
-
-/* ---- coordinator_codec.c: bytes of rows, little-endian, bounds-checked; `bad` is sticky ---- */
-typedef struct {
-    const uint8_t *p, *end;
-    bool bad;
-} coord_reader;
-typedef struct {
-    sh_buf buf; /* released by the owner */
-    bool bad;
-} coord_writer;
-void coord_writer_init(coord_writer *w);
-void coord_put_uint(coord_writer *w, uint64_t x, unsigned bytes);
-void coord_put_f64(coord_writer *w, double x);
-void coord_put_bytes(coord_writer *w, const void *bytes, size_t n);
-void coord_put_hash(coord_writer *w, const sh_hash *h);
-void coord_put_text(coord_writer *w, const char *text); /* length byte, bytes */
-coord_reader coord_reader_of(sh_slice value);
-uint64_t coord_get_uint(coord_reader *r, unsigned bytes);
-double coord_get_f64(coord_reader *r);
-void coord_get_bytes(coord_reader *r, void *out, size_t n);
-sh_hash coord_get_hash(coord_reader *r);
-void coord_get_text(coord_reader *r, char *out, size_t out_bytes);
 
 #endif

@@ -258,6 +258,7 @@ sh_status coord_restored(coord_step *s, uint64_t made_ms)
         state->round = round;
     }
     state->restored = true;
+    state->restores++; /* what it knows of its nodes' senders is out of date */
     state->lifts = 0;
     c->dirty = true;
     SH_TRY(coord_audit(s, "restored backup_ms=%llu epoch=%016llx version=%llu above=%llu",
