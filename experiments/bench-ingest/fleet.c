@@ -15,7 +15,7 @@
 #include "experiments/bench-ingest/bench.h"
 #include "shared/base/clock.h"
 
-#define FDS_EACH      5u /* of a client: sockets, their mailboxes, the connection */
+#define FDS_EACH      7u /* of a client: sockets, their mailboxes, the connection */
 #define FDS_SPARE     500u
 #define PROCESSES_MAX 64u
 #define STAGE_MS      600000u
