@@ -20,7 +20,7 @@
 #define RETRY_MAX_MS  40000u
 #define DIAL_MIN_MS   100
 #define DIAL_MAX_MS   1000
-#define SOCKETS_EACH  3u
+#define SOCKETS_EACH  6u /* three, and those that are being closed while it dials again */
 #define SOCKETS_SPARE 64u
 
 typedef struct {
