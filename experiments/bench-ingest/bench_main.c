@@ -209,7 +209,9 @@ int main(int argc, char **argv)
         sh_args_release(&args);
         return code;
     } else if (status == SH_OK) {
-        int64_t most = o.windows ? BENCH_TURN_WINDOWS : BENCH_TURN_UPDATES;
+        int64_t most = BENCH_TURN_UPDATES;
+        if (o.windows) /* of one node the aggregator keeps so many */
+            most = SH_MIN(o.senders * BENCH_NODE_WINDOWS, (int64_t)BENCH_TURN_WINDOWS);
         if (o.turn_units == 0 || o.turn_units > most)
             o.turn_units = most;
         o.turn_units = SH_MAX(o.turn_units, o.senders);
