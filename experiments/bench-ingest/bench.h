@@ -26,7 +26,8 @@
 
 typedef struct {
     const char *dir;
-    int64_t senders, flight, update_bytes, turns, turn_units, connections, processes, io_threads;
+    int64_t senders, flight, update_bytes, turns, turn_units, connections, processes, io_threads,
+        rate;
     bool windows, json, returning;
     /* of a child */
     const char *child, *endpoint, *server_key, *out;

@@ -34,6 +34,8 @@ static const sh_option table[] = {
     SH_OPT_INT(bench_options, connections, 0, "connections", "N", 10000, 1, 100000, "of --return"),
     SH_OPT_INT(bench_options, processes, 0, "processes", "N", 0, 0, 64,
                "that these are of; 0: as few as the limit of descriptors allows"),
+    SH_OPT_INT(bench_options, rate, 0, "rate", "N", 0, 0, 1000000,
+               "limit.checkins-per-second of --return; 0: as the aggregator has it by itself"),
     SH_OPT_FLAG(bench_options, json, 0, "json", "one JSON object instead of a table"),
     /* what a child of this program is told */
     SH_OPT_STRING(bench_options, child, 0, "child", "KIND", NULL, "internal: raw or clients"),

@@ -232,12 +232,13 @@ static sh_status end_crowds(fleet_run *f, sh_error *err)
 
 static sh_status play(fleet_run *f, json_t *result, sh_error *err)
 {
-    char threads[32], connections[48];
+    char threads[32], connections[48], rate[64];
     uint64_t acked = 0, missing = 0, stored = 0;
     snprintf(threads, sizeof threads, "--io-threads=%lld", (long long)f->options->io_threads);
     snprintf(connections, sizeof connections, "--connections-max=%lld",
              (long long)f->options->connections + 100);
-    const char *const words[] = {threads, connections, NULL};
+    snprintf(rate, sizeof rate, "--limit.checkins-per-second=%lld", (long long)f->options->rate);
+    const char *const words[] = {threads, connections, f->options->rate > 0 ? rate : NULL, NULL};
     SH_TRY(bench_rig_make(&f->rig, f->options->dir, err));
     SH_TRY(bench_rig_start(&f->rig, words, err));
     double begin = bench_now_ms();

@@ -18,6 +18,7 @@
 #include <stdio.h>
 
 #define NODES   200
+#define RATE    "20" /* check-ins a second: of NODES that return at once most are put off */
 #define UPDATES 64
 #define RSS_MAX ((double)512 * 1024 * 1024)
 
@@ -69,6 +70,7 @@ static void test_everybody_returns(void **state)
     assert_true(number(r, "peak_rss_bytes") > 0);
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
     assert_true(number(r, "peak_rss_bytes") < RSS_MAX);
+    assert_true(number(r, "first_later") + number(r, "return_later") > 0);
 #endif
     json_decref(r);
 }
