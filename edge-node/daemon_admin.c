@@ -17,6 +17,30 @@
 #include "shared/base/clock.h"
 #include "shared/base/log.h"
 
+static const char *const policy_names[SH_POLICIES] = {"feedback", "windows", "download", "train"};
+
+static void device_json(sh_daemon *d, json_t *o, const sh_node_status *s)
+{
+    char text[64], key[48];
+    for (int i = 0; i < SH_POLICIES; i++) {
+        snprintf(key, sizeof key, "policy_%s", policy_names[i]);
+        sh_json_set(o, key, json_boolean(s->holds[i]));
+    }
+    snprintf(text, sizeof text, "%#x", s->conditions);
+    sh_json_set(o, "conditions", json_string(text));
+    sh_json_set(o, "bytes_up_day", json_integer((json_int_t)s->bytes_up_day));
+    sh_json_set(o, "bytes_down_day", json_integer((json_int_t)s->bytes_down_day));
+    sh_json_set(o, "bytes_up_month", json_integer((json_int_t)s->bytes_up_month));
+    sh_json_set(o, "bytes_down_month", json_integer((json_int_t)s->bytes_down_month));
+    sh_json_set(o, "wall_ms", json_integer((json_int_t)s->wall_ms));
+    sh_json_set(o, "clock_trusted", json_boolean(s->clock_trusted));
+    sh_json_set(o, "refused_full", json_integer((json_int_t)(s->refused_full + d->refused_full)));
+    uint64_t dropped = 0;
+    for (int c = 0; c < SH_CLASSES; c++)
+        dropped += s->dropped[c];
+    sh_json_set(o, "dropped_quota", json_integer((json_int_t)dropped));
+}
+
 static json_t *status_json(sh_daemon *d)
 {
     char text[SH_HASH_HEX_BYTES];
@@ -37,6 +61,7 @@ static json_t *status_json(sh_daemon *d)
                                              : "off"));
     sh_json_set(o, "store_bytes", json_integer((json_int_t)sh_store_bytes_used(d->store)));
     sh_json_set(o, "store_full", json_boolean(d->full_until_ms != 0));
+    sh_json_set(o, "stores_lost", json_integer(d->stores_lost));
     sh_json_set(o, "serving_version", json_integer((json_int_t)d->active_version));
     sh_json_set(o, "requests", json_integer((json_int_t)engine.requests));
     sh_json_set(o, "running", json_integer(engine.running));
@@ -59,6 +84,7 @@ static json_t *status_json(sh_daemon *d)
     sh_json_set(o, "outbox_items", json_integer((json_int_t)s.outbox_items));
     sh_json_set(o, "outbox_bytes", json_integer((json_int_t)s.outbox_bytes));
     sh_json_set(o, "last_sync_ms", json_integer((json_int_t)s.last_sync_ms));
+    device_json(d, o, &s);
     return o;
 }
 
@@ -176,6 +202,7 @@ static sh_status compact(sh_daemon *d, sh_error *err)
 {
     sh_node_destroy(&d->node);
     SH_TRY(sh_store_compact(d->store, err));
+    daemon_store_forget_aside();
     (void)unlink(SH_NODE_FILE_ERASING);
     return daemon_make_core(d, err);
 }

@@ -18,10 +18,9 @@
 #define STATS_EVERY_MS   1000u
 #define RESERVE_EVERY_MS 1000u
 
-uint64_t daemon_now(sh_daemon *d)
+uint64_t daemon_now(const sh_daemon *d)
 {
-    d->last_now_ms = SH_MAX(d->last_now_ms, sh_clock_wall_ms());
-    return d->last_now_ms;
+    return d->base_ms + (sh_clock_boot_ms() - d->boot_ms);
 }
 
 /* ---- actions ---- */
@@ -149,12 +148,9 @@ static void carry_out(sh_daemon *d, sh_node_action *actions, size_t n)
         case SH_NODE_SEND:
             send_message(d, &a->message);
             break;
-        case SH_NODE_SET_TIMER: {
-            uint64_t now = daemon_now(d);
+        case SH_NODE_SET_TIMER:
             d->timer_at_ms = SH_MAX(a->at_ms, 1);
-            d->timer_due_ms = sh_clock_mono_ms() + (a->at_ms > now ? a->at_ms - now : 0);
             break;
-        }
         case SH_NODE_START_JOB:
             daemon_start_job(d, &a->job);
             break;
@@ -216,6 +212,7 @@ sh_status daemon_make_core(sh_daemon *d, sh_error *err)
     SH_GOTO(keep(d, err));
     carry_out(d, d->kept, d->n_kept);
     clear_kept(d);
+    daemon_signals_repeat(d);
     return link_step(d, err);
 cleanup:
     sh_txn_abort(&d->txn);
@@ -224,17 +221,39 @@ cleanup:
     return status;
 }
 
+static sh_status settle_once(sh_daemon *d, sh_error *err)
+{
+    if (d->store_corrupt)
+        SH_TRY(daemon_store_replace(d, err));
+    SH_TRY(daemon_make_core(d, err));
+    if (d->node && d->resume_erasure) {
+        d->resume_erasure = false;
+        daemon_resume_erasure(d);
+    }
+    return SH_OK;
+}
+
 void daemon_settle(sh_daemon *d)
 {
     for (unsigned i = 0; d->remake && d->fatal == SH_OK; i++) {
         sh_error err = {0};
-        if (!d->node && sh_clock_mono_ms() < d->full_until_ms)
+        bool fresh = d->store_corrupt; /* a store that was just made is not set aside, too */
+        if (fresh && !daemon_worker_idle(d))
+            return; /* it reads the store; its end wakes the loop */
+        if (!fresh && !d->node && sh_clock_mono_ms() < d->full_until_ms)
             return;
-        sh_status status = daemon_make_core(d, &err);
+        sh_status status = settle_once(d, &err);
         if (status == SH_ERR_FULL) {
+            if (!d->full_until_ms)
+                sh_log(SH_LOG_ERROR, "store", "state=full error=\"%s\"", err.text);
             d->full_until_ms = sh_clock_mono_ms() + DAEMON_FULL_PAUSE_MS;
             d->remake = true;
             return;
+        }
+        if (status == SH_ERR_CORRUPT && !fresh && d->fatal == SH_OK) {
+            d->store_corrupt = d->remake = true;
+            d->corrupt_err = err;
+            continue;
         }
         if (status != SH_OK || (d->remake && i + 1 == REMAKE_MAX)) {
             d->fatal = status != SH_OK ? status : SH_ERR_CORRUPT;
@@ -260,6 +279,7 @@ static sh_status batch_step(sh_daemon *d, const sh_node_event *event, sh_error *
 {
     sh_node_event e = *event;
     e.now_ms = daemon_now(d);
+    e.wall_ms = sh_clock_wall_ms();
     SH_TRY(sh_node_step(d->node, &e, d->txn, &d->actions, err));
     return keep(d, err);
 }
@@ -286,6 +306,12 @@ static void batch_fail(sh_daemon *d, sh_status status, const sh_error *err)
     sh_node_actions_clear(&d->actions);
     clear_kept(d);
     d->remake = true;
+    if (status == SH_ERR_CORRUPT && !d->store_corrupt) {
+        d->store_corrupt = true;
+        d->corrupt_err = *err;
+        sh_node_destroy(&d->node);
+        return;
+    }
     if (status == SH_ERR_FULL) {
         if (!d->full_until_ms)
             sh_log(SH_LOG_ERROR, "store", "state=full error=\"%s\"", err->text);
@@ -454,9 +480,7 @@ static void commit_or_drop(sh_daemon *d, const post *p)
         return;
     }
     if (status != SH_OK) {
-        pthread_mutex_lock(&d->stats_lock);
-        d->stats.dropped_full += p->n;
-        pthread_mutex_unlock(&d->stats_lock);
+        d->refused_full += p->n + p->n_ratings;
     }
     for (size_t i = 0; i < p->n_ratings; i++) {
         daemon_rating *r = p->ratings[i];
@@ -559,12 +583,10 @@ void daemon_take_messages(sh_daemon *d)
 void daemon_run_timer(sh_daemon *d)
 {
     sh_node_event e = {.kind = SH_NODE_TIMER};
-    uint64_t now = sh_clock_mono_ms();
     bool erases = d->erase.running && !d->erase.done;
-    if (d->timer_at_ms == 0 || !d->node || now < d->timer_due_ms ||
-        (now < d->full_until_ms && !erases))
+    if (d->timer_at_ms == 0 || !d->node || daemon_now(d) < d->timer_at_ms ||
+        (sh_clock_mono_ms() < d->full_until_ms && !erases))
         return;
-    d->last_now_ms = SH_MAX(d->last_now_ms, d->timer_at_ms); /* also when the clock was set back */
     d->timer_at_ms = 0;
     (void)daemon_step(d, &e, NULL);
 }
@@ -585,6 +607,8 @@ void daemon_refresh_stats(sh_daemon *d, bool now)
     s->full = d->full_until_ms != 0;
     s->net_up = d->net_up;
     s->net_refused = d->net_refused;
+    s->refused_full = d->refused_full;
+    s->stores_lost = d->stores_lost;
     if (bytes)
         s->store_bytes = used;
     s->window_n = w->nll_n;

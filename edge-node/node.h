@@ -121,6 +121,10 @@ typedef struct {
     bool send_only_if_better;     /* own held-out loss must improve (design section 5) */
     bool evaluate;                /* take part in federated evaluation when a plan asks for it */
     uint64_t evaluate_tokens_min; /* target tokens of feedback below which it has nothing to say */
+    /* For a store that is new where there was one before: the signed manifest of a release, newer
+     * than the genesis, whose file lies in kept_slot and is sound: it is active and confirmed. */
+    sh_bytes kept_manifest; /* borrowed for create */
+    uint32_t kept_slot;
     /* Bit i: the file of slot i is not what its manifest says. Create forgets that release, without
      * refusing it; where it was the active one, the other slot's is active, or else the genesis
      * release in slot 0. */
@@ -326,6 +330,10 @@ SH_MUST_USE sh_status sh_node_each_ledger(sh_txn *txn,
                                           void *arg, sh_error *err);
 /* The epoch of a node's store. SH_ERR_NOT_FOUND when no node was ever made in it. */
 SH_MUST_USE sh_status sh_node_stored_epoch(sh_txn *txn, uint64_t *epoch, sh_error *err);
+
+/* The release that was active, and the slot of its file. SH_ERR_NOT_FOUND as above. */
+SH_MUST_USE sh_status sh_node_stored_active(sh_txn *txn, uint64_t *version, uint32_t *slot,
+                                            sh_error *err);
 
 /* The row of a completion; tokens borrowed from the transaction or `copy` (initialized by the
  * caller). SH_ERR_NOT_FOUND: never there, or past its retention. */

@@ -10,6 +10,7 @@
 #define SH_EDGE_SETTINGS_H
 
 #include "edge-node/node.h"
+#include "edge-node/probe.h"
 #include "shared/base/file.h"
 #include "shared/base/option.h"
 
@@ -49,6 +50,18 @@ typedef struct {
     int64_t retry_min_ms, retry_max_ms;
     int64_t confirm_inferences, stop_wait_ms;
     const char *log_level;
+    /* opportunistic mode */
+    struct {
+        bool unmetered, power;
+        int64_t idle_minutes;
+        double temperature_max;
+        const char *hours, *unknown;
+    } policies[SH_POLICIES];
+    int64_t checkin_blocked_minutes, utc_offset;
+    const char *probes[SH_PROBES];
+    int64_t probe_interval_s, probe_timeout_ms;
+    int64_t budget_up_day, budget_up_month, budget_down_day, budget_down_month;
+    const char *device_class;
 } sh_node_settings_values;
 
 typedef struct {
