@@ -564,6 +564,19 @@ static sh_status open_readers_lock(lmdb_store *store, sh_error *err)
     return rc != 0 ? fail_mdb(store, errno, "lock readers.lock", err) : SH_OK;
 }
 
+/* Reading a mapped page that a torn file has not would end the process (SIGBUS). Zeros in its place
+ * LMDB knows for what they are, and pages that no tree needs may well be missing. */
+static sh_status fill_up(const lmdb_store *store, int fd, sh_error *err)
+{
+    struct stat info;
+    uint64_t bytes = high_water(store);
+    if (fstat(fd, &info) != 0)
+        return fail_mdb(store, errno, "look at its file", err);
+    if ((uint64_t)info.st_size >= bytes || ftruncate(fd, (off_t)bytes) == 0)
+        return SH_OK;
+    return fail_mdb(store, errno, "fill up its file", err);
+}
+
 static sh_status open_env(lmdb_store *store, sh_error *err)
 {
     unsigned flags = MDB_NOTLS;
@@ -596,6 +609,8 @@ static sh_status open_env(lmdb_store *store, sh_error *err)
     store->page_bytes = stat.ms_psize;
     if (rc)
         return fail_mdb(store, rc, "read its page size", err);
+    if (!store->base.read_only && fd >= 0)
+        SH_TRY(fill_up(store, fd, err));
     /* A limit that was lowered below what the file takes leaves room for deleting. */
     if (high_water(store) > store->base.bytes_max)
         store->base.bytes_max = high_water(store) + store->base.reserve_bytes;
