@@ -209,6 +209,9 @@ sh_status sh_node_step(sh_node *node, const sh_node_event *event, sh_txn *txn,
     case SH_NODE_ERASE:
         status = node_on_erase(&s, event->user);
         break;
+    case SH_NODE_ROTATE:
+        node_on_rotate(&s, &event->key, event->token);
+        break;
     case SH_NODE_JOB_DONE:
         status = on_job(&s, &event->result);
         break;

@@ -73,6 +73,9 @@ typedef struct {
      * refusing it; where it was the active one, the other slot's is active, or else the genesis
      * release in slot 0. */
     uint32_t lost_slots;
+    /* While the shell is connected by the key of a SWITCH_KEY: the token of its ROTATE. Borrowed.
+     */
+    sh_bytes rotate_token;
 } sh_node_options;
 
 typedef enum {
@@ -85,6 +88,7 @@ typedef enum {
     SH_NODE_RATING,    /* the same, by the id of a completion that the store still has */
     SH_NODE_ERASE, /* everything that a user (0: anyone) wrote; a running training is cancelled */
     SH_NODE_JOB_DONE,
+    SH_NODE_ROTATE, /* tell the aggregator the node's next key, until it answers or the core ends */
 } sh_node_event_kind;
 
 /* What a user's correction teaches: the tokens that the author really wrote after the context.
@@ -168,6 +172,8 @@ typedef struct {
     sh_rating rating; /* RATING; an id that is not there, or was rated otherwise, is noted and
                          changes nothing: look first (sh_node_get_completion) */
     uint64_t user;    /* ERASE */
+    sh_hash key;      /* ROTATE: public half of the next pair, */
+    sh_bytes token;   /* and 16 to SH_WIRE_TOKEN_MAX random bytes that prove it later */
     sh_node_job_result result;
 } sh_node_event;
 
@@ -176,8 +182,10 @@ typedef enum {
     SH_NODE_SET_TIMER, /* call TIMER at at_ms (replaces the earlier one) */
     SH_NODE_START_JOB,
     SH_NODE_CANCEL_JOB,
-    SH_NODE_ACTIVATE, /* requests that begin from now on use this slot's model */
-    SH_NODE_NOTE,     /* for the log: code and a number */
+    SH_NODE_ACTIVATE,   /* requests that begin from now on use this slot's model */
+    SH_NODE_NOTE,       /* for the log: code and a number */
+    SH_NODE_SWITCH_KEY, /* the aggregator awaits `key`: make the core again with rotate_token and
+                           connect with it. When it is welcomed the old key is no more */
 } sh_node_action_kind;
 
 typedef enum {
@@ -209,6 +217,7 @@ typedef struct {
     uint32_t slot;
     sh_node_note note;
     uint64_t number;
+    sh_hash key; /* SWITCH_KEY */
 } sh_node_action;
 
 typedef struct {
