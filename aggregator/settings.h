@@ -22,6 +22,7 @@ typedef struct {
     int64_t gate_tokens, objects_kept;
     int64_t canary_nodes_min, canary_tokens_min, canary_ms_max;
     double canary_share;
+    double limit_messages, limit_bytes, limit_burst_s;
 } sh_aggregator_settings;
 
 /* The table begins with this many options that a configuration file has no use for. */

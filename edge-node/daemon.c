@@ -123,21 +123,34 @@ static sh_status make_engine(sh_daemon *d, sh_error *err)
     return sh_engine_create(&o, &d->engine, err);
 }
 
-static sh_status make_net(sh_daemon *d, sh_error *err)
+sh_status daemon_open_admin(sh_daemon *d, sh_error *err)
 {
-    const sh_node_settings_values *v = &d->settings->v;
     sh_net_keys admin = {0};
     SH_TRY(sh_net_keys_load(SH_NODE_FILE_ADMIN_KEYS, &admin, err));
     sh_hash admin_key = admin.public_key;
     sh_net_keys_forget(&admin);
-    SH_TRY(sh_net_create(&d->net, err));
-    SH_TRY(sh_admin_create(d->net, SH_ADMIN_ENDPOINT, &d->keys, &admin_key, &d->admin, err));
-    if (!v->sync || !v->aggregator || !v->aggregator[0])
-        return SH_OK;
+    sh_admin_destroy(&d->admin);
+    return sh_admin_create(d->net, SH_ADMIN_ENDPOINT, &d->keys, &admin_key, &d->admin, err);
+}
+
+sh_status daemon_connect(sh_daemon *d, const sh_net_keys *keys, sh_error *err)
+{
     sh_net_client_options o = {
-        .endpoint = v->aggregator, .keys = &d->keys, .message_max = SH_WIRE_MESSAGE_MAX};
+        .endpoint = d->settings->v.aggregator, .keys = keys, .message_max = SH_WIRE_MESSAGE_MAX};
     SH_TRY(read_hex_file(SH_NODE_FILE_AGGREGATOR, &o.server_key, err));
     return sh_net_client_create(d->net, &o, &d->client, err);
+}
+
+static sh_status make_net(sh_daemon *d, sh_error *err)
+{
+    const sh_node_settings_values *v = &d->settings->v;
+    SH_TRY(sh_net_create(&d->net, err));
+    SH_TRY(daemon_open_admin(d, err));
+    if (!v->sync || !v->aggregator || !v->aggregator[0])
+        return SH_OK;
+    SH_TRY(daemon_rotation_load(d, err));
+    d->rotate.since_ms = sh_clock_mono_ms();
+    return daemon_connect(d, &d->keys, err);
 }
 
 /* A handler and not a signalfd: OpenBLAS makes threads before main, which block no signal. */
@@ -385,6 +398,7 @@ static sh_status turn(sh_daemon *d, sh_error *err)
     daemon_end_jobs(d);
     daemon_run_timer(d);
     daemon_take_signals(d);
+    daemon_advance_rotation(d);
     daemon_advance_erasure(d); /* last: any of the others may have ended one */
     daemon_refresh_stats(d, false);
     if (d->fatal != SH_OK)

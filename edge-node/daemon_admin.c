@@ -70,6 +70,8 @@ static json_t *status_json(sh_daemon *d)
     sh_node_status s = sh_node_get_status(d->node);
     snprintf(text, sizeof text, "%016llx", (unsigned long long)s.epoch);
     sh_json_set(o, "epoch", json_string(text));
+    sh_json_set(o, "renewals", json_integer((json_int_t)s.renewals));
+    sh_json_set(o, "rotating", json_string(daemon_rotation_state(d)));
     sh_json_set(o, "active_version", json_integer((json_int_t)s.active_version));
     sh_json_set(o, "confirmed_version", json_integer((json_int_t)s.confirmed_version));
     sh_json_set(o, "active_slot", json_integer(s.active_slot));
@@ -119,6 +121,19 @@ static json_t *begin_erasure(sh_daemon *d, const json_t *request, sh_admin_calle
     return NULL;
 }
 
+/* Goes on by itself, over restarts; status says how far it is. */
+static json_t *begin_rotation(sh_daemon *d)
+{
+    sh_error err = {0};
+    char hex[SH_HASH_HEX_BYTES];
+    if (daemon_rotation_begin(d, &err) != SH_OK)
+        return sh_admin_error(&err);
+    sh_hex(d->rotate.next.public_key.b, sizeof d->rotate.next.public_key.b, hex);
+    json_t *o = accept_command();
+    sh_json_set(o, "key", json_string(hex));
+    return o;
+}
+
 static json_t *set_level(const json_t *request)
 {
     const char *level = json_string_value(json_object_get(request, "level"));
@@ -139,13 +154,16 @@ static json_t *run_command(sh_daemon *d, const json_t *request, sh_admin_caller 
         return status_json(d);
     if (strcmp(command, "erase") == 0)
         return begin_erasure(d, request, caller);
+    if (strcmp(command, "rotate") == 0)
+        return begin_rotation(d);
     if (strcmp(command, "log-level") == 0)
         return set_level(request);
     if (strcmp(command, "stop") == 0) {
         daemon_stop(d, "command");
         return accept_command();
     }
-    return refuse(SH_ERR_USAGE, "unknown command; there are status, erase, log-level, stop");
+    return refuse(SH_ERR_USAGE,
+                  "unknown command; there are status, erase, rotate, log-level, stop");
 }
 
 void daemon_take_commands(sh_daemon *d)

@@ -106,6 +106,9 @@ static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
         sh_log(SH_LOG_WARN, "link", "state=refused reason=key");
         d->net_refused = true;
         break;
+    case SH_NOTE_RENEWED:
+        sh_log(SH_LOG_WARN, "store_copied", "renewals=%llu", n);
+        break;
     }
 }
 
@@ -161,6 +164,10 @@ static void carry_out(sh_daemon *d, sh_node_action *actions, size_t n)
         case SH_NODE_ACTIVATE:
             activate(d, a->version, a->slot);
             break;
+        case SH_NODE_SWITCH_KEY:
+            d->rotate.answered = d->rotate.pending && !d->rotate.trying &&
+                                 sh_hash_equal(&a->key, &d->rotate.next.public_key);
+            break;
         case SH_NODE_NOTE:
             take_note(d, a->note, a->number);
             break;
@@ -209,6 +216,7 @@ sh_status daemon_make_core(sh_daemon *d, sh_error *err)
                            &d->rng, d->txn, &d->actions, &d->node, err));
     SH_GOTO(sh_txn_commit(&d->txn, err));
     d->lost_slots = 0;
+    d->lives++;
     SH_GOTO(keep(d, err));
     carry_out(d, d->kept, d->n_kept);
     clear_kept(d);

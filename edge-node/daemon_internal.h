@@ -25,14 +25,15 @@
 #include "shared/base/failpoint.h"
 #include "shared/net/admin.h"
 
-#define DAEMON_WAITING_MAX         256u  /* inferences that wait for their commit */
-#define DAEMON_RATINGS_MAX         64u   /* ratings that wait for theirs */
-#define DAEMON_JOBS_MAX            8u    /* jobs that wait for the worker */
-#define DAEMON_MESSAGES_MAX        16u   /* messages of the aggregator in one transaction */
-#define DAEMON_FULL_PAUSE_MS       5000u /* between two tries at a full store */
-#define DAEMON_FAILURES_MAX        5u    /* steps that fail one after another before we give up */
-#define DAEMON_ID_CLOCK_SHIFT      16    /* 65,536 ids a ms; a next life repeats none */
-#define DAEMON_RATING_DISTANCE_MAX 64u   /* tokens that an edit distance is made of */
+#define DAEMON_WAITING_MAX         256u   /* inferences that wait for their commit */
+#define DAEMON_RATINGS_MAX         64u    /* ratings that wait for theirs */
+#define DAEMON_JOBS_MAX            8u     /* jobs that wait for the worker */
+#define DAEMON_MESSAGES_MAX        16u    /* messages of the aggregator in one transaction */
+#define DAEMON_ROTATE_TRY_MS       60000u /* a refused key is tried before the other one is */
+#define DAEMON_FULL_PAUSE_MS       5000u  /* between two tries at a full store */
+#define DAEMON_FAILURES_MAX        5u     /* steps that fail one after another before we give up */
+#define DAEMON_ID_CLOCK_SHIFT      16     /* 65,536 ids a ms; a next life repeats none */
+#define DAEMON_RATING_DISTANCE_MAX 64u    /* tokens that an edit distance is made of */
 
 /* ---- what other threads post ---- */
 typedef struct {
@@ -187,6 +188,16 @@ typedef struct {
     /* network */
     bool net_up, net_refused;
 
+    /* rotation of the key; see daemon_rotate.c */
+    struct {
+        sh_net_keys next;
+        sh_hash token;
+        bool pending, trying, answered;
+        uint64_t since_ms;  /* monotonic, of the present link's key */
+        uint64_t told_life; /* of the core that was asked to tell the aggregator */
+    } rotate;
+    uint64_t lives; /* cores made */
+
     /* erasure */
     struct {
         bool wanted, running, done, has_caller;
@@ -213,6 +224,12 @@ typedef struct {
 void daemon_stop(sh_daemon *d, const char *reason);
 /* Logs and raises SIGKILL where the environment armed the point. */
 void daemon_failpoint(sh_daemon *d, const char *name);
+
+/* Dials the aggregator. */
+sh_status daemon_connect(sh_daemon *d, const sh_net_keys *keys, sh_error *err);
+/* Opens the socket of the folder's commands, under the node's present key, in place of an open one.
+ */
+sh_status daemon_open_admin(sh_daemon *d, sh_error *err);
 
 /* ---- daemon_core.c ---- */
 /* Steady: begins at what the device's clock said, goes on while it sleeps, never jumps. Any thread.
@@ -276,6 +293,12 @@ void daemon_advance_erasure(sh_daemon *d);
  * in between is brought to its end at the next start. */
 sh_status daemon_mark_erasing(sh_error *err);
 void daemon_resume_erasure(sh_daemon *d);
+
+/* ---- daemon_rotate.c ---- */
+sh_status daemon_rotation_load(sh_daemon *d, sh_error *err); /* one that a kill interrupted */
+sh_status daemon_rotation_begin(sh_daemon *d, sh_error *err);
+const char *daemon_rotation_state(const sh_daemon *d); /* "no", "asked", "trying" */
+void daemon_advance_rotation(sh_daemon *d);
 
 /* ---- daemon_api.c ---- */
 sh_status daemon_api_create(sh_daemon *d, sh_error *err);

@@ -119,7 +119,7 @@ static sh_status make_new(node_step *s, sh_bytes genesis)
     };
     SH_TRY(node_manifest_put(s, node_meta_slot0, genesis));
     SH_TRY(keep_release(s));
-    n->options.monitor.origin = n->state.epoch;
+    n->options.monitor.origin = n->link.epoch;
     SH_TRY(sh_monitor_create(&n->options.monitor, &n->monitor, s->err));
     sh_monitor_set_release(n->monitor, (uint32_t)node_active(n)->version);
     n->dirty = n->monitor_dirty = true;
@@ -136,7 +136,7 @@ static sh_status load_or_make(node_step *s, sh_bytes genesis)
         return make_new(s, genesis);
     if (status != SH_OK)
         return status;
-    n->options.monitor.origin = n->state.epoch;
+    n->options.monitor.origin = n->link.epoch;
     return node_monitor_load(s);
 }
 
@@ -231,6 +231,9 @@ static sh_status dispatch(node_step *s, const sh_node_event *event)
         return node_on_rating(s, &event->rating);
     case SH_NODE_ERASE:
         return node_on_erase(s, event->user);
+    case SH_NODE_ROTATE:
+        node_on_rotate(s, &event->key, event->token);
+        return SH_OK;
     case SH_NODE_JOB_DONE:
         return on_job(s, &event->result);
     case SH_NODE_SIGNALS: /* node_policy_update has it */
@@ -260,7 +263,8 @@ sh_node_status sh_node_get_status(const sh_node *node)
 {
     const node_state *st = &node->state;
     sh_node_status status = {
-        .epoch = st->epoch,
+        .epoch = node->link.epoch,
+        .renewals = node->link.renewals,
         .active_version = node_active(node)->version,
         .confirmed_version = st->confirmed_version,
         .active_slot = st->active_slot,

@@ -33,6 +33,7 @@
 #include "shared/base/rng.h"
 #include "shared/stats/monitor.h"
 #include "shared/store/store.h"
+#include "shared/sync/link.h"
 #include "shared/wire/wire.h"
 
 #define SH_NODE_ACTIONS_MAX      64
@@ -44,7 +45,7 @@ enum {
     SH_NODE_T_META,       /* "schema" (node_schema.c), "state", "candidate" (node_state.c), "epoch",
                              "clock" (node_clock.c), "budget" (node_budget.c),
                              "monitor", "slot0", "slot1" and "take" (signed manifests), "outbox"
-                             (shared/sync) */
+                             and "lease" (shared/sync) */
     SH_NODE_T_RECORD,     /* seq -> sh_record, a ring */
     SH_NODE_T_FEEDBACK,   /* seq -> sh_feedback, a ring */
     SH_NODE_T_WINDOW,     /* index -> encoded window, a ring */
@@ -129,6 +130,9 @@ typedef struct {
      * refusing it; where it was the active one, the other slot's is active, or else the genesis
      * release in slot 0. */
     uint32_t lost_slots;
+    /* While the shell is connected by the key of a SWITCH_KEY: the token of its ROTATE. Borrowed.
+     */
+    sh_bytes rotate_token;
 } sh_node_options;
 
 typedef enum {
@@ -142,6 +146,7 @@ typedef enum {
     SH_NODE_ERASE, /* everything that a user (0: anyone) wrote; a running training is cancelled */
     SH_NODE_JOB_DONE,
     SH_NODE_SIGNALS, /* what the shell sees of its device; the last one counts */
+    SH_NODE_ROTATE, /* tell the aggregator the node's next key, until it answers or the core ends */
 } sh_node_event_kind;
 
 /* What a user's correction teaches: the tokens that the author really wrote after the context.
@@ -226,6 +231,8 @@ typedef struct {
     sh_rating rating; /* RATING; an id that is not there, or was rated otherwise, is noted and
                          changes nothing: look first (sh_node_get_completion) */
     uint64_t user;    /* ERASE */
+    sh_hash key;      /* ROTATE: public half of the next pair, */
+    sh_bytes token;   /* and 16 to SH_WIRE_TOKEN_MAX random bytes that prove it later */
     sh_node_job_result result;
     sh_node_signals signals;
 } sh_node_event;
@@ -235,8 +242,10 @@ typedef enum {
     SH_NODE_SET_TIMER, /* call TIMER at at_ms (replaces the earlier one) */
     SH_NODE_START_JOB,
     SH_NODE_CANCEL_JOB,
-    SH_NODE_ACTIVATE, /* requests that begin from now on use this slot's model */
-    SH_NODE_NOTE,     /* for the log: code and a number */
+    SH_NODE_ACTIVATE,   /* requests that begin from now on use this slot's model */
+    SH_NODE_NOTE,       /* for the log: code and a number */
+    SH_NODE_SWITCH_KEY, /* the aggregator awaits `key`: make the core again with rotate_token and
+                           connect with it. When it is welcomed the old key is no more */
 } sh_node_action_kind;
 
 typedef enum {
@@ -258,6 +267,7 @@ typedef enum {
     SH_NOTE_TRAIN_STOPPED, /* its policy no longer holds; number: round */
     SH_NOTE_CLOCK_SET,     /* by the aggregator's signed time; number: seconds that it was off */
     SH_NOTE_BUDGET,        /* a byte budget is used up; number: 0 up, 1 down */
+    SH_NOTE_RENEWED, /* another sender had this epoch, a copy of the store; number: renewals */
 } sh_node_note;
 
 typedef struct {
@@ -270,6 +280,7 @@ typedef struct {
     uint32_t slot;
     sh_node_note note;
     uint64_t number;
+    sh_hash key; /* SWITCH_KEY */
 } sh_node_action;
 
 typedef struct {
@@ -310,6 +321,7 @@ typedef struct {
     uint32_t stores_lost;          /* environments set aside as corrupt */
     uint64_t last_completion;      /* the largest id that was ever stored */
     double log_evalue[SH_METRICS]; /* of each detector now */
+    uint32_t renewals;             /* new epochs that this store had to take */
     bool link_up, drifting, welcome;
     bool erasing; /* SH_NODE_ERASE goes on with timer events */
 } sh_node_status;
@@ -319,8 +331,9 @@ sh_node_status sh_node_get_status(const sh_node *node);
 typedef enum { SH_LEDGER_OWED, SH_LEDGER_ACKED, SH_LEDGER_DROPPED } sh_ledger_state;
 /* What became of one update, alarm or evaluation; kept after the outbox has forgotten it. */
 typedef struct {
-    uint8_t cls; /* SH_CLASS_UPDATE, SH_CLASS_ALARM */
-    uint64_t seq;
+    uint8_t cls;   /* SH_CLASS_UPDATE, SH_CLASS_ALARM */
+    uint64_t seq;  /* in this store: without gaps */
+    sh_wire_id id; /* on the wire, and at the aggregator */
     sh_ledger_state state;
     sh_hash sha256;               /* of the update's blob, the alarm's payload; evaluation: 0 */
     uint64_t made_ms, settled_ms; /* settled: acknowledged or dropped */
@@ -330,6 +343,9 @@ SH_MUST_USE sh_status sh_node_each_ledger(sh_txn *txn,
                                           void *arg, sh_error *err);
 /* The epoch of a node's store. SH_ERR_NOT_FOUND when no node was ever made in it. */
 SH_MUST_USE sh_status sh_node_stored_epoch(sh_txn *txn, uint64_t *epoch, sh_error *err);
+/* The first epoch that it had. Another one than the present: copies of the store may have sent
+ * under it, and under those between the two. */
+SH_MUST_USE sh_status sh_node_stored_origin(sh_txn *txn, uint64_t *epoch, sh_error *err);
 
 /* The release that was active, and the slot of its file. SH_ERR_NOT_FOUND as above. */
 SH_MUST_USE sh_status sh_node_stored_active(sh_txn *txn, uint64_t *version, uint32_t *slot,

@@ -46,7 +46,7 @@ typedef struct {
 typedef enum { TAKE_NONE, TAKE_DOWNLOAD, TAKE_INSTALL, TAKE_SMOKE } node_take;
 
 typedef struct {
-    uint64_t epoch;
+    uint64_t epoch; /* the first that the store had; the link knows the present one */
     uint32_t active_slot;
     node_release slots[NODE_SLOTS];
     uint64_t confirmed_version;
@@ -230,6 +230,7 @@ void node_monitor_release(node_step *s); /* the active release has changed */
 /* ---- node_sync.c ---- */
 sh_status node_on_message(node_step *s, sh_bytes message);
 void node_on_link(node_step *s, bool up);
+void node_on_rotate(node_step *s, const sh_hash *key, sh_bytes token);
 sh_status node_pump(node_step *s);
 sh_link_step node_link(node_step *s);
 sh_status node_link_open(node_step *s);

@@ -17,6 +17,7 @@
 /* Names in a node's folder. */
 #define SH_NODE_FILE_CONFIG     "node.yaml"
 #define SH_NODE_FILE_KEYS       "node.key"
+#define SH_NODE_FILE_KEYS_NEXT  "node.key.next" /* there while the key is being changed */
 #define SH_NODE_FILE_ADMIN_KEYS "admin.key"
 #define SH_NODE_FILE_AGGREGATOR "aggregator.pub"
 #define SH_NODE_FILE_RELEASE    "release.pub"
