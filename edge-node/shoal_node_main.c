@@ -75,6 +75,21 @@ static const sh_command status_command = {PROGRAM " status",
                                           "What a running node says of itself.",
                                           PROGRAM " status --dir /var/lib/shoal-node"};
 
+typedef struct {
+    const char *dir;
+} rotate_options;
+static const sh_option rotate_table[] = {
+    SH_OPT_STRING(rotate_options, dir, 'd', "dir", "DIR", NULL, "the node's folder"),
+};
+static const sh_command rotate_command = {
+    PROGRAM " rotate",
+    "--dir DIR",
+    rotate_table,
+    SH_COUNT(rotate_table),
+    "Changes the key of a running node, which stays the same node for its aggregator. Prints the\n"
+    "next public key; the change goes on by itself, and status says how far it is.",
+    PROGRAM " rotate --dir /var/lib/shoal-node"};
+
 static sh_status flush_out(sh_error *err)
 {
     return fflush(stdout) == 0 ? SH_OK : sh_fail(err, SH_ERR_IO, "standard output: cannot write");
@@ -233,6 +248,34 @@ cleanup:
     return status;
 }
 
+static sh_status rotate(int argc, char **argv, sh_error *err)
+{
+    rotate_options o = {0};
+    sh_args args = {0};
+    sh_settings settings = {0};
+    json_t *request = NULL, *reply = NULL;
+    sh_status status;
+    if (!parse(&rotate_command, argc, argv, &o, &args, &status, err))
+        goto cleanup;
+    SH_GOTO(need(o.dir, "--dir", &rotate_command, err));
+    SH_GOTO(enter(o.dir, &settings, err));
+    request = json_object();
+    sh_json_set(request, "command", json_string("rotate"));
+    status = call(request, STATUS_WAIT_MS, &reply, err);
+    if (status == SH_ERR_NOT_FOUND)
+        status = sh_fail(err, SH_ERR_IO, "%s: no shoal-node runs here", o.dir);
+    if (status != SH_OK)
+        goto cleanup;
+    printf("next public key %s\n", json_string_value(json_object_get(reply, "key")));
+    SH_GOTO(flush_out(err));
+cleanup:
+    json_decref(request);
+    json_decref(reply);
+    sh_settings_release(&settings);
+    sh_args_release(&args);
+    return status;
+}
+
 static void print_status(const json_t *reply)
 {
     const char *key;
@@ -307,6 +350,7 @@ static const char usage[] =
     "Usage: " PROGRAM " [run] --dir DIR [--config FILE] [options]    serve, learn, sync\n"
     "       " PROGRAM " init --dir DIR --bundle BUNDLE --aggregator ENDPOINT\n"
     "       " PROGRAM " erase --dir DIR (--user NAME | --all)\n"
+    "       " PROGRAM " rotate --dir DIR                              changes its key\n"
     "       " PROGRAM " status --dir DIR [--json]\n"
     "       " PROGRAM " sample-config                               node.yaml with its help\n"
     "       " PROGRAM " COMMAND --help\n\n"
@@ -324,14 +368,9 @@ static const struct {
     const char *name;
     sh_status (*run)(int argc, char **argv, sh_error *err);
 } commands[] = {
-    {"run", run},
-    {"init", init},
-    {"erase", erase},
-    {"status", show_status},
-    {"sample-config", sample_config},
-    {"--version", version},
-    {"--help", help},
-    {"-h", help},
+    {"run", run},           {"init", init},          {"erase", erase},
+    {"rotate", rotate},     {"status", show_status}, {"sample-config", sample_config},
+    {"--version", version}, {"--help", help},        {"-h", help},
     {"help", help},
 };
 
@@ -354,7 +393,8 @@ int main(int argc, char **argv)
         status = run(argc, argv, &err);
     else
         status = sh_fail(&err, SH_ERR_USAGE,
-                         "'%s' is no command; there are run, init, erase, status, sample-config",
+                         "'%s' is no command; there are run, init, erase, rotate, status, "
+                         "sample-config",
                          argv[1]);
 end:
     if (status == SH_OK)
