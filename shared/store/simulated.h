@@ -30,9 +30,9 @@ uint32_t sh_store_simulate_n_unsynced(const sh_store *store);
 /* The machine starts again: the last `lose` of the commits that were not synced are gone, at most
  * all of them. Clears a crash. No transaction is open. */
 void sh_store_simulate_restart(sh_store *store, uint32_t lose);
-/* The disk has room for this many bytes of the store, at most what it was opened with; below what
- * is in use nothing can be added (SH_TXN_RESERVE has no more than the rest, too). UINT64_MAX: all.
- */
+/* The disk is full when the store has this many bytes: an ordinary transaction adds nothing beyond.
+ * The reserve is on the disk already: SH_TXN_RESERVE may use reserve_bytes more. UINT64_MAX: all
+ * that the store was opened with. */
 void sh_store_simulate_room(sh_store *store, uint64_t bytes);
 /* Every begin says SH_ERR_CORRUPT, until the environment is set aside. */
 void sh_store_simulate_corrupt(sh_store *store);
