@@ -18,7 +18,7 @@ typedef enum {
     SIM_EV_USER,    /* the user begins the next text */
     SIM_EV_RESTART, /* after a crash */
     /* of experiments/world */
-    SIM_EV_FAULT,     /* job: the fault, borrowed; tag: 1 it begins, 0 it ends */
+    SIM_EV_FAULT,     /* job: the fault, borrowed; tag: bit 0: it begins (else it ends) */
     SIM_EV_BACKUP,    /* job: the fault that will need the store as it is now */
     SIM_EV_DIE,       /* an armed crash did not come by itself */
     SIM_EV_CONNECTED, /* tag: 1 the peer is there, 0 it is gone */

@@ -38,7 +38,7 @@ static sh_status failed(world_part *p, uint32_t i, sh_status why, const sh_error
     bool full = why == SH_ERR_FULL;
     bool excused = why == SH_ERR_CRASHED ||
                    (full && world_node_active(n, WORLD_DISK_FULL) != NULL) ||
-                   (why == SH_ERR_CORRUPT && n->poison);
+                   (why == SH_ERR_CORRUPT && n->store_bad);
     world_oracle_node_failed(w->oracle, i, p->now_ms, why, text->text, excused);
     if (why == SH_ERR_CRASHED)
         return world_node_die(p, i, err);
@@ -69,6 +69,10 @@ static sh_status step_as(world_part *p, uint32_t i, sh_node_event *event, int ki
     SH_GOTO(sh_txn_begin(n->store, kind, &txn, text));
     SH_GOTO(sh_node_step(n->core, event, txn, p->actions, text));
     SH_GOTO(sh_txn_commit(&txn, text));
+    if (n->dies_after) { /* before anything of it is sent */
+        n->dies_after = false;
+        status = SH_ERR_CRASHED;
+    }
 cleanup:
     sh_txn_abort(&txn);
     *why = status;
@@ -113,7 +117,6 @@ sh_status world_node_step(world_part *p, uint32_t i, sh_node_event *event, sh_er
     if (why != SH_OK)
         return failed(p, i, why, &text, err);
     n->full_until_ms = 0;
-    n->failures = 0;
     world_oracle_node_step(w->oracle, i, p->now_ms, event, p->actions, n->core, n->store);
     return world_node_carry_out(p, i, p->actions, err);
 }

@@ -60,6 +60,7 @@ typedef struct { /* a class of devices; one YAML file */
     char name[32];
     double share;
     double train_ms_per_token;
+    uint64_t train_pause_ms; /* from a training to the next quiet hours */
     int64_t memory_bytes, cores;
     int64_t bytes_up_s, bytes_down_s, delay_ms, jitter_ms;
     double loss;
@@ -112,6 +113,7 @@ typedef struct {
     sh_node *core;
     sh_store *store;
     sh_store *backup; /* RESTORE: as the store was; owned */
+    world_file backup_files[2];
     sh_hash key;
     sh_rng rng;           /* user and presence */
     uint64_t sequence;    /* events that it made */
@@ -132,8 +134,12 @@ typedef struct {
     uint32_t n_active;
     uint32_t life, connection, slot, down_ms, key_of; /* key_of: whose key it has */
     uint32_t offset;                                  /* of the feedback in its session */
-    uint8_t cls, failures;
-    bool up, online, wanted, server_up, off, poison; /* off: for good, or not yet begun */
+    uint8_t cls;
+    bool up, online, wanted, server_up;
+    bool off;              /* for good, or not yet begun */
+    bool store_bad;        /* its environment cannot be read */
+    bool dies_after;       /* the next commit */
+    uint32_t chunks_bad;   /* of those to come, so many are damaged on their way */
 } world_node;
 
 /* Events of a window that are for other partitions; a reader takes them at the next one. */
