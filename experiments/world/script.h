@@ -82,10 +82,10 @@ typedef struct {
 } world_script;
 
 void world_script_release(world_script *script);
-/* A schedule from a seed: each kind of fault at least once (with nodes >= 4 and days >= 1, else as
- * many as fit), more by nodes x days, none after the last `quiet` part of the run so that the fleet
- * comes to rest. At most one node in four lies; liars and clones are never the same node. Overlap
- * is bounded: no node spends more than half of its time cut off or down. */
+/* A schedule from a seed: each kind of fault at least once (lies need 4 nodes), more by nodes x
+ * days, none after world_script_quiet_ms so that the fleet comes to rest. At most one node in four
+ * lies; a liar is never cloned or set back. By faults of its own no node spends more than half of
+ * its time cut off or down. */
 SH_MUST_USE sh_status world_script_make(uint64_t seed, uint32_t nodes, uint32_t days,
                                         world_script *out, sh_error *err);
 /* When a made script's last fault has ended at the latest. */
