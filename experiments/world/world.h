@@ -17,7 +17,8 @@
  *
  * Files
  *   options.c  command line          devices.c  classes of devices
- *   run.c      create, windows, end  threads.c  who runs which partition
+ *   run.c      one run: windows, end threads.c  who runs which partition
+ *   faults.c   seeds, scripts, shrinking
  *   node.c     shell of a node       node_life.c  boot, crash, links, faults of a node
  *   center.c   shell of the aggregator
  *   link.c     the network           lie.c      what a lying node sends
@@ -152,6 +153,7 @@ struct world_part {
     world *w;
     uint32_t first, n; /* nodes; the aggregator: n 0 */
     sim_queue queue;
+    uint64_t numbers; /* of the aggregator's events; a node counts its own */
     uint64_t now_ms, next_ms, mail_ms; /* next_ms: of its queue; mail_ms: earliest that it sent */
     world_mail *out[2];                /* [window & 1][receiver: shard, or 0 the aggregator] */
     sh_node_actions *actions;
@@ -194,7 +196,7 @@ typedef struct {
     uint64_t seed, violations, hash, simulated_ms, rested_ms;
     world_counts counts;
     world_oracle_counts oracle;
-    uint64_t nodes, coord_version, store_bytes_node_max;
+    uint64_t nodes, days, coord_version, store_bytes_node_max;
     uint64_t rss_before, rss_peak;
     size_t n_kept;
     world_violation kept[8];
@@ -292,14 +294,12 @@ bool world_gate_passes(const world *w, uint64_t candidate);
 typedef struct {
     uint64_t seeds_run, violations, first_failing_seed;
     bool failing;
-    double wall_seconds, simulated_seconds, rss_bytes_per_node;
+    double wall_seconds, simulated_seconds, rss_bytes_per_node, node_days;
     sh_hash hash;
     world_counts counts;
     world_result first; /* failing, or the last run */
     sh_buf script;      /* of the failing seed, shrunk when asked for; empty: none */
 } world_summary;
 void world_report(const world_options *options, const world_summary *summary);
-void world_progress(const world_options *options, const char *format, ...)
-    __attribute__((format(printf, 2, 3)));
 
 #endif
