@@ -72,7 +72,7 @@ static sh_status read_class(const char *path, world_class *out, sh_error *err)
 {
     fields f;
     sh_args args = {0};
-    char *argv[] = {"devices"};
+    char program[] = "devices", *argv[] = {program, NULL};
     SH_TRY(sh_options_parse_file(&command, path, 1, argv, &f, &args, err));
     world_class c = {.share = f.share,
                      .train_ms_per_token = f.train_ms_per_token,

@@ -199,7 +199,7 @@ sh_status world_send_down(world_part *p, const sh_hash *key, sh_buf *message, sh
                    .tag = route.connection,
                    .message = mine};
     /* The aggregator's own numbers: the node's are its partition's. */
-    e.at_ms = p->now_ms + delay_of(w, route.node, world_mix(p->now_ms, p->counts.messages_down++));
+    e.at_ms = p->now_ms + delay_of(w, route.node, p->numbers);
     return world_mail_to(p, &p->out[w->windows_run & 1][world_shard_of(w, route.node)], e, err);
 }
 

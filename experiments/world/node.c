@@ -8,6 +8,7 @@
 
 #include "experiments/world/world.h"
 #include "shared/store/simulated.h"
+#include "shared/sync/sync.h"
 
 #define FULL_PAUSE_MS    30000u /* DAEMON_FULL_PAUSE_MS of the daemon, in virtual time */
 #define RESERVE_EVERY_MS 1000u

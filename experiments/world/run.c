@@ -161,7 +161,7 @@ static uint64_t earliest(const world *w)
 static sh_status run_window(world *w, world_team *team, uint64_t from_ms, uint64_t until_ms,
                             sh_error *err)
 {
-    world_part *ready[WORLD_SHARDS + 1];
+    world_part *ready[WORLD_SHARDS + 1] = {0};
     w->window_end_ms = SH_MIN(from_ms + w->window_ms, until_ms);
     uint32_t n = ready_parts(w, ready);
     w->center_part.mail_ms = UINT64_MAX;
@@ -465,6 +465,7 @@ static sh_status make(world *w, sh_error *err)
     if (!w->nodes)
         return sh_fail(err, SH_ERR_NO_MEMORY, "simulation: no memory for %u nodes", o.nodes);
     SH_TRY(world_center_create(w, err));
+    world_oracle_join(w->oracle, 0); /* the first release is published */
     for (uint32_t i = 0; i < o.nodes; i++)
         SH_TRY(make_node(w, i, err));
     name_clones(w);
