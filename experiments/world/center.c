@@ -418,6 +418,19 @@ cleanup:
     return SH_OK;
 }
 
+/* What a device is delivered with. */
+static sh_status export_genesis(world *w, sh_error *err)
+{
+    sh_txn *txn = NULL;
+    sh_bytes manifest;
+    SH_TRY(sh_txn_begin(w->center->store, SH_TXN_READ, &txn, err));
+    sh_status status = sh_coord_get_manifest(txn, 1, &manifest, err);
+    if (status == SH_OK)
+        status = sh_buf_append(&w->genesis_manifest, manifest.data, manifest.n);
+    sh_txn_abort(&txn);
+    return status;
+}
+
 sh_status world_center_create(world *w, sh_error *err)
 {
     world_center *c = sh_calloc(1, sizeof *c);
@@ -434,7 +447,8 @@ sh_status world_center_create(world *w, sh_error *err)
     SH_TRY(sh_store_open_memory(&options, &c->store, err));
     if (SH_CANARY(NO_SYNC))
         sh_store_simulate_unsynced(c->store, true);
-    return boot(&w->center_part, err);
+    SH_TRY(boot(&w->center_part, err));
+    return export_genesis(w, err);
 }
 
 void world_center_destroy(world *w)
