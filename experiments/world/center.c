@@ -348,7 +348,6 @@ static sh_status step(world_part *p, sh_coord_event *event, sh_buf *message, sh_
     if (why != SH_OK)
         return fall(p, why, &text, err);
     SH_TRY(queue_actions(c, err));
-    world_oracle_coord_comes(w->oracle, event);
     group_step *g = &c->steps[c->n_steps++];
     *g = (group_step){.event = *event, .first = first, .n = c->n_queued - first};
     if (message) {

@@ -104,9 +104,6 @@ void world_oracle_node_inference(world_oracle *o, uint32_t node, uint64_t at_ms,
 /* ---- the aggregator, by its thread ---- */
 void world_oracle_coord_boot(world_oracle *o, uint64_t at_ms, const sh_coord *core,
                              sh_store *store);
-/* A step of the group took this in; its commit is to come. (A step's hook finds the marks of the
- * whole group in the store.) */
-void world_oracle_coord_comes(world_oracle *o, const sh_coord_event *event);
 void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_event *event,
                              const sh_coord_actions *actions, const sh_coord *core,
                              sh_store *store);

@@ -219,24 +219,19 @@ static void check_send(world_oracle *o, uint64_t at_ms, const sh_coord_action *a
              (unsigned long long)seq, msg.ack.cls, (unsigned long long)msg.ack.epoch);
 }
 
-void world_oracle_coord_comes(world_oracle *o, const sh_coord_event *event)
+void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_event *event,
+                             const sh_coord_actions *actions, const sh_coord *core, sh_store *store)
 {
+    sh_txn *txn = NULL;
     sh_msg msg;
+    o->seen.coord_steps++;
+    if (sh_txn_begin(store, SH_TXN_READ, &txn, NULL) != SH_OK)
+        return;
     oracle_watch *w = event->kind == SH_COORD_MESSAGE ? oracle_watch_of(o, &event->node) : NULL;
     if (w && w->watched &&
         sh_msg_decode(event->message.data, event->message.n, &msg, NULL) == SH_OK &&
         msg.type == SH_MSG_ITEM && msg.item.cls < SH_CLASSES)
         arrive(w, &msg.item);
-}
-
-void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_event *event,
-                             const sh_coord_actions *actions, const sh_coord *core, sh_store *store)
-{
-    sh_txn *txn = NULL;
-    (void)event;
-    o->seen.coord_steps++;
-    if (sh_txn_begin(store, SH_TXN_READ, &txn, NULL) != SH_OK)
-        return;
     if (actions->n > SH_COORD_ACTIONS_MAX)
         NOTE(o, WORLD_RULE_LIMIT, at_ms, "a step has %zu actions", actions->n);
     for (size_t i = 0; i < actions->n; i++)
