@@ -100,8 +100,9 @@ static void print_status(const json_t *r)
         puts("  DOWN               starts again after a failed write; see its log");
         return;
     }
-    printf("  nodes              %" PRIu64 " enrolled, %" PRIu64 " drifting\n",
-           uint_of(r, "enrolled"), uint_of(r, "drifting"));
+    printf("  nodes              %" PRIu64 " enrolled, %" PRIu64 " drifting, %" PRIu64
+           " copies of a store\n",
+           uint_of(r, "enrolled"), uint_of(r, "drifting"), uint_of(r, "clones"));
     printf("  release            %" PRIu64 " (%" PRIu64 " published, %" PRIu64
            " candidates refused)\n",
            uint_of(r, "release"), uint_of(r, "releases"), uint_of(r, "candidates_refused"));

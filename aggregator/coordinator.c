@@ -15,6 +15,7 @@ const char *const sh_coord_tables[SH_COORD_TABLES] = {
     [SH_COORD_T_ALARM] = "alarm", [SH_COORD_T_WINDOW] = "window",
     [SH_COORD_T_CHUNK] = "chunk", [SH_COORD_T_RELEASE] = "release",
     [SH_COORD_T_AUDIT] = "audit", [SH_COORD_T_EVALUATION] = "evaluation",
+    [SH_COORD_T_EPOCH] = "epoch", [SH_COORD_T_ACCESS] = "access",
 };
 
 const char *sh_reason_name(sh_reason reason)
@@ -150,6 +151,9 @@ static sh_status check_options(const sh_coord_options *o, sh_error *err)
         return sh_fail(err, SH_ERR_INVALID,
                        "coordinator: the chunk budget and the time between "
                        "check-ins must be above 0");
+    if (!(o->load_share >= 0 && o->load_share <= 1))
+        return sh_fail(err, SH_ERR_INVALID, "coordinator: a load share of %g is not in [0, 1]",
+                       o->load_share);
     if (isnan(o->gate_overall_max) || isnan(o->gate_slice_max))
         return sh_fail(err, SH_ERR_INVALID, "coordinator: the gate's limits are not numbers");
     if (o->canary_nodes_min > COORD_EVALUATIONS_MAX)
@@ -166,13 +170,16 @@ static sh_status check_options(const sh_coord_options *o, sh_error *err)
 
 typedef struct {
     sh_coord *c;
+    uint64_t now_ms;
     sh_error *err;
 } loading;
 
 static sh_status load_node(void *arg, const sh_node_row *row)
 {
-    sh_coord *c = ((loading *)arg)->c;
+    const loading *l = arg;
+    sh_coord *c = l->c;
     if (!row->revoked) {
+        coord_admit_load(c, row->last_ms, l->now_ms);
         c->enrolled++;
         c->drifting += row->checkin.drifting;
     }
@@ -189,12 +196,15 @@ static sh_status load_update(void *arg, const sh_update_row *row)
                          sizeof *c->pending, SH_COORD_BUFFER_MAX) != SH_OK)
         return sh_fail(l->err, SH_ERR_NO_MEMORY, "coordinator: no memory for the buffer");
     c->pending[c->n_pending++] = row->id; /* rows come in the order of their keys */
-    return SH_OK;
+    return coord_chunks_hold(c, row->meta.blob.chunk_hashes, row->meta.blob.n_chunks, l->err);
 }
 
-static sh_status load_all(sh_coord *c, sh_txn *txn, const sh_genesis *genesis, sh_error *err)
+static sh_status load_all(coord_step *s, const sh_genesis *genesis)
 {
-    loading l = {.c = c, .err = err};
+    sh_coord *c = s->c;
+    sh_txn *txn = s->txn;
+    sh_error *err = s->err;
+    loading l = {.c = c, .now_ms = s->now_ms, .err = err};
     SH_TRY(coord_releases_load(c, txn, err));
     if (genesis != NULL) {
         sh_release_row row;
@@ -206,7 +216,7 @@ static sh_status load_all(sh_coord *c, sh_txn *txn, const sh_genesis *genesis, s
                            "coordinator: the store began with another model "
                            "than this genesis release");
     }
-    SH_TRY(coord_waiting_load(c, txn, err));
+    SH_TRY(coord_waiting_load(c, txn, s->now_ms, err));
     c->n_evaluations = (uint32_t)sh_txn_count(txn, SH_COORD_T_EVALUATION);
     SH_TRY(sh_coord_each_node(txn, load_node, &l, err));
     return sh_coord_each_update(txn, load_update, &l, err);
@@ -229,16 +239,19 @@ static sh_status begin_new(coord_step *s, const sh_genesis *genesis)
     return coord_genesis(s, genesis);
 }
 
-/* A store of version 1 has the same tables but for one, and rows that are read as they are; its
- * state is written anew, with what version 2 added. Rows follow as they change. */
-static sh_status migrate(coord_step *s)
+/* A store of version 1 or 2 has rows that are read as they are, but for the epochs of its nodes,
+ * which get rows of their own at once; its state is written anew, with what was added since. Other
+ * rows follow as they change. `from` 0: version 1, which had no row that says so. */
+static sh_status migrate(coord_step *s, uint32_t from)
 {
     sh_coord *c = s->c;
-    c->state.epoch = sh_rng_u64(&c->rng);
+    if (from == 0)
+        c->state.epoch = sh_rng_u64(&c->rng);
     SH_TRY(coord_schema_put(s->txn, s->err));
     if (c->state.phase != PHASE_IDLE)
         SH_TRY(coord_candidate_save(s));
-    return coord_audit(s, "schema from=1 to=%u", COORD_SCHEMA);
+    SH_TRY(coord_epochs_migrate(s));
+    return coord_audit(s, "schema from=%u to=%u", SH_MAX(from, 1u), COORD_SCHEMA);
 }
 
 /* A clock that was set back stretches nothing. */
@@ -260,9 +273,9 @@ static sh_status begin(coord_step *s, const sh_genesis *genesis)
     SH_TRY(coord_schema_get(s->txn, &schema, s->err));
     SH_TRY(coord_state_load(c, s->txn, &found, s->err));
     if (found) {
-        SH_TRY(load_all(c, s->txn, genesis, s->err));
-        if (schema == 0)
-            SH_TRY(migrate(s));
+        SH_TRY(load_all(s, genesis));
+        if (schema < COORD_SCHEMA)
+            SH_TRY(migrate(s, schema));
         check_times(s);
         SH_TRY(coord_backup_mark_take(s->txn, &backup_ms, s->err));
         if (backup_ms != 0)
@@ -308,9 +321,9 @@ void sh_coord_destroy(sh_coord **coord)
     coord_candidate_release(&c->candidate);
     for (size_t i = 0; i < COORD_RELEASES_KEPT; i++)
         coord_release_release(&c->kept[i]);
-    for (size_t i = 0; i < c->n_waiting; i++)
-        free(c->waiting[i].payload);
-    free(c->waiting);
+    coord_waiting_release(c);
+    coord_chunks_release(&c->chunks);
+    coord_admit_release(&c->admission);
     free(c->pending);
     free(c);
     *coord = NULL;
@@ -381,7 +394,13 @@ sh_coord_status sh_coord_get_status(const sh_coord *c)
                               .closed = state->closed,
                               .drifting = c->drifting,
                               .server_scale = state->server_scale,
-                              .bad_messages = state->bad_messages};
+                              .bad_messages = state->bad_messages,
+                              .clones = state->clones,
+                              .waiting = (uint32_t)c->n_waiting,
+                              .asked_bytes = c->asked_bytes,
+                              .chunk_names = c->chunks.n,
+                              .told_later = c->admission.told,
+                              .return_ms = coord_admit_return_ms(c)};
     memcpy(status.updates_refused, state->updates_refused, sizeof status.updates_refused);
     return status;
 }

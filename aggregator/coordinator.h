@@ -24,7 +24,7 @@
 
 enum {
     SH_COORD_T_META,    /* "state" */
-    SH_COORD_T_NODE,    /* key -> enrolled node: epochs, last check-in */
+    SH_COORD_T_NODE,    /* first key -> enrolled node: who it is, last check-in */
     SH_COORD_T_INBOX,   /* (node, epoch, class) -> high-water mark and bitmap; see shared/sync */
     SH_COORD_T_UPDATE,  /* (node, epoch, seq) -> sh_update_row */
     SH_COORD_T_ALARM,   /* (node, epoch, seq) -> alarm payload */
@@ -34,7 +34,11 @@ enum {
                          */
     SH_COORD_T_AUDIT,   /* seq -> decision, hash-chained */
     SH_COORD_T_EVALUATION, /* (candidate, node, epoch, seq) -> sh_evaluation payload */
-    SH_COORD_TABLES
+    SH_COORD_T_EPOCH,      /* (node, epoch) -> lease of its one sender, when it was seen */
+    SH_COORD_T_ACCESS,     /* enrolment tokens by hash; further keys of nodes -> first key */
+    SH_COORD_TABLES,
+    SH_COORD_TABLES_REPORT = SH_COORD_T_EPOCH /* what reports read: the tables before this, which
+                                                 stores of schema 2 have, too */
 };
 extern const char *const sh_coord_tables[SH_COORD_TABLES];
 
@@ -56,6 +60,15 @@ typedef struct {
                               train again; its updates stay in the buffer. 0: never */
     uint64_t checkin_ms;   /* when nodes come back, with jitter */
     uint64_t chunk_budget; /* chunks a node gets a message: flow control */
+    /* Admission: what is over a limit is answered with ERROR limit and the time to come back at,
+     * each node another one; see docs/protocol.md. */
+    uint32_t checkins_per_s;     /* enrolments and check-ins that are taken in; 0: no limit */
+    uint32_t items_per_s;        /* items; 0: no limit */
+    uint64_t served_bytes_per_s; /* of chunks of releases; 0: no limit */
+    uint64_t asked_bytes_max;    /* of updates' chunks that nodes were asked for and that have not
+                                    come yet; 0: 64 MiB */
+    double load_share; /* of checkins_per_s, in (0, 1]: nodes are told to come back ever later, so
+                          that their check-ins stay below it; 0: 0.5 */
     /* Federated evaluation, after the operator's suites have passed a candidate: the same limits
      * (gate_overall_max, gate_slice_max) over the sums that canary nodes send. Fewer nodes or
      * tokens than the minimum when the time is up is inconclusive: no release, and the updates wait
@@ -194,6 +207,8 @@ typedef enum {
     SH_CNOTE_EVALUATION_IN,   /* number: candidate */
     SH_CNOTE_RESTORED,        /* number: the version that the next release is above */
     SH_CNOTE_DRIFTING,        /* a node's check-in began to report drift; number: how many now */
+    SH_CNOTE_CLONED,          /* two senders have one epoch, this one is told to take a new one;
+                                 number: how often that was */
 } sh_coord_note;
 
 typedef struct {
@@ -248,6 +263,12 @@ typedef struct {
     uint32_t drifting;    /* enrolled nodes whose last check-in reported drift */
     float server_scale;
     uint64_t bad_messages;
+    uint64_t clones; /* ENROLs of a second sender of an epoch: a copied or restored node store */
+    uint32_t waiting;     /* updates whose chunks are on their way up */
+    uint64_t asked_bytes; /* of them, asked for and not yet come */
+    uint64_t chunk_names; /* that the store's chunks and those on their way have */
+    uint64_t told_later;  /* answers "later" in this life */
+    uint64_t return_ms;   /* what a plan says now, before jitter */
 } sh_coord_status;
 sh_coord_status sh_coord_get_status(const sh_coord *coord);
 
@@ -298,8 +319,13 @@ typedef struct {
     bool revoked;
     uint64_t enrolled_ms, last_ms; /* last_ms: of the last check-in, 0: none */
     sh_msg_checkin checkin;        /* the last one */
-    uint32_t n_epochs;
-    char agent[64], kernel[64];
+    uint32_t n_epochs, n_clones;   /* stores that it has had; times that a copy of one came */
+    sh_hash current_key;           /* that it connects with: `key`, or what it rotated to */
+    sh_hash next_key;              /* that it has asked to rotate to; zero: none */
+    uint32_t n_rotations;
+    char agent[64], kernel[64], device_class[SH_WIRE_CLASS_MAX + 1];
+    uint32_t cores, slots;
+    uint64_t memory_bytes, disk_bytes;
     char name[SH_NODE_NAME_MAX + 1];
 } sh_node_row;
 SH_MUST_USE sh_status sh_coord_each_node(sh_txn *txn,

@@ -22,22 +22,22 @@ static bool good_name(const char *name)
 static sh_status enrol(coord_step *s, const sh_hash *key, const char *name)
 {
     sh_coord *c = s->c;
-    coord_node node = {0};
+    sh_node_row node = {0};
     sh_status status = coord_node_get(s->txn, key, &node, s->err);
     if (status != SH_OK && status != SH_ERR_NOT_FOUND)
         return status;
-    bool counted = status == SH_OK && !node.row.revoked;
+    bool counted = status == SH_OK && !node.revoked;
     if (status == SH_ERR_NOT_FOUND) {
-        node.row.key = *key;
-        node.row.enrolled_ms = s->now_ms;
+        node.key = node.current_key = *key;
+        node.enrolled_ms = s->now_ms;
     }
-    node.row.revoked = false;
+    node.revoked = false;
     if (name != NULL) /* without one it keeps that which it has */
-        memcpy(node.row.name, name, strlen(name) + 1);
+        memcpy(node.name, name, strlen(name) + 1);
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     if (!counted) {
         c->enrolled++;
-        c->drifting += node.row.checkin.drifting;
+        c->drifting += node.checkin.drifting;
         coord_note(s, SH_CNOTE_ENROLLED, key, c->enrolled);
     }
     return SH_OK;
@@ -47,17 +47,17 @@ static sh_status enrol(coord_step *s, const sh_hash *key, const char *name)
 static sh_status revoke(coord_step *s, const sh_hash *key, bool *done)
 {
     sh_coord *c = s->c;
-    coord_node node = {0};
+    sh_node_row node = {0};
     sh_status status = coord_node_get(s->txn, key, &node, s->err);
-    if (status == SH_ERR_NOT_FOUND || (status == SH_OK && node.row.revoked)) {
+    if (status == SH_ERR_NOT_FOUND || (status == SH_OK && node.revoked)) {
         *done = false;
         return SH_OK;
     }
     SH_TRY(status);
-    node.row.revoked = true;
+    node.revoked = true;
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     c->enrolled--;
-    c->drifting -= node.row.checkin.drifting;
+    c->drifting -= node.checkin.drifting;
     SH_TRY(coord_canary_forget(s, key));
     SH_TRY(coord_waiting_refuse(s, key, SH_REASON_REVOKED));
     SH_TRY(coord_refuse_node(s, key, SH_REASON_REVOKED));

@@ -3,9 +3,12 @@
  *   coordinator.c         create, step, actions, status
  *   coordinator_state.c   META rows: state, the candidate in progress, updates on their way up
  *   coordinator_codec.c   bytes of rows
- *   coordinator_rows.c    NODE, UPDATE, RELEASE, AUDIT rows and the readers of them
+ *   coordinator_rows.c    UPDATE, RELEASE, AUDIT rows and the readers of them
+ *   coordinator_node.c    NODE and EPOCH rows: who is who, and which sender an epoch belongs to
  *   coordinator_inbox.c   messages of nodes
- *   coordinator_blob.c    chunks up and down, and which chunks are alive
+ *   coordinator_admit.c   how much is taken in at a time; "later"
+ *   coordinator_blob.c    chunks up and down
+ *   coordinator_chunks.c  which chunks are alive
  *   coordinator_round.c   buffer, merge, gate, what becomes of a candidate
  *   coordinator_canary.c  federated evaluation
  *   coordinator_release.c genesis, publishing, rollback, a restored backup
@@ -23,7 +26,14 @@
 #define COORD_NOTES_MAX         128   /* notes a step; the rest of the actions is for the others */
 #define COORD_WAITING_MAX       1024u /* updates whose chunks are on their way up */
 #define COORD_WAITING_NODE_MAX  4u    /* of one node */
-#define COORD_EPOCHS_MAX        16u   /* stores that one key may have had */
+#define COORD_EPOCHS_MAX        256u  /* stores that one node may have had */
+#define COORD_WAITING_BYTES_MAX (64u << 20) /* of their items, in memory */
+#define COORD_ASKED_BYTES       (64u << 20) /* default of asked_bytes_max */
+#define COORD_ASKED_MS          60000u /* a node that sends nothing for so long loses its place */
+#define COORD_CHUNKS_MAX        (1u << 20) /* names that are held; see coord_chunks_have_room */
+#define COORD_LATER_PLACES      8192u      /* nodes told to come later that are remembered */
+#define COORD_LATER_MIN_MS      100u       /* what they are told, at least and at most */
+#define COORD_LATER_MAX_MS      600000u
 #define COORD_RELEASES_KEPT     2u    /* releases whose chunks the store holds */
 #define COORD_NODE_ITEMS_MAX    1024u /* alarms, windows kept of one (node, epoch) */
 #define COORD_WINDOW_BYTES_MAX  8192u
@@ -36,7 +46,8 @@
 #define COORD_ID_BYTES          48u /* node, epoch, seq */
 #define COORD_ROW_BYTES_MAX     (1u << 20)
 #define COORD_AUDIT_TEXT_MAX    256u
-#define COORD_SCHEMA            2u /* of the store; 1 had no row that says so */
+#define COORD_SCHEMA            3u      /* of the store; 1 had no row that says so */
+#define COORD_EPOCH_SEEN_MS     600000u /* how exactly it is kept when an epoch was last seen */
 
 /* Federated evaluation: answers to a candidate, tokens of one, loss a token that it counts with
  * (e^50 is past any vocabulary). */
@@ -70,14 +81,45 @@ typedef struct { /* META "candidate": what is being merged, gated or evaluated *
     uint64_t until_ms; /* when what nodes have said must do */
 } coord_candidate;
 
-typedef struct { /* an update whose chunks are not all here; META "w" + id -> item payload */
+/* An update whose chunks are not all here; META "w" + id -> item payload. */
+typedef struct coord_waiting {
     sh_update_id id;
     uint8_t *payload; /* owned */
     size_t payload_n;
-    sh_update_meta meta;  /* chunk_hashes in payload */
-    uint32_t outstanding; /* chunks asked for and not yet come */
-    uint64_t order;       /* of arrival: the oldest makes room */
+    sh_update_meta meta;              /* chunk_hashes in payload */
+    uint32_t scanned, asked_end;      /* chunks before `scanned` are here; see ask() */
+    uint16_t asked[SH_WIRE_WANT_MAX]; /* chunks asked for and not yet come, by index */
+    uint32_t n_asked;
+    uint64_t asked_bytes;                 /* of the whole question, until its last chunk has come */
+    uint64_t active_ms;                   /* its node's last sign */
+    struct coord_waiting *before, *after; /* in its line */
 } coord_waiting;
+typedef struct { /* by their last sign: the first has been silent for longest */
+    coord_waiting *first, *last;
+} coord_line;
+
+/* Of how many lists name a chunk; see coordinator_chunks.c. */
+typedef struct {
+    struct coord_chunk *places; /* [cap], a power of two; NULL at first */
+    size_t n, cap;
+    uint64_t seed;
+} coord_chunks;
+
+/* What is taken in a second of one kind, and when the next of those that were told to come later
+ * may come. */
+typedef struct {
+    double tokens;
+    uint64_t at_ms; /* of tokens; 0: never used */
+    double slot_ms; /* the last slot given */
+} coord_rate;
+enum { COORD_RATE_CHECKIN, COORD_RATE_ITEM, COORD_RATE_SERVED, COORD_RATE_UPLOAD, COORD_RATES };
+typedef struct {
+    coord_rate rates[COORD_RATES];
+    struct coord_later *later; /* [COORD_LATER_PLACES] by key; NULL: nobody was told yet */
+    uint64_t told;             /* "later", in this life */
+    /* Nodes that checked in: in this period and in the one before. */
+    uint64_t period_ms, seen, seen_before;
+} coord_admission;
 
 typedef struct {
     uint64_t version;
@@ -99,6 +141,7 @@ typedef struct { /* META "state" */
     bool held;            /* an evaluation was inconclusive: no merge of the same updates at once */
     uint64_t held_until_ms; /* 0: until another update comes */
     bool restored;          /* once a backup */
+    uint32_t restores;      /* how often */
     uint32_t lifts;         /* see COORD_LIFTS_MAX */
     bool rounds_begun, paused, closing, closed;
     float server_scale;
@@ -107,6 +150,7 @@ typedef struct { /* META "state" */
     uint64_t updates_in, updates_merged, updates_refused[SH_REASONS];
     uint64_t audit_seq;
     sh_hash audit_head;
+    uint64_t clones;
 } coord_state;
 
 struct sh_coord {
@@ -118,9 +162,13 @@ struct sh_coord {
     coord_release kept[COORD_RELEASES_KEPT]; /* [0] is the current release */
     sh_update_id *pending;                   /* sorted; complete, undecided */
     size_t n_pending, pending_cap;
-    coord_waiting *waiting;
+    coord_waiting **waiting; /* sorted by id; each is owned */
     size_t n_waiting, waiting_cap;
-    uint64_t waiting_order;
+    uint64_t waiting_bytes;  /* of payloads */
+    coord_line asking, idle; /* the waiting that were asked for chunks; the others */
+    uint64_t asked_bytes;    /* of those asking */
+    coord_chunks chunks;
+    coord_admission admission;
     uint64_t enrolled;
     uint32_t drifting;
     uint32_t n_evaluations; /* answers to the candidate */
@@ -140,6 +188,28 @@ typedef struct {
     sh_error *err;
 } coord_step;
 
+/* ---- coordinator_codec.c: bytes of rows, little-endian, bounds-checked; `bad` is sticky ---- */
+typedef struct {
+    const uint8_t *p, *end;
+    bool bad;
+} coord_reader;
+typedef struct {
+    sh_buf buf; /* released by the owner */
+    bool bad;
+} coord_writer;
+void coord_writer_init(coord_writer *w);
+void coord_put_uint(coord_writer *w, uint64_t x, unsigned bytes);
+void coord_put_f64(coord_writer *w, double x);
+void coord_put_bytes(coord_writer *w, const void *bytes, size_t n);
+void coord_put_hash(coord_writer *w, const sh_hash *h);
+void coord_put_text(coord_writer *w, const char *text); /* length byte, bytes */
+coord_reader coord_reader_of(sh_slice value);
+uint64_t coord_get_uint(coord_reader *r, unsigned bytes);
+double coord_get_f64(coord_reader *r);
+void coord_get_bytes(coord_reader *r, void *out, size_t n);
+sh_hash coord_get_hash(coord_reader *r);
+void coord_get_text(coord_reader *r, char *out, size_t out_bytes);
+
 /* ---- coordinator.c ---- */
 void coord_note(coord_step *s, sh_coord_note note, const sh_hash *node, uint64_t number);
 sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg);
@@ -158,7 +228,7 @@ sh_status coord_schema_put(sh_txn *txn, sh_error *err);
 sh_status coord_backup_mark_take(sh_txn *txn, uint64_t *made_ms, sh_error *err);
 sh_status coord_candidate_save(coord_step *s);
 sh_status coord_candidate_drop(coord_step *s);
-sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, sh_error *err);
+sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, uint64_t now_ms, sh_error *err);
 sh_status coord_waiting_save(coord_step *s, const coord_waiting *w);
 sh_status coord_waiting_delete(coord_step *s, const sh_update_id *id);
 void coord_candidate_release(coord_candidate *candidate);
@@ -167,13 +237,6 @@ void coord_candidate_release(coord_candidate *candidate);
 void coord_id_put(uint8_t out[COORD_ID_BYTES], const sh_update_id *id);
 bool coord_id_get(sh_slice key, sh_update_id *id);
 int coord_id_compare(const void *a, const void *b);
-
-typedef struct {
-    sh_node_row row;
-    uint64_t epochs[COORD_EPOCHS_MAX];
-} coord_node;
-sh_status coord_node_get(sh_txn *txn, const sh_hash *key, coord_node *node, sh_error *err);
-sh_status coord_node_put(sh_txn *txn, const coord_node *node, sh_error *err);
 
 /* meta_bytes: the encoded sh_update_meta, empty when it was not readable. */
 sh_status coord_update_put(sh_txn *txn, const sh_update_row *row, sh_bytes meta_bytes,
@@ -207,6 +270,28 @@ sh_status coord_evaluation_delete(sh_txn *txn, uint64_t candidate, const sh_upda
 sh_status coord_evaluation_has(sh_txn *txn, uint64_t candidate, const sh_hash *node, bool *has,
                                sh_error *err);
 sh_status coord_audit(coord_step *s, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Calls fn(arg, key, value) for each row of a table; SH_OK at the end. */
+sh_status coord_each_row(sh_txn *txn, unsigned table,
+                         sh_status (*fn)(void *arg, sh_slice key, sh_slice value), void *arg,
+                         sh_error *err);
+/* Puts what was written and releases the writer; SH_ERR_NO_MEMORY when that had none. */
+sh_status coord_row_put(sh_txn *txn, unsigned table, sh_slice key, coord_writer *w, sh_error *err);
+sh_status coord_row_corrupt(sh_error *err, unsigned table);
+
+/* ---- coordinator_node.c ---- */
+/* SH_ERR_NOT_FOUND without text. */
+sh_status coord_node_get(sh_txn *txn, const sh_hash *key, sh_node_row *row, sh_error *err);
+sh_status coord_node_put(sh_txn *txn, const sh_node_row *row, sh_error *err);
+/* The node has this epoch from now on. *known false: it has had too many. Changes row->n_epochs
+ * (*changed), which the caller puts. */
+sh_status coord_epoch_see(coord_step *s, sh_node_row *row, uint64_t epoch, bool *known,
+                          bool *changed);
+/* Whether an ENROL comes from the one sender of its epoch, which coord_epoch_see has seen; else
+ * *renew. Changes row->n_clones. */
+sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol *enrol,
+                            bool *renew);
+/* NODE rows of schema 1 and 2 held their epochs themselves. */
+sh_status coord_epochs_migrate(coord_step *s);
 
 /* ---- coordinator_inbox.c ---- */
 sh_status coord_on_message(coord_step *s, const sh_hash *node, sh_bytes message);
@@ -226,12 +311,38 @@ sh_status coord_waiting_forget(coord_step *s, const sh_hash *node, uint64_t epoc
                                uint64_t last);
 /* Refuses the waiting updates of node (NULL: all); acknowledged when they come again. */
 sh_status coord_waiting_refuse(coord_step *s, const sh_hash *node, sh_reason reason);
-/* Deletes those of the n chunks (32-byte names) that no kept release, pending or waiting update
- * has. */
-sh_status coord_chunks_drop(coord_step *s, const uint8_t *hashes, size_t n);
+/* A list of the waiting, made from a row that create read. */
+sh_status coord_waiting_restore(sh_coord *c, const sh_update_id *id, sh_slice payload,
+                                uint64_t now_ms, sh_error *err);
+void coord_waiting_release(sh_coord *c);
+
+/* ---- coordinator_chunks.c ---- */
+/* Who keeps a list of n chunks (32-byte names) holds them, and drops them when it is gone: each
+ * name as often as it held it. What nobody holds any more is deleted. */
+sh_status coord_chunks_hold(sh_coord *c, const uint8_t *names, size_t n, sh_error *err);
+sh_status coord_chunks_drop(coord_step *s, const uint8_t *names, size_t n);
+/* Whether an update of n chunks may be held; those that are held already are not told apart. */
+bool coord_chunks_have_room(const sh_coord *c, uint32_t n);
+void coord_chunks_release(coord_chunks *chunks);
 /* Puts a candidate's bytes as chunks and notes their names; deletes those of the one before. */
 sh_status coord_candidate_put_chunks(coord_step *s, sh_bytes bytes, const sh_hash *sha256);
 sh_status coord_candidate_drop_chunks(coord_step *s);
+
+/* ---- coordinator_admit.c ---- */
+/* Whether the message is taken in now. False: it was answered with "later", or its sender was told
+ * so before and is not due yet. */
+sh_status coord_admit(coord_step *s, const sh_hash *node, const sh_msg *msg, bool *admitted);
+/* Tells a node to come back in its slot among those of the same rate, `after_ms` from now at the
+ * earliest. */
+sh_status coord_later(coord_step *s, const sh_hash *node, unsigned rate, uint64_t after_ms,
+                      const char *text);
+/* A node checked in, whose last check-in was at last_ms (0: none). */
+void coord_admit_seen(coord_step *s, uint64_t last_ms);
+void coord_admit_load(sh_coord *c, uint64_t last_ms, uint64_t now_ms);
+/* When nodes come back, before jitter: checkin_ms, or what keeps their check-ins below load_share
+ * of checkins_per_s. */
+uint64_t coord_admit_return_ms(const sh_coord *c);
+void coord_admit_release(coord_admission *admission);
 
 /* ---- coordinator_round.c ---- */
 sh_status coord_base_reason(coord_step *s, const sh_update_meta *meta, sh_reason *reason);
@@ -282,27 +393,5 @@ sh_status coord_restored(coord_step *s, uint64_t made_ms);
  * mark. The next version will be above it. */
 sh_status coord_lift(coord_step *s, uint64_t version);
 void coord_release_release(coord_release *release);
-
-/* ---- coordinator_codec.c: bytes of rows, little-endian, bounds-checked; `bad` is sticky ---- */
-typedef struct {
-    const uint8_t *p, *end;
-    bool bad;
-} coord_reader;
-typedef struct {
-    sh_buf buf; /* released by the owner */
-    bool bad;
-} coord_writer;
-void coord_writer_init(coord_writer *w);
-void coord_put_uint(coord_writer *w, uint64_t x, unsigned bytes);
-void coord_put_f64(coord_writer *w, double x);
-void coord_put_bytes(coord_writer *w, const void *bytes, size_t n);
-void coord_put_hash(coord_writer *w, const sh_hash *h);
-void coord_put_text(coord_writer *w, const char *text); /* length byte, bytes */
-coord_reader coord_reader_of(sh_slice value);
-uint64_t coord_get_uint(coord_reader *r, unsigned bytes);
-double coord_get_f64(coord_reader *r);
-void coord_get_bytes(coord_reader *r, void *out, size_t n);
-sh_hash coord_get_hash(coord_reader *r);
-void coord_get_text(coord_reader *r, char *out, size_t out_bytes);
 
 #endif

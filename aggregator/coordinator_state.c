@@ -1,11 +1,11 @@
 /*
  * Rows of META. All integers little-endian.
  *   "schema"     version of the whole store, 4; absent: it is empty, or of version 1
- *   "state"      magic "SHCO", version 2, the fields of coord_state in the order of
+ *   "state"      magic "SHCO", version 3, the fields of coord_state in the order of
  *                coord_state_save, the first 8 bytes of BLAKE2b-256 of all that
- *   "candidate"  magic "SHCA", version 2, the candidate in progress with its inputs, checksum as
+ *   "candidate"  magic "SHCA", version 3, the candidate in progress with its inputs, checksum as
  *                above; absent when nothing is merged, gated or evaluated
- *   "backup"     magic "SHCB", version 2, time 8, checksum: this store is a copy
+ *   "backup"     magic "SHCB", version 3, time 8, checksum: this store is a copy
  *   "w" + id     payload of an update item whose chunks are on their way up
  */
 #include <stdlib.h>
@@ -16,7 +16,7 @@
 #define STATE_MAGIC     0x4f434853u /* "SHCO" */
 #define CANDIDATE_MAGIC 0x41434853u /* "SHCA" */
 #define BACKUP_MAGIC    0x42434853u /* "SHCB" */
-#define META_VERSION    2 /* of 1, which ends before the fields that 2 added, rows are read */
+#define META_VERSION    3 /* rows of 1 and 2, which end before the fields added since, are read */
 #define CHECKSUM_BYTES  8
 
 static const char state_key[] = "state";
@@ -100,6 +100,8 @@ sh_status coord_state_save(sh_coord *c, sh_txn *txn, sh_error *err)
     coord_put_uint(&w, s->restored, 1);
     coord_put_uint(&w, s->lifts, 4);
     coord_put_uint(&w, s->candidates_inconclusive, 8);
+    coord_put_uint(&w, s->restores, 4);
+    coord_put_uint(&w, s->clones, 8);
     SH_TRY(save(txn, state_key, &w, err));
     c->dirty = false;
     return SH_OK;
@@ -235,7 +237,18 @@ static sh_status candidate_load(sh_coord *c, sh_txn *txn, sh_error *err)
         return sh_fail(err, status, "coordinator: row \"candidate\" cannot be read");
     }
     c->candidate = out;
-    return SH_OK;
+    return coord_chunks_hold(c, out.chunks, out.n_chunks, err);
+}
+
+/* What version 3 added. */
+static void read_state_3(coord_reader *r, coord_state *s, unsigned version)
+{
+    if (version < 3) {
+        s->restores = s->restored;
+        return;
+    }
+    s->restores = (uint32_t)coord_get_uint(r, 4);
+    s->clones = coord_get_uint(r, 8);
 }
 
 /* What version 2 added; a store of version 1 has all versions from 1 on, without gaps. */
@@ -291,6 +304,7 @@ sh_status coord_state_load(sh_coord *c, sh_txn *txn, bool *found, sh_error *err)
     s.audit_seq = coord_get_uint(&r, 8);
     s.audit_head = coord_get_hash(&r);
     read_state_2(&r, &s, version);
+    read_state_3(&r, &s, version);
     if (r.bad || r.p != r.end)
         return sh_fail(err, SH_ERR_CORRUPT, "coordinator: row \"state\" is cut short");
     s.phase = (coord_phase)phase;
@@ -384,29 +398,9 @@ sh_status coord_waiting_delete(coord_step *s, const sh_update_id *id)
     return sh_txn_del(s->txn, SH_COORD_T_META, key, sizeof key, s->err);
 }
 
-static sh_status waiting_load_one(sh_coord *c, sh_slice key, sh_slice value, sh_error *err)
+sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, uint64_t now_ms, sh_error *err)
 {
-    coord_waiting w = {0};
-    if (!coord_id_get((sh_slice){(const uint8_t *)key.data + 1, key.n - 1}, &w.id) || value.n == 0)
-        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: an update on its way has no good key");
-    SH_TRY(sh_array_reserve((void **)&c->waiting, &c->waiting_cap, c->n_waiting + 1,
-                            sizeof *c->waiting, COORD_WAITING_MAX));
-    w.payload = sh_calloc(value.n, 1);
-    if (w.payload == NULL)
-        return sh_fail(err, SH_ERR_NO_MEMORY, "coordinator: no memory for an update on its way");
-    memcpy(w.payload, value.data, value.n);
-    w.payload_n = value.n;
-    w.order = c->waiting_order++;
-    if (sh_update_meta_decode(w.payload, w.payload_n, &w.meta, err) != SH_OK) {
-        free(w.payload);
-        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: an update on its way has no good row");
-    }
-    c->waiting[c->n_waiting++] = w;
-    return SH_OK;
-}
-
-sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, sh_error *err)
-{
+    sh_update_id id;
     if (c->state.phase != PHASE_IDLE)
         SH_TRY(candidate_load(c, txn, err));
     sh_cursor *cursor = NULL;
@@ -414,7 +408,11 @@ sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, sh_error *err)
     sh_slice key, value;
     sh_status status = sh_cursor_seek(cursor, "w", 1, &key, &value);
     while (status == SH_OK && ((const uint8_t *)key.data)[0] == 'w') {
-        status = waiting_load_one(c, key, value, err);
+        if (coord_id_get((sh_slice){(const uint8_t *)key.data + 1, key.n - 1}, &id))
+            status = coord_waiting_restore(c, &id, value, now_ms, err);
+        else
+            status =
+                sh_fail(err, SH_ERR_CORRUPT, "coordinator: an update on its way has no good key");
         if (status == SH_OK)
             status = sh_cursor_next(cursor, &key, &value);
     }

@@ -293,6 +293,7 @@ static sh_status on_status(call *c)
     sh_json_set(r, "closed", json_boolean(now.closed));
     sh_json_set(r, "server_scale", sh_json_number((double)now.server_scale));
     set_uint(r, "bad_messages", now.bad_messages);
+    set_uint(r, "clones", now.clones);
     sh_json_set(r, "updates", updates_of(&now));
     return SH_OK;
 }
@@ -353,6 +354,12 @@ static sh_status add_node(void *arg, const sh_node_row *row)
     set_uint(r, "enrolled_ms", row->enrolled_ms);
     set_uint(r, "last_ms", row->last_ms);
     set_uint(r, "epochs", row->n_epochs);
+    set_uint(r, "clones", row->n_clones);
+    set_hash(r, "current_key", &row->current_key);
+    set_uint(r, "rotations", row->n_rotations);
+    sh_json_set(r, "device_class", json_string(row->device_class));
+    set_uint(r, "cores", row->cores);
+    set_uint(r, "memory_bytes", row->memory_bytes);
     sh_json_set(r, "agent", json_string(row->agent));
     sh_json_set(r, "kernel", json_string(row->kernel));
     set_uint(r, "version", in->active_version);

@@ -88,6 +88,9 @@ static void log_note(const sh_coord_action *a)
     case SH_CNOTE_DRIFTING:
         sh_log(SH_LOG_INFO, "drifting", "node=%.16s nodes=%llu", node, number);
         break;
+    case SH_CNOTE_CLONED:
+        sh_log(SH_LOG_WARN, "cloned", "node=%.16s clones=%llu", node, number);
+        break;
     }
 }
 

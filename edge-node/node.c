@@ -33,45 +33,13 @@ void node_note(node_step *s, sh_node_note note, uint64_t number)
     action->number = number;
 }
 
-bool node_may_send(const node_step *s)
-{
-    /* one place is the timer's */
-    return s->n->link != LINK_DOWN && s->actions->n < SH_NODE_ACTIONS_MAX - 1;
-}
-
-sh_status node_send(node_step *s, const sh_msg *msg)
-{
-    SH_ASSERT(node_may_send(s));
-    sh_buf bytes;
-    sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
-    sh_msg mine = *msg;
-    mine.version = s->n->version;
-    sh_status status = sh_msg_encode(&mine, &bytes, s->err);
-    if (status != SH_OK) {
-        sh_buf_release(&bytes);
-        return status;
-    }
-    node_act(s, SH_NODE_SEND)->message = bytes;
-    return SH_OK;
-}
-
-void node_retry_arm(node_step *s, node_retry *retry)
-{
-    const sh_node_options *o = &s->n->options;
-    uint64_t limit = o->retry_min_ms;
-    for (uint32_t i = 0; i < retry->attempt && limit < o->retry_max_ms; i++)
-        limit *= 2;
-    limit = SH_MIN(limit, o->retry_max_ms);
-    retry->attempt++;
-    retry->due_ms = s->now_ms + o->retry_min_ms + sh_rng_below(&s->n->rng, limit + 1);
-}
-
 /* Asks for the next TIMER where that has changed. */
 static void set_timer(node_step *s)
 {
     sh_node *n = s->n;
-    uint64_t due = SH_MIN(node_sync_due(n), node_monitor_due(n));
-    due = SH_MIN(due, SH_MIN(n->take_retry_ms, n->retain_ms));
+    uint64_t due = SH_MIN(sh_link_due(&n->link), node_monitor_due(n));
+    due = SH_MIN(due, SH_MIN(n->take_retry_ms, node_clock_steady(n, n->retain_ms)));
+    due = SH_MIN(due, SH_MIN(n->policy.due_ms, node_budget_due(n)));
     if (n->state.erasing)
         due = s->now_ms;
     if (due == NODE_NEVER || due == n->armed_ms)
@@ -87,17 +55,19 @@ static sh_status finish(node_step *s)
     SH_TRY(node_retain(s));
     SH_TRY(node_pump(s));
     set_timer(s);
+    SH_TRY(node_clock_save(s));
+    SH_TRY(node_budget_save(s));
     return node_state_save(s);
 }
 
 static sh_status check_options(const sh_node_options *o, sh_error *err)
 {
     if (o->retry_min_ms == 0 || o->retry_max_ms < o->retry_min_ms ||
-        o->retry_max_ms > NODE_RETURN_MAX_MS)
+        o->retry_max_ms > SH_LINK_RETURN_MAX_MS)
         return sh_fail(err, SH_ERR_USAGE,
                        "node: retry from %llu to %llu ms, it must be 1 <= least <= most <= %u",
                        (unsigned long long)o->retry_min_ms, (unsigned long long)o->retry_max_ms,
-                       NODE_RETURN_MAX_MS);
+                       SH_LINK_RETURN_MAX_MS);
     if (o->records_max == 0 || o->windows_max == 0 || o->feedback_tokens_max == 0)
         return sh_fail(err, SH_ERR_USAGE, "node: a ring of size 0 holds nothing");
     if (o->agent == NULL || o->kernel == NULL)
@@ -114,6 +84,7 @@ static sh_status make_new(node_step *s, sh_bytes genesis)
         SH_OK)
         return sh_fail_in(s->err, "genesis manifest");
     n->state = (node_state){
+        .epoch = n->link.epoch,
         .next_job = 1,
         .record_first = 1,
         .record_next = 1,
@@ -124,9 +95,6 @@ static sh_status make_new(node_step *s, sh_bytes genesis)
         .confirmed_version = manifest.version,
         .slots[0] = {manifest.version, manifest.model.sha256, manifest.model.bytes},
     };
-    while (n->state.epoch == 0)
-        n->state.epoch = sh_rng_u64(&n->rng);
-    SH_TRY(node_epoch_save(s));
     SH_TRY(node_manifest_put(s, node_meta_slot0, genesis));
     n->options.monitor.origin = n->state.epoch;
     SH_TRY(sh_monitor_create(&n->options.monitor, &n->monitor, s->err));
@@ -139,6 +107,7 @@ static sh_status load_or_make(node_step *s, sh_bytes genesis)
 {
     sh_node *n = s->n;
     SH_TRY(node_schema_open(s));
+    SH_TRY(node_link_open(s));
     sh_status status = node_state_load(s->txn, &n->state, s->err);
     if (status == SH_ERR_NOT_FOUND)
         return make_new(s, genesis);
@@ -160,15 +129,14 @@ sh_status sh_node_create(const sh_node_options *options, sh_bytes genesis_manife
     n->options = *options;
     n->rng = *rng;
     n->armed_ms = n->take_retry_ms = NODE_NEVER;
-    n->retain_ms = now_ms; /* looks once what has become too old */
-    n->version = SH_WIRE_VERSION;
-    n->enrol.due_ms = n->checkin.due_ms = n->want.due_ms = NODE_NEVER;
-    n->want_size = SH_WIRE_WANT_MAX;
-    node_step s = {n, txn, actions, now_ms, err};
-    sh_outbox outbox = {.table = SH_NODE_T_OUTBOX, .meta_table = SH_NODE_T_META};
+    node_step s = {.n = n, .txn = txn, .actions = actions, .now_ms = now_ms, .err = err};
     sh_status status = SH_OK;
-    SH_GOTO(sh_outbox_get_counts(&outbox, txn, &n->counts, err));
+    SH_GOTO(node_clock_open(&s));
+    SH_GOTO(node_budget_open(&s));
+    node_policy_init(&s);
+    n->retain_ms = s.row_ms; /* looks once what has become too old */
     SH_GOTO(load_or_make(&s, genesis_manifest));
+    SH_GOTO(node_policy_update(&s, NULL));
     SH_GOTO(node_slots_lost(&s, genesis_manifest));
     sh_node_action *activate = node_act(&s, SH_NODE_ACTIVATE);
     activate->version = node_active(n)->version;
@@ -217,41 +185,47 @@ static sh_status on_job(node_step *s, const sh_node_job_result *result)
     return SH_OK; /* cancelled, and it did not notice in time */
 }
 
+static sh_status dispatch(node_step *s, const sh_node_event *event)
+{
+    switch (event->kind) {
+    case SH_NODE_TIMER:
+        return on_timer(s);
+    case SH_NODE_LINK_UP:
+        node_on_link(s, true);
+        return SH_OK;
+    case SH_NODE_LINK_DOWN:
+        node_on_link(s, false);
+        return SH_OK;
+    case SH_NODE_MESSAGE:
+        node_budget_count(s, false, event->message.n);
+        node_policy_gates(s->n);
+        return node_on_message(s, event->message);
+    case SH_NODE_INFERENCE:
+        return node_on_inference(s, &event->record, &event->completion);
+    case SH_NODE_FEEDBACK:
+        return node_on_feedback(s, &event->feedback);
+    case SH_NODE_RATING:
+        return node_on_rating(s, &event->rating);
+    case SH_NODE_ERASE:
+        return node_on_erase(s, event->user);
+    case SH_NODE_JOB_DONE:
+        return on_job(s, &event->result);
+    case SH_NODE_SIGNALS: /* node_policy_update has it */
+        return SH_OK;
+    }
+    return SH_OK;
+}
+
 sh_status sh_node_step(sh_node *node, const sh_node_event *event, sh_txn *txn,
                        sh_node_actions *actions, sh_error *err)
 {
     sh_node_actions_clear(actions);
-    node_step s = {node, txn, actions, event->now_ms, err};
-    sh_status status = SH_OK;
-    switch (event->kind) {
-    case SH_NODE_TIMER:
-        status = on_timer(&s);
-        break;
-    case SH_NODE_LINK_UP:
-        node_on_link(&s, true);
-        break;
-    case SH_NODE_LINK_DOWN:
-        node_on_link(&s, false);
-        break;
-    case SH_NODE_MESSAGE:
-        status = node_on_message(&s, event->message);
-        break;
-    case SH_NODE_INFERENCE:
-        status = node_on_inference(&s, &event->record, &event->completion);
-        break;
-    case SH_NODE_FEEDBACK:
-        status = node_on_feedback(&s, &event->feedback);
-        break;
-    case SH_NODE_RATING:
-        status = node_on_rating(&s, &event->rating);
-        break;
-    case SH_NODE_ERASE:
-        status = node_on_erase(&s, event->user);
-        break;
-    case SH_NODE_JOB_DONE:
-        status = on_job(&s, &event->result);
-        break;
-    }
+    node_step s = {.n = node, .txn = txn, .actions = actions, .now_ms = event->now_ms, .err = err};
+    node_clock_step(&s, event->wall_ms);
+    node_budget_roll(&s);
+    sh_status status = node_policy_update(&s, event);
+    if (status == SH_OK)
+        status = dispatch(&s, event);
     if (status == SH_OK)
         status = finish(&s);
     if (status != SH_OK)
@@ -277,17 +251,29 @@ sh_node_status sh_node_get_status(const sh_node *node)
         .feedback_tokens = st->feedback_tokens,
         .bad_messages = st->bad_messages,
         .last_sync_ms = st->last_sync_ms,
+        .clock_trusted = node->clock.trusted,
+        .wall_ms = node->clock.wall_ms,
+        .row_ms = node->clock.row_ms,
+        .bytes_up_day = node->budget.up_day,
+        .bytes_up_month = node->budget.up_month,
+        .bytes_down_day = node->budget.down_day,
+        .bytes_down_month = node->budget.down_month,
+        .refused_full = node->budget.refused_full,
+        .stores_lost = node->policy.signals.stores_lost,
+        .conditions = node_policy_conditions(node),
         .last_completion = st->last_completion,
-        .link_up = node->link != LINK_DOWN,
+        .link_up = node->link.state != SH_LINK_DOWN,
         .drifting = st->drifting,
         .erasing = st->erasing,
-        .welcome = node->link == LINK_WELCOME,
+        .welcome = node->link.state == SH_LINK_WELCOME,
     };
     for (int c = 0; c < SH_CLASSES; c++) {
-        status.outbox_items += node->counts.items[c];
-        status.outbox_bytes += node->counts.bytes[c];
-        status.dropped[c] = node->counts.dropped[c];
+        status.outbox_items += node->link.counts.items[c];
+        status.outbox_bytes += node->link.counts.bytes[c];
+        status.dropped[c] = node->link.counts.dropped[c];
     }
+    for (int i = 0; i < SH_POLICIES; i++)
+        status.holds[i] = node->policy.holds[i];
     for (int m = 0; m < SH_METRICS; m++)
         status.log_evalue[m] = sh_monitor_log_evalue(node->monitor, (sh_metric)m);
     return status;

@@ -7,9 +7,12 @@
  *   node_rating.c   COMPLETION rows, and feedback by the id of one
  *   node_erase.c    what leaves by age, and what a user wrote
  *   node_monitor.c  inference records, windows, alarms, feedback
- *   node_sync.c     messages, check-in, outbox, chunks up
+ *   node_sync.c     what the link (shared/sync/link.h) asks: check-in, outbox, chunks
  *   node_release.c  manifests, chunks down, install, smoke, activate, confirm, fall back
  *   node_slots.c    releases whose files are gone
+ *   node_clock.c    wall clock, rows' clock, the aggregator's signed time
+ *   node_policy.c   what may be done now, by the device's signals
+ *   node_budget.c   bytes of a day and a month
  *   node_train.c    training plans and what training made
  *   node_evaluate.c a candidate to score: chunks, job, what it found out
  *
@@ -20,19 +23,13 @@
 #define SH_EDGE_NODE_INTERNAL_H
 
 #include "edge-node/node.h"
-#include "shared/sync/sync.h"
+#include "shared/sync/link.h"
 
-#define NODE_NEVER           UINT64_MAX
+#define NODE_NEVER           SH_LINK_NEVER
 #define NODE_SLOTS           2
-#define NODE_REFUSED_MAX     16u /* refused versions that are remembered */
-#define NODE_JOB_TRIES_MAX   3u  /* of one installation, of one round's training */
-#define NODE_IN_FLIGHT_MAX   16u /* items sent and not acknowledged */
-#define NODE_SERVE_MAX       (2 * SH_WIRE_WANT_MAX) /* chunks asked of us and not yet sent */
-#define NODE_SERVE_STEP_MAX  16u                    /* chunks sent a step: 1 MiB */
-#define NODE_WANT_MIN        8u  /* chunks asked for at a time, after the peer sent fewer */
-#define NODE_NOTES_MAX       24u /* actions from which on notes are left out */
-#define NODE_RETURN_MIN_MS   100u
-#define NODE_RETURN_MAX_MS   (7u * 24 * 3600 * 1000)
+#define NODE_REFUSED_MAX     16u  /* refused versions that are remembered */
+#define NODE_JOB_TRIES_MAX   3u   /* of one installation, of one round's training */
+#define NODE_NOTES_MAX       24u  /* actions from which on notes are left out */
 #define NODE_MONITOR_SAVE    64u  /* inferences between two saves of the monitor */
 #define NODE_HEALTHY_NLL_MAX 50.0 /* nats a token: e^50 is past any vocabulary */
 #define NODE_CONTEXT_FACTOR  4u   /* all feedback tokens : target tokens */
@@ -83,24 +80,36 @@ typedef struct {
     uint32_t evaluate_tries;
 } node_state;
 
+/* See node_clock.c. Offsets are added to now_ms, modulo 2^64. */
 typedef struct {
-    uint64_t due_ms; /* NODE_NEVER: nothing is to be sent */
-    uint32_t attempt;
-} node_retry;
-
-typedef enum {
-    LINK_DOWN,
-    LINK_TRYING /* enrolment sent, the rest goes on */,
-    LINK_WELCOME,
-    LINK_REJECTED
-} node_link;
+    uint64_t floor_ms, floor_now_ms;        /* the true time is not before it; that was at */
+    uint64_t skew;                          /* the core's wall clock less the device's */
+    uint64_t seen_row_ms, seen_wall_ms;     /* both clocks at one moment of the past */
+    uint64_t anchor_row_ms, anchor_wall_ms; /* at the last one whose wall clock was signed */
+    uint64_t since_ms;                      /* rows' clock when it was first kept */
+    uint64_t shell_offset, wall_offset, row_offset;
+    uint64_t wall_ms, row_ms;    /* at the last step */
+    uint64_t start_ms, off_ms;   /* steady; time off that is not in the rows' clock yet */
+    uint64_t saved_ms, asked_ms; /* steady; the last check-in was sent */
+    bool trusted, dirty;
+} node_clock;
 
 typedef struct {
-    bool used;
-    uint8_t cls;
-    uint64_t seq;
-    node_retry retry;
-} node_in_flight;
+    sh_node_signals signals;
+    uint64_t used_ms, user_ms; /* steady: the last request; what the source of idleness says */
+    bool holds[SH_POLICIES];
+    uint32_t conditions;
+    uint64_t due_ms;  /* when time alone changes it */
+    uint64_t plan_ms; /* steady: the last plan came; NODE_NEVER: none since the start */
+} node_policy;
+
+typedef struct {
+    uint64_t day, month; /* of the rows' clock, local */
+    uint64_t up_day, up_month, down_day, down_month;
+    uint64_t refused_full;
+    bool dirty, told_up, told_down;
+    uint64_t saved_ms;
+} node_budget;
 
 struct sh_node {
     sh_node_options options;
@@ -108,23 +117,11 @@ struct sh_node {
     node_state state;
     sh_monitor *monitor;
     bool dirty, monitor_dirty;
-    sh_outbox_counts counts;
 
-    node_link link;
+    sh_link link;
     uint64_t armed_ms; /* of the last SET_TIMER */
-    uint64_t hold_ms;  /* the aggregator asked for quiet until then */
-    node_retry enrol, checkin, want;
-    node_in_flight in_flight[NODE_IN_FLIGHT_MAX];
-    uint64_t send_from[SH_CLASSES]; /* lower sequences were sent since the link came up */
-    uint8_t serve[NODE_SERVE_MAX * sizeof(sh_hash)];
-    uint32_t n_serve;
-    uint8_t asked[SH_WIRE_WANT_MAX * sizeof(sh_hash)];
-    uint32_t n_asked, asked_got, want_size;
 
-    uint32_t version;            /* of the protocol, that this link speaks */
-    node_retry bury[SH_CLASSES]; /* tombstones for what the aggregator forgot; see node_on_ack */
-
-    uint64_t retain_ms;    /* when a row may be too old */
+    uint64_t retain_ms;    /* when a row may be too old (rows' clock) */
     uint64_t evaluate_job; /* id of the running EVALUATE; 0: none */
     bool evaluate;         /* the last plan asked for the candidate */
 
@@ -133,23 +130,24 @@ struct sh_node {
     uint64_t train_job;     /* id of the running TRAIN; 0: none */
     sh_train_plan training; /* what it runs */
     sh_train_plan plan;     /* the last one that came; train is false when it is done with */
+
+    node_clock clock;
+    node_policy policy;
+    node_budget budget;
 };
 
 typedef struct {
     sh_node *n;
     sh_txn *txn;
     sh_node_actions *actions;
-    uint64_t now_ms;
+    uint64_t now_ms; /* intervals */
     sh_error *err;
+    uint64_t wall_ms, row_ms; /* dates; ages of rows */
 } node_step;
 
 /* ---- node.c ---- */
 sh_node_action *node_act(node_step *s, sh_node_action_kind kind); /* NULL: the list is full */
 void node_note(node_step *s, sh_node_note note, uint64_t number);
-sh_status node_send(node_step *s, const sh_msg *msg);
-bool node_may_send(const node_step *s); /* there is a link and room in the list */
-/* Sets the time of the next try: retry_min, which an answer may take, and full jitter. */
-void node_retry_arm(node_step *s, node_retry *retry);
 static inline const node_release *node_active(const sh_node *n)
 {
     return &n->state.slots[n->state.active_slot];
@@ -159,7 +157,6 @@ static inline const node_release *node_active(const sh_node *n)
 sh_status node_state_load(sh_txn *txn, node_state *state, sh_error *err); /* SH_ERR_NOT_FOUND */
 sh_status node_state_save(node_step *s);
 sh_status node_monitor_load(node_step *s);
-sh_status node_epoch_save(node_step *s);
 extern const char node_meta_take[], node_meta_slot0[], node_meta_slot1[];
 sh_status node_manifest_put(node_step *s, const char *key, sh_bytes manifest);
 sh_status node_manifest_del(node_step *s, const char *key);
@@ -225,7 +222,7 @@ sh_status node_retain(node_step *s);
 sh_status node_on_inference(node_step *s, const sh_record *record,
                             const sh_completion_row *completion);
 sh_status node_on_feedback(node_step *s, const sh_feedback *feedback);
-sh_status node_take_window(node_step *s, const sh_window_result *closed);
+sh_status node_take_window(node_step *s, sh_window_result *closed);
 sh_status node_monitor_timer(node_step *s);
 uint64_t node_monitor_due(const sh_node *n);
 void node_monitor_release(node_step *s); /* the active release has changed */
@@ -234,7 +231,8 @@ void node_monitor_release(node_step *s); /* the active release has changed */
 sh_status node_on_message(node_step *s, sh_bytes message);
 void node_on_link(node_step *s, bool up);
 sh_status node_pump(node_step *s);
-uint64_t node_sync_due(const sh_node *n);
+sh_link_step node_link(node_step *s);
+sh_status node_link_open(node_step *s);
 void node_checkin_soon(node_step *s);
 sh_status node_outbox_put(node_step *s, sh_class cls, sh_item_kind kind, sh_bytes payload);
 /* Deletes those chunks of blob that neither `keep` (may be NULL) nor the release being taken nor
@@ -244,8 +242,8 @@ sh_status node_chunks_delete(node_step *s, const sh_blob *blob, uint64_t except,
 
 /* ---- node_release.c ---- */
 sh_status node_on_manifest(node_step *s, sh_bytes manifest);
-sh_status node_on_chunk(node_step *s, const sh_msg_chunk *chunk);
-sh_status node_want(node_step *s);
+/* Chunks that the release being taken lacks, or else the candidate; see sh_link_callbacks. */
+sh_status node_missing(node_step *s, uint8_t *hashes, uint32_t max, uint32_t *n);
 sh_status node_take_advance(node_step *s);
 sh_status node_take_done(node_step *s, const sh_node_job_result *result);
 sh_status node_activate(node_step *s);
@@ -257,6 +255,37 @@ void node_on_train_plan(node_step *s, const sh_train_plan *plan);
 SH_MUST_USE sh_status node_train_consider(node_step *s);
 void node_train_cancel(node_step *s);
 sh_status node_train_done(node_step *s, const sh_node_job_result *result);
+
+/* ---- node_clock.c ---- */
+sh_status node_clock_open(node_step *s);                       /* of create: fills s's dates */
+void node_clock_step(node_step *s, uint64_t wall_ms);          /* of an event: the same */
+sh_status node_clock_stamp(node_step *s, sh_bytes stamp);      /* SH_ERR_AUTH, SH_ERR_INVALID */
+uint64_t node_clock_steady(const sh_node *n, uint64_t row_ms); /* when the rows' clock says so */
+/* When a row was made: one that a clock that was wrong put into the future counts from the day that
+ * this was seen. */
+uint64_t node_clock_row(const node_step *s, uint64_t at_ms);
+bool node_clock_is_off(const sh_node *n);
+sh_status node_clock_save(node_step *s);
+
+/* ---- node_policy.c ---- */
+void node_policy_init(node_step *s);
+/* Takes in what the event says of the device, finds what holds now, stops and wakes by it. */
+sh_status node_policy_update(node_step *s, const sh_node_event *event);
+bool node_policy_holds(const sh_node *n, sh_policy_kind kind);
+void node_policy_gates(sh_node *n);                /* tells the link what may go out now */
+uint32_t node_policy_conditions(const sh_node *n); /* SH_CONDITION_ bits */
+void node_policy_fill(const sh_node *n, sh_msg_checkin *checkin);
+
+/* ---- node_budget.c ---- */
+sh_status node_budget_open(node_step *s);
+void node_budget_roll(node_step *s); /* a new day or month */
+void node_budget_count(node_step *s, bool up, size_t bytes);
+bool node_budget_bulk_up(const sh_node *n);
+bool node_budget_small_up(const sh_node *n);
+uint32_t node_budget_chunks_down(const sh_node *n); /* that fit */
+bool node_budget_is_used_up(const sh_node *n);
+uint64_t node_budget_due(const sh_node *n); /* the next period, when something waits for it */
+sh_status node_budget_save(node_step *s);
 
 /* ---- node_evaluate.c ---- */
 sh_status node_on_evaluate_plan(node_step *s, const sh_evaluate_plan *plan);
