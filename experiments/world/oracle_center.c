@@ -62,19 +62,31 @@ static void join_acks(sh_msg_ack *known, const sh_msg_ack *a)
 
 /* ---- items ---- */
 
-static void arrive(oracle_watch *w, const sh_msg_item *item)
+static bool same_id(const oracle_arrival *a, const oracle_arrival *b)
+{
+    return a->epoch == b->epoch && a->cls == b->cls && a->seq == b->seq;
+}
+
+/* What the steps of one commit took in is in the store when the first of them is looked at: new is
+ * what was not there before that commit, and was not met among its steps. */
+static void arrive(oracle_watch *w, const sh_msg_item *item, uint64_t at_ms)
 {
     oracle_line *line = line_of(w, item->epoch, item->cls);
-    if (item->kind == SH_ITEM_TOMBSTONE || oracle_covers(&line->rows, item->seq))
-        return;
     oracle_arrival a = {.epoch = item->epoch,
                         .seq = item->seq,
                         .cls = item->cls,
                         .kind = item->kind,
                         .hash = oracle_item_hash(item->cls, item->payload.data, item->payload.n)};
+    if (item->kind == SH_ITEM_TOMBSTONE ||
+        oracle_covers(line->rows_ms == at_ms ? &line->before : &line->rows, item->seq))
+        return;
+    if (w->fresh_ms != at_ms)
+        w->n_fresh = 0;
+    for (size_t i = 0; i < w->n_fresh; i++)
+        if (same_id(&w->fresh[i], &a))
+            return;
     for (size_t i = 0; i < w->n_arrivals; i++)
-        if (w->arrivals[i].epoch == a.epoch && w->arrivals[i].cls == a.cls &&
-            w->arrivals[i].seq == a.seq) {
+        if (same_id(&w->arrivals[i], &a)) {
             w->arrivals[i] = a;
             return;
         }
@@ -112,6 +124,11 @@ static void commit(world_oracle *o, oracle_watch *w, const oracle_arrival *a, ui
                    sh_txn *txn)
 {
     o->seen.items_committed++;
+    if (w->fresh_ms != at_ms)
+        w->n_fresh = 0;
+    w->fresh_ms = at_ms;
+    oracle_grow((void **)&w->fresh, &w->fresh_cap, w->n_fresh, sizeof *a);
+    w->fresh[w->n_fresh++] = *a;
     if (w->lies)
         return;
     check_row(o, w, a, at_ms, txn);
@@ -148,6 +165,9 @@ static void look(world_oracle *o, oracle_watch *w, oracle_line *line, uint64_t a
              "item %llu of class %u, epoch %016llx, was marked and is not any more",
              (unsigned long long)seq, line->cls, (unsigned long long)line->epoch);
     }
+    if (line->rows_ms != at_ms)
+        line->before = line->rows;
+    line->rows_ms = at_ms;
     line->rows = rows;
     for (size_t i = w->n_arrivals; i-- > 0;) {
         oracle_arrival a = w->arrivals[i];
@@ -185,7 +205,8 @@ static void check_published(world_oracle *o, uint64_t at_ms, const sh_coord_stat
         NOTE(o, WORLD_RULE_MODEL, at_ms, "release %llu is published, its manifest: %s",
              (unsigned long long)status->version, sh_status_name(found));
     else
-        oracle_map_put(&o->published, status->version, oracle_hash(manifest.data, manifest.n));
+        oracle_map_put(&o->published, status->version,
+                       oracle_hash(decoded.model.sha256.b, sizeof decoded.model.sha256.b));
     o->coord_version = status->version;
     o->seen.releases++;
 }
@@ -231,7 +252,7 @@ void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_eve
     if (w && w->watched &&
         sh_msg_decode(event->message.data, event->message.n, &msg, NULL) == SH_OK &&
         msg.type == SH_MSG_ITEM && msg.item.cls < SH_CLASSES)
-        arrive(w, &msg.item);
+        arrive(w, &msg.item, at_ms);
     if (actions->n > SH_COORD_ACTIONS_MAX)
         NOTE(o, WORLD_RULE_LIMIT, at_ms, "a step has %zu actions", actions->n);
     for (size_t i = 0; i < actions->n; i++)
