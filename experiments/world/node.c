@@ -19,13 +19,20 @@
 #define STREAM_USER      0x55534552u
 #define STREAM_CORRECT   0x434f5252u
 
-uint64_t world_node_now(world_node *n, uint64_t now_ms)
+static uint64_t wall_of(const world_node *n, uint64_t now_ms)
 {
     double skewed = n->clock_rate * (double)(now_ms - n->clock_from_ms);
-    int64_t offset = n->clock_ms + (int64_t)skewed;
-    uint64_t now = (uint64_t)((int64_t)(WORLD_START_MS + now_ms) + offset);
-    n->now_ms_last = SH_MAX(n->now_ms_last, now); /* what daemon_now does */
-    return n->now_ms_last;
+    return (uint64_t)((int64_t)(WORLD_START_MS + now_ms) + n->clock_ms + (int64_t)skewed);
+}
+
+uint64_t world_node_now(const world_node *n, uint64_t now_ms)
+{
+    return now_ms + n->steady_ms;
+}
+
+void world_node_start_clock(world_node *n, uint64_t now_ms)
+{
+    n->steady_ms = wall_of(n, now_ms) - now_ms;
 }
 
 /* ---- steps ---- */
@@ -66,6 +73,7 @@ static sh_status step_as(world_part *p, uint32_t i, sh_node_event *event, int ki
     sh_txn *txn = NULL;
     sh_status status = SH_OK;
     event->now_ms = world_node_now(n, p->now_ms);
+    event->wall_ms = wall_of(n, p->now_ms);
     p->counts.node_steps++;
     SH_GOTO(sh_txn_begin(n->store, kind, &txn, text));
     SH_GOTO(sh_node_step(n->core, event, txn, p->actions, text));

@@ -102,8 +102,10 @@ sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err)
     world_node *n = &w->nodes[i];
     sh_error text = {0};
     sh_status status = SH_OK;
-    if (!n->up)
+    if (!n->up) {
         sh_store_simulate_restart(n->store, 0);
+        world_node_start_clock(n, p->now_ms);
+    }
     bool began = n->up;
     n->up = true;
     n->full_until_ms = 0;

@@ -127,7 +127,7 @@ typedef struct {
     uint64_t session, train_due_ms, away_until_ms;
     double clock_rate; /* of skews, 0: none */
     int64_t clock_ms;  /* wall clock - true time */
-    uint64_t clock_from_ms, now_ms_last;
+    uint64_t clock_from_ms, steady_ms; /* steady: steady clock - virtual time */
     uint64_t replay_n;
     sh_buf replay; /* LIE_REPLAY: an item that it sent before */
     world_file files[2];
@@ -238,7 +238,9 @@ SH_MUST_USE sh_status world_node_step(world_part *p, uint32_t i, sh_node_event *
                                       sh_error *err);
 SH_MUST_USE sh_status world_node_carry_out(world_part *p, uint32_t i, sh_node_actions *actions,
                                            sh_error *err);
-uint64_t world_node_now(world_node *n, uint64_t now_ms);
+/* The steady clock, which began with the process at what the device's clock said. */
+uint64_t world_node_now(const world_node *n, uint64_t now_ms);
+void world_node_start_clock(world_node *n, uint64_t now_ms);
 
 /* ---- node_life.c ---- */
 SH_MUST_USE sh_status world_node_begin(world_part *p, uint32_t i, sh_error *err);
