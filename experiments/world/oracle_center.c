@@ -291,6 +291,7 @@ typedef struct {
     world_oracle *o;
     uint64_t at_ms;
     oracle_map ids, contents; /* of merged updates -> version; of rows: id -> content */
+    oracle_map versions;      /* of rows that are merged: id -> version + 1 */
 } auditor;
 
 static uint64_t id_hash(const sh_update_id *id)
@@ -307,6 +308,8 @@ static sh_status audit_update(void *arg, const sh_update_row *row)
     auditor *a = arg;
     oracle_map_put(&a->contents, id_hash(&row->id),
                    oracle_hash(row->meta.blob.sha256.b, sizeof row->meta.blob.sha256.b));
+    if (row->verdict == SH_VERDICT_MERGED)
+        oracle_map_put(&a->versions, id_hash(&row->id), row->version + 1);
     return SH_OK;
 }
 
@@ -324,6 +327,11 @@ static sh_status audit_candidate(void *arg, const sh_release_row *row)
             continue;
         }
         oracle_map_put(&a->ids, id, row->version);
+        const uint64_t *said = oracle_map_find(&a->versions, id);
+        if (content && (!said || *said != row->version + 1))
+            NOTE(a->o, WORLD_RULE_ONCE, a->at_ms,
+                 "update %llu counts in release %llu, and its row does not say so",
+                 (unsigned long long)row->merged[i].seq, (unsigned long long)row->version);
         if (!content) {
             NOTE(a->o, WORLD_RULE_DURABLE, a->at_ms,
                  "release %llu merges update %llu, which has no row",
@@ -360,5 +368,6 @@ void world_oracle_audit(world_oracle *o, uint64_t now_ms, sh_store *coord_store)
     sh_txn_abort(&txn);
     oracle_map_release(&a.ids);
     oracle_map_release(&a.contents);
+    oracle_map_release(&a.versions);
     o->seen.audits++;
 }

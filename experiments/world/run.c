@@ -293,7 +293,7 @@ static void set_options(world *w)
                                       .window_ms_max = 40 * 60000,
                                       .reference = 64,
                                       .average_run_length = 1e6}};
-    static const uint64_t quotas[SH_CLASSES] = {1u << 20, 64u << 10, 512u << 10, 64u << 10};
+    static const uint64_t quotas[SH_CLASSES] = {1u << 20, 64u << 10, 6u << 10, 64u << 10};
     memcpy(w->node_options.outbox_quota_bytes, quotas, sizeof quotas);
     sh_coord_options *c = &w->coord_options;
     c->enrol_any = true;
