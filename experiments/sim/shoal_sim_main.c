@@ -5,6 +5,7 @@
 
 #include "experiments/sim/sim.h"
 #include "experiments/world/world.h"
+#include "shared/base/canary.h"
 #include "shared/base/file.h"
 #include "shared/base/hash.h"
 #include "shared/base/log.h"
@@ -104,6 +105,13 @@ static bool print_help(const sh_command *command)
     return ok;
 }
 
+static bool print_canaries(void)
+{
+    for (int canary = 1; canary < SH_CANARIES; canary++)
+        printf("%s\n", sh_canary_name((sh_canary)canary));
+    return fflush(stdout) == 0;
+}
+
 static int run_faults(int argc, char **argv)
 {
     sh_error err = {0};
@@ -115,6 +123,8 @@ static int run_faults(int argc, char **argv)
         status = sh_options_parse(&world_faults_command, argc, argv, &o, &args, &err);
     if (status == SH_OK && args.help)
         failed = !print_help(&world_faults_command);
+    else if (status == SH_OK && o.canary && strcmp(o.canary, "list") == 0)
+        failed = !print_canaries();
     else if (status == SH_OK && args.n_positional > 0)
         status = sh_fail(&err, SH_ERR_USAGE, "faults takes options only, not \"%s\"",
                          args.positional[0]);

@@ -14,7 +14,7 @@ static const sh_option table[] = {
     SH_OPT_INT(O, threads, 't', "threads", "T", 2, 1, WORLD_THREADS_MAX,
                "no result depends on it"),
     SH_OPT_STRING(O, canary, 0, "canary", "NAME", NULL,
-                  "a known bug to switch on, which must be found"),
+                  "a known bug to switch on, which must be found; list: their names"),
     SH_OPT_STRING(O, script, 0, "script", "FILE", NULL,
                   "schedule of faults to run, with its seed, nodes and days"),
     SH_OPT_LIST(O, devices, 0, "devices", "FILE",

@@ -67,35 +67,6 @@ static bool same_id(const oracle_arrival *a, const oracle_arrival *b)
     return a->epoch == b->epoch && a->cls == b->cls && a->seq == b->seq;
 }
 
-/* What the steps of one commit took in is in the store when the first of them is looked at: new is
- * what was not there before that commit, and was not met among its steps. */
-static void arrive(oracle_watch *w, const sh_msg_item *item, uint64_t at_ms)
-{
-    oracle_line *line = line_of(w, item->epoch, item->cls);
-    oracle_arrival a = {.epoch = item->epoch,
-                        .seq = item->seq,
-                        .cls = item->cls,
-                        .kind = item->kind,
-                        .hash = oracle_item_hash(item->cls, item->payload.data, item->payload.n)};
-    if (item->kind == SH_ITEM_TOMBSTONE ||
-        oracle_covers(line->rows_ms == at_ms ? &line->before : &line->rows, item->seq))
-        return;
-    if (w->fresh_ms != at_ms)
-        w->n_fresh = 0;
-    for (size_t i = 0; i < w->n_fresh; i++)
-        if (same_id(&w->fresh[i], &a))
-            return;
-    for (size_t i = 0; i < w->n_arrivals; i++)
-        if (same_id(&w->arrivals[i], &a)) {
-            w->arrivals[i] = a;
-            return;
-        }
-    if (w->n_arrivals >= ORACLE_ARRIVALS_MAX)
-        w->n_arrivals = 0; /* a liar's; what is honest comes again */
-    oracle_grow((void **)&w->arrivals, &w->arrivals_cap, w->n_arrivals, sizeof a);
-    w->arrivals[w->n_arrivals++] = a;
-}
-
 /* The row that an item of this kind must have left, as coordinator.h describes the tables. */
 static void check_row(world_oracle *o, const oracle_watch *w, const oracle_arrival *a,
                       uint64_t at_ms, sh_txn *txn)
@@ -144,6 +115,41 @@ static void commit(world_oracle *o, oracle_watch *w, const oracle_arrival *a, ui
     o->commits[o->n_commits++] = (oracle_commit){(uint32_t)(w - o->watches), a->hash, at_ms};
 }
 
+/* What the steps of one commit took in is in the store when the first of them is looked at: new is
+ * what was not there before that commit, and was not met among its steps. */
+static void arrive(world_oracle *o, oracle_watch *w, const sh_msg_item *item, uint64_t at_ms,
+                   sh_txn *txn)
+{
+    oracle_line *line = line_of(w, item->epoch, item->cls);
+    oracle_arrival a = {.epoch = item->epoch,
+                        .seq = item->seq,
+                        .cls = item->cls,
+                        .kind = item->kind,
+                        .hash = oracle_item_hash(item->cls, item->payload.data, item->payload.n)};
+    if (item->kind == SH_ITEM_TOMBSTONE)
+        return;
+    if (oracle_covers(&line->boot_rows, a.seq) && !oracle_covers(&line->boot_before, a.seq) &&
+        !oracle_map_find(&w->committed, a.hash)) {
+        commit(o, w, &a, line->boot_ms, txn);
+        return;
+    }
+    if (oracle_covers(line->rows_ms == at_ms ? &line->before : &line->rows, item->seq))
+        return;
+    w->n_fresh = w->fresh_ms == at_ms ? w->n_fresh : 0;
+    for (size_t i = 0; i < w->n_fresh; i++)
+        if (same_id(&w->fresh[i], &a))
+            return;
+    for (size_t i = 0; i < w->n_arrivals; i++)
+        if (same_id(&w->arrivals[i], &a)) {
+            w->arrivals[i] = a;
+            return;
+        }
+    if (w->n_arrivals >= ORACLE_ARRIVALS_MAX)
+        w->n_arrivals = 0; /* a liar's; what is honest comes again */
+    oracle_grow((void **)&w->arrivals, &w->arrivals_cap, w->n_arrivals, sizeof a);
+    w->arrivals[w->n_arrivals++] = a;
+}
+
 /* Reads the line's marks: they hold all that was promised, and what they had before. */
 static void look(world_oracle *o, oracle_watch *w, oracle_line *line, uint64_t at_ms, sh_txn *txn)
 {
@@ -178,11 +184,19 @@ static void look(world_oracle *o, oracle_watch *w, oracle_line *line, uint64_t a
     }
 }
 
-void oracle_check_promises(world_oracle *o, uint64_t at_ms, sh_txn *txn)
+void oracle_check_promises(world_oracle *o, uint64_t at_ms, bool boot, sh_txn *txn)
 {
     for (size_t i = 0; i < o->n_watches; i++)
-        for (size_t k = 0; k < o->watches[i].n_lines; k++)
-            look(o, &o->watches[i], &o->watches[i].lines[k], at_ms, txn);
+        for (size_t k = 0; k < o->watches[i].n_lines; k++) {
+            oracle_line *line = &o->watches[i].lines[k];
+            sh_msg_ack before = line->rows;
+            look(o, &o->watches[i], line, at_ms, txn);
+            if (!boot || first_missing(&line->rows, &before) == 0)
+                continue;
+            line->boot_before = before;
+            line->boot_rows = line->rows;
+            line->boot_ms = at_ms;
+        }
 }
 
 /* ---- hooks ---- */
@@ -218,7 +232,7 @@ void world_oracle_coord_boot(world_oracle *o, uint64_t at_ms, const sh_coord *co
     if (sh_txn_begin(store, SH_TXN_READ, &txn, NULL) != SH_OK)
         return;
     check_published(o, at_ms, &status, txn);
-    oracle_check_promises(o, at_ms, txn);
+    oracle_check_promises(o, at_ms, true, txn);
     sh_txn_abort(&txn);
 }
 
@@ -252,7 +266,7 @@ void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_eve
     if (w && w->watched &&
         sh_msg_decode(event->message.data, event->message.n, &msg, NULL) == SH_OK &&
         msg.type == SH_MSG_ITEM && msg.item.cls < SH_CLASSES)
-        arrive(w, &msg.item, at_ms);
+        arrive(o, w, &msg.item, at_ms, txn);
     if (actions->n > SH_COORD_ACTIONS_MAX)
         NOTE(o, WORLD_RULE_LIMIT, at_ms, "a step has %zu actions", actions->n);
     for (size_t i = 0; i < actions->n; i++)
@@ -357,7 +371,7 @@ void world_oracle_audit(world_oracle *o, uint64_t now_ms, sh_store *coord_store)
     auditor a = {.o = o, .at_ms = now_ms};
     if (sh_txn_begin(coord_store, SH_TXN_READ, &txn, NULL) != SH_OK)
         return;
-    oracle_check_promises(o, now_ms, txn);
+    oracle_check_promises(o, now_ms, false, txn);
     sh_status status = sh_coord_each_update(txn, audit_update, &a, &err);
     if (status == SH_OK)
         status = sh_coord_each_candidate(txn, audit_candidate, &a, &err);

@@ -88,6 +88,10 @@ typedef struct {
     sh_msg_ack promised, rows; /* what was sent; what was in the store at the last look */
     sh_msg_ack before;         /* the same before `rows_ms`, when rows came to be so */
     uint64_t rows_ms;
+    /* Around a boot: what a commit brought whose steps were never shown, because the process died
+     * with it. The node will send that again. */
+    sh_msg_ack boot_before, boot_rows;
+    uint64_t boot_ms;
 } oracle_line;
 
 typedef struct { /* came, and is not committed */
@@ -140,7 +144,7 @@ void oracle_node_scan(world_oracle *o, uint32_t node, uint64_t at_ms, sh_store *
 /* ---- oracle_center.c ---- */
 oracle_watch *oracle_watch_of(world_oracle *o, const sh_hash *key); /* NULL: nobody's */
 bool oracle_covers(const sh_msg_ack *ack, uint64_t seq);
-/* All that was promised is in the store. */
-void oracle_check_promises(world_oracle *o, uint64_t at_ms, sh_txn *txn);
+/* All that was promised is in the store. boot: it may hold more than was shown. */
+void oracle_check_promises(world_oracle *o, uint64_t at_ms, bool boot, sh_txn *txn);
 
 #endif
