@@ -262,7 +262,6 @@ static sh_status fall(world_part *p, sh_status why, const sh_error *text, sh_err
     world_oracle_coord_failed(w->oracle, p->now_ms, why, text->text, excused);
     if (why == SH_ERR_CRASHED)
         return die(p, err);
-    p->counts.faults[WORLD_DISK_FULL] += why == SH_ERR_FULL;
     end_group(c);
     sh_coord_destroy(&c->core);
     c->life++;

@@ -19,6 +19,17 @@
 
 /* ---- boot ---- */
 
+sh_status world_node_restart_in(world_part *p, uint32_t i, uint64_t ms, sh_error *err)
+{
+    return world_push(p,
+                      (sim_event){.at_ms = p->now_ms + ms,
+                                  .target = i,
+                                  .from = i,
+                                  .kind = SIM_EV_RESTART,
+                                  .tag = ++p->w->nodes[i].restart},
+                      err);
+}
+
 static void set_file(world *w, uint32_t i, uint32_t slot, const sh_hash *sha256, bool there)
 {
     w->nodes[i].files[slot] = (world_file){*sha256, there};
@@ -87,13 +98,7 @@ static sh_status boot_failed(world_part *p, uint32_t i, sh_status why, const sh_
     if (why == SH_ERR_CRASHED)
         return world_node_die(p, i, err);
     n->full_until_ms = full ? p->now_ms + FULL_PAUSE_MS : 0;
-    return world_push(p,
-                      (sim_event){.at_ms = p->now_ms + (full ? FULL_PAUSE_MS : REMAKE_MS),
-                                  .target = i,
-                                  .from = i,
-                                  .life = n->life,
-                                  .kind = SIM_EV_RESTART},
-                      err);
+    return world_node_restart_in(p, i, full ? FULL_PAUSE_MS : REMAKE_MS, err);
 }
 
 sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err)
@@ -219,13 +224,7 @@ sh_status world_node_die(world_part *p, uint32_t i, sh_error *err)
     n->hash = world_mix(n->hash, 0xdead);
     if (n->off)
         return SH_OK;
-    return world_push(p,
-                      (sim_event){.at_ms = p->now_ms + SH_MAX(n->down_ms, DOWN_MS_MIN),
-                                  .target = i,
-                                  .from = i,
-                                  .life = n->life,
-                                  .kind = SIM_EV_RESTART},
-                      err);
+    return world_node_restart_in(p, i, SH_MAX(n->down_ms, DOWN_MS_MIN), err);
 }
 
 /* ---- faults ---- */

@@ -120,7 +120,7 @@ typedef struct {
     uint64_t sequence;    /* events that it made */
     uint64_t messages[2]; /* up, down */
     uint64_t busy_ms[2];  /* the link sends until then: up, down */
-    uint64_t timer;       /* generation */
+    uint64_t timer, restart; /* generations */
     uint64_t hash;        /* of all that it did */
     uint64_t version;     /* active */
     uint64_t full_until_ms, reserve_due_ms;
@@ -245,6 +245,8 @@ void world_node_start_clock(world_node *n, uint64_t now_ms);
 /* ---- node_life.c ---- */
 SH_MUST_USE sh_status world_node_begin(world_part *p, uint32_t i, sh_error *err);
 SH_MUST_USE sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err);
+/* Boots it after so long; an earlier call's time is void. */
+SH_MUST_USE sh_status world_node_restart_in(world_part *p, uint32_t i, uint64_t ms, sh_error *err);
 /* The process dies; it is back after n->down_ms. */
 SH_MUST_USE sh_status world_node_die(world_part *p, uint32_t i, sh_error *err);
 SH_MUST_USE sh_status world_node_presence(world_part *p, uint32_t i, sh_error *err);
