@@ -223,21 +223,23 @@ sh_status world_node_carry_out(world_part *p, uint32_t i, sh_node_actions *actio
     bool lost = false;
     for (size_t k = 0; k < actions->n; k++) {
         sh_node_action *a = &actions->items[k];
-        n->hash = world_mix(n->hash, (uint64_t)a->kind << 56 ^ a->at_ms ^ a->number << 8 ^ a->version);
+        n->hash =
+            world_mix(n->hash, (uint64_t)a->kind << 56 ^ a->at_ms ^ a->number << 8 ^ a->version);
         switch (a->kind) {
         case SH_NODE_SEND:
             SH_TRY(world_send_up(p, i, &a->message, err));
             break;
         case SH_NODE_SET_TIMER: {
             uint64_t now = world_node_now(n, p->now_ms);
-            SH_TRY(world_push(p,
-                              (sim_event){.at_ms = p->now_ms + (a->at_ms > now ? a->at_ms - now : 1),
-                                          .target = i,
-                                          .from = i,
-                                          .life = n->life,
-                                          .kind = SIM_EV_TIMER,
-                                          .tag = ++n->timer},
-                              err));
+            SH_TRY(
+                world_push(p,
+                           (sim_event){.at_ms = p->now_ms + (a->at_ms > now ? a->at_ms - now : 1),
+                                       .target = i,
+                                       .from = i,
+                                       .life = n->life,
+                                       .kind = SIM_EV_TIMER,
+                                       .tag = ++n->timer},
+                           err));
             break;
         }
         case SH_NODE_START_JOB:
@@ -378,8 +380,7 @@ static sh_status on_user(world_part *p, uint32_t i, sh_error *err)
                       err));
     if (!n->up)
         return SH_OK;
-    if (w->settling && n->core &&
-        sh_node_get_status(n->core).confirmed_version == n->version)
+    if (w->settling && n->core && sh_node_get_status(n->core).confirmed_version == n->version)
         return SH_OK; /* only what confirms a release */
     SH_TRY(use(p, i, number, err));
     return teaches && n->core ? correct(p, i, number, err) : SH_OK;

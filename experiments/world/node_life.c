@@ -92,8 +92,7 @@ static sh_status boot_failed(world_part *p, uint32_t i, sh_status why, const sh_
     world *w = p->w;
     world_node *n = &w->nodes[i];
     bool full = why == SH_ERR_FULL;
-    bool excused =
-        why == SH_ERR_CRASHED || (full && world_node_active(n, WORLD_DISK_FULL) != NULL);
+    bool excused = why == SH_ERR_CRASHED || (full && world_node_active(n, WORLD_DISK_FULL) != NULL);
     world_oracle_node_failed(w->oracle, i, p->now_ms, why, text->text, excused);
     if (why == SH_ERR_CRASHED)
         return world_node_die(p, i, err);
@@ -188,8 +187,8 @@ sh_status world_node_presence(world_part *p, uint32_t i, sh_error *err)
     world_node *n = &w->nodes[i];
     const world_class *c = &w->fleet->classes[n->cls];
     uint64_t hour = p->now_ms / WORLD_HOUR_MS;
-    double chance = c->online_hour[hour % WORLD_HOURS] *
-                    c->online_weekday[hour / WORLD_HOURS % WORLD_WEEKDAYS];
+    double chance =
+        c->online_hour[hour % WORLD_HOURS] * c->online_weekday[hour / WORLD_HOURS % WORLD_WEEKDAYS];
     uint64_t minute = world_draw(w, i, STREAM_PRESENCE, 0) % PRESENCE_MS;
     uint64_t next = p->now_ms - p->now_ms % PRESENCE_MS + minute;
     if (n->off)
@@ -201,8 +200,8 @@ sh_status world_node_presence(world_part *p, uint32_t i, sh_error *err)
         n->away_until_ms = p->now_ms + (uint64_t)c->away_ms;
     n->wanted = w->settling || (p->now_ms >= n->away_until_ms &&
                                 world_unit(world_draw(w, i, STREAM_PRESENCE, 1 + hour)) < chance);
-    SH_TRY(world_push(
-        p, (sim_event){.at_ms = next, .target = i, .from = i, .kind = SIM_EV_LINK}, err));
+    SH_TRY(world_push(p, (sim_event){.at_ms = next, .target = i, .from = i, .kind = SIM_EV_LINK},
+                      err));
     return world_node_relink(p, i, err);
 }
 
