@@ -263,8 +263,8 @@ typedef struct {
     uint32_t drifting;    /* enrolled nodes whose last check-in reported drift */
     float server_scale;
     uint64_t bad_messages;
-    uint64_t clones; /* ENROLs of a second sender of an epoch: a copied or restored node store */
-    uint32_t waiting;     /* updates whose chunks are on their way up */
+    uint64_t clones;  /* ENROLs of a second sender of an epoch: a copied or restored node store */
+    uint32_t waiting; /* updates whose chunks are on their way up */
     uint64_t asked_bytes; /* of them, asked for and not yet come */
     uint64_t chunk_names; /* that the store's chunks and those on their way have */
     uint64_t told_later;  /* answers "later" in this life */
