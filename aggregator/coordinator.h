@@ -60,6 +60,7 @@ typedef struct {
                               train again; its updates stay in the buffer. 0: never */
     uint64_t checkin_ms;   /* when nodes come back, with jitter */
     uint64_t chunk_budget; /* chunks a node gets a message: flow control */
+    uint32_t node_items_max; /* alarms, windows kept of one (node, epoch); 0: 1024 */
     /* Admission: what is over a limit is answered with ERROR limit and the time to come back at,
      * each node another one; see docs/protocol.md. */
     uint32_t checkins_per_s;     /* enrolments and check-ins that are taken in; 0: no limit */
@@ -263,8 +264,8 @@ typedef struct {
     uint32_t drifting;    /* enrolled nodes whose last check-in reported drift */
     float server_scale;
     uint64_t bad_messages;
-    uint64_t clones; /* ENROLs of a second sender of an epoch: a copied or restored node store */
-    uint32_t waiting;     /* updates whose chunks are on their way up */
+    uint64_t clones;  /* ENROLs of a second sender of an epoch: a copied or restored node store */
+    uint32_t waiting; /* updates whose chunks are on their way up */
     uint64_t asked_bytes; /* of them, asked for and not yet come */
     uint64_t chunk_names; /* that the store's chunks and those on their way have */
     uint64_t told_later;  /* answers "later" in this life */

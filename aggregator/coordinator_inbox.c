@@ -151,10 +151,13 @@ static sh_status keep_item(coord_step *s, unsigned table, const sh_update_id *id
     uint8_t key[COORD_ID_BYTES];
     coord_id_put(key, id);
     SH_TRY(sh_txn_put(s->txn, table, key, sizeof key, payload.data, payload.n, s->err));
-    if (id->seq <= COORD_NODE_ITEMS_MAX)
+    uint32_t kept = s->c->options.node_items_max;
+    if (kept == 0)
+        kept = COORD_NODE_ITEMS_MAX;
+    if (id->seq <= kept)
         return SH_OK;
     sh_update_id old = *id;
-    old.seq -= COORD_NODE_ITEMS_MAX;
+    old.seq -= kept;
     coord_id_put(key, &old);
     return sh_txn_del(s->txn, table, key, sizeof key, s->err);
 }

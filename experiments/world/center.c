@@ -12,22 +12,22 @@
 #include "shared/base/canary.h"
 #include "shared/store/simulated.h"
 
-#define COMMIT_MS      40u /* from a group's first message to its commit: an fsync's time */
-#define BOOT_MS        1000u
-#define BOOT_MS_MAX    60000u
-#define DOWN_MS_MIN    1000u
-#define RETURN_MS      30000u /* nodes find it again within that time */
-#define MERGE_MS       120000u
-#define GATE_MS        300000u
-#define UPDATE_MAX     (1u << 20)
-#define WAITING_MAX    65536u
-#define STREAM_CENTER  0x434f4f52u
-#define STREAM_RETURN  0x52455455u
-#define STORE_MAX      (UINT64_C(64) << 30)
+#define COMMIT_MS     40u /* from a group's first message to its commit: an fsync's time */
+#define BOOT_MS       1000u
+#define BOOT_MS_MAX   60000u
+#define DOWN_MS_MIN   1000u
+#define RETURN_MS     30000u /* nodes find it again within that time */
+#define MERGE_MS      120000u
+#define GATE_MS       300000u
+#define UPDATE_MAX    (1u << 20)
+#define WAITING_MAX   65536u
+#define STREAM_CENTER 0x434f4f52u
+#define STREAM_RETURN 0x52455455u
+#define STORE_MAX     (UINT64_C(64) << 30)
 
 typedef struct { /* a step of the group */
     sh_coord_event event;
-    sh_buf message; /* storage of event.message */
+    sh_buf message;  /* storage of event.message */
     size_t first, n; /* its actions */
 } group_step;
 
@@ -213,11 +213,9 @@ static void end_group(world_center *c)
 static sh_status restart_in(world_part *p, uint64_t ms, sh_error *err)
 {
     world_center *c = p->w->center;
-    return push(p,
-                (sim_event){.at_ms = p->now_ms + ms,
-                            .life = (uint32_t)c->life,
-                            .kind = SIM_EV_RESTART},
-                err);
+    return push(
+        p, (sim_event){.at_ms = p->now_ms + ms, .life = (uint32_t)c->life, .kind = SIM_EV_RESTART},
+        err);
 }
 
 /* Every node's connection ends, or may begin again. */
@@ -262,7 +260,6 @@ static sh_status fall(world_part *p, sh_status why, const sh_error *text, sh_err
     world_oracle_coord_failed(w->oracle, p->now_ms, why, text->text, excused);
     if (why == SH_ERR_CRASHED)
         return die(p, err);
-    p->counts.faults[WORLD_DISK_FULL] += why == SH_ERR_FULL;
     end_group(c);
     sh_coord_destroy(&c->core);
     c->life++;
@@ -621,8 +618,7 @@ sh_status world_center_event(world_part *p, sim_event *e, sh_error *err)
         return e->life == (uint32_t)c->life ? commit(p, err) : SH_OK;
     case SIM_EV_JOB: {
         center_job *job = e->job;
-        sh_status status =
-            c->core && e->life == (uint32_t)c->life ? end_job(p, job, err) : SH_OK;
+        sh_status status = c->core && e->life == (uint32_t)c->life ? end_job(p, job, err) : SH_OK;
         job_free(job);
         return status;
     }

@@ -113,14 +113,13 @@ sh_status world_learn(const world *w, uint32_t i, const world_job *job, sh_buf *
         double change = world_unit(world_draw(w, i, STREAM_GATE, job->job.candidate)) - 0.8;
         out->n_slices = SH_SLICES;
         for (uint32_t k = 0; k < SH_SLICES; k++)
-            out->slices[k] = (sh_slice_score){k, tokens, (double)tokens * 4.0,
-                                              (double)tokens * (4.0 + change)};
+            out->slices[k] =
+                (sh_slice_score){k, tokens, (double)tokens * 4.0, (double)tokens * (4.0 + change)};
     }
     return SH_OK;
 }
 
-void world_make_record(const world *w, uint32_t i, uint64_t number, uint64_t now_ms,
-                       sh_record *out)
+void world_make_record(const world *w, uint32_t i, uint64_t number, uint64_t now_ms, sh_record *out)
 {
     uint64_t draw = world_draw(w, i, STREAM_RECORD, number);
     *out = (sh_record){.at_ms = now_ms,

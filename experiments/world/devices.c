@@ -29,8 +29,9 @@ static const sh_option table[] = {
     SH_OPT_INT(F, jitter_ms, 0, "link.jitter-ms", "MS", 400, 0, 600000,
                "what a message may take longer, which reorders"),
     SH_OPT_REAL(F, loss, 0, "link.loss", "X", 0.001, 0, 0.9, "share of messages lost"),
-    SH_OPT_STRING(F, hours, 0, "online.hours", "LIST", "1",
-                  "chance to have a network in each of the day's 24 hours; one number: all of them"),
+    SH_OPT_STRING(
+        F, hours, 0, "online.hours", "LIST", "1",
+        "chance to have a network in each of the day's 24 hours; one number: all of them"),
     SH_OPT_STRING(F, weekdays, 0, "online.weekdays", "LIST", "1",
                   "factor on it for each of the week's 7 days; one number: all of them"),
     SH_OPT_REAL(F, inferences_hour, 0, "use.inferences-hour", "X", 2, 0.01, 3600,
@@ -41,8 +42,8 @@ static const sh_option table[] = {
                 "chance that it goes away on a day"),
     SH_OPT_INT(F, away_ms, 0, "churn.away-ms", "MS", 86400000, 1, 1e12, "and for how long"),
 };
-static const sh_command command = {"devices", "FILE", table, SH_COUNT(table),
-                                   "A class of devices.", NULL};
+static const sh_command command = {"devices", "FILE", table, SH_COUNT(table), "A class of devices.",
+                                   NULL};
 
 /* "0.9, 1, ..." or one number for all; each in [0, 1]. */
 static sh_status read_list(const char *path, const char *key, const char *text, double *out,
@@ -91,8 +92,8 @@ static sh_status read_class(const char *path, world_class *out, sh_error *err)
     (void)snprintf(c.name, sizeof c.name, "%s", f.name);
     sh_status status = read_list(path, "online.hours", f.hours, c.online_hour, WORLD_HOURS, err);
     if (status == SH_OK)
-        status = read_list(path, "online.weekdays", f.weekdays, c.online_weekday, WORLD_WEEKDAYS,
-                           err);
+        status =
+            read_list(path, "online.weekdays", f.weekdays, c.online_weekday, WORLD_WEEKDAYS, err);
     sh_args_release(&args);
     if (status == SH_OK)
         *out = c;

@@ -15,7 +15,7 @@
 
 #define STREAM_LINK  0x4c494e4bu
 #define STREAM_FAULT 0x464c5400u
-#define QUICK_MS     20u  /* transfer time that is not worth an event */
+#define QUICK_MS     20u                 /* transfer time that is not worth an event */
 #define LATE         (UINT64_C(1) << 32) /* of a DELIVER's tag: the link's end has seen it */
 #define BACKLOG_MS   600000u /* a link that has more to send drops, as a full queue does */
 
@@ -224,10 +224,8 @@ sh_status world_arrive(world_part *p, sim_event *e, bool *now, sh_error *err)
         n->chunks_bad -= done;
         p->counts.faults[WORLD_CORRUPT_CHUNK] += done;
     }
-    sim_event later = {.target = e->target,
-                       .from = e->target,
-                       .kind = SIM_EV_DELIVER,
-                       .tag = e->tag | LATE};
+    sim_event later = {
+        .target = e->target, .from = e->target, .kind = SIM_EV_DELIVER, .tag = e->tag | LATE};
     if (to.twice) {
         later.at_ms = sent + to.late_ms + to.twice_ms;
         SH_TRY(copy_of(&e->message, &later.message, err));

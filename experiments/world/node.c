@@ -52,17 +52,9 @@ static sh_status failed(world_part *p, uint32_t i, sh_status why, const sh_error
     if (why == SH_ERR_CRASHED)
         return world_node_die(p, i, err);
     sh_node_destroy(&n->core);
-    if (full) {
+    if (full)
         n->full_until_ms = p->now_ms + FULL_PAUSE_MS;
-        p->counts.faults[WORLD_DISK_FULL]++;
-    }
-    return world_push(p,
-                      (sim_event){.at_ms = p->now_ms + (full ? FULL_PAUSE_MS : REMAKE_MS),
-                                  .target = i,
-                                  .from = i,
-                                  .life = n->life,
-                                  .kind = SIM_EV_RESTART},
-                      err);
+    return world_node_restart_in(p, i, full ? FULL_PAUSE_MS : REMAKE_MS, err);
 }
 
 /* One transaction. *why: what the step or its commit said; an error returned is the engine's. */
@@ -231,21 +223,23 @@ sh_status world_node_carry_out(world_part *p, uint32_t i, sh_node_actions *actio
     bool lost = false;
     for (size_t k = 0; k < actions->n; k++) {
         sh_node_action *a = &actions->items[k];
-        n->hash = world_mix(n->hash, (uint64_t)a->kind << 56 ^ a->at_ms ^ a->number << 8 ^ a->version);
+        n->hash =
+            world_mix(n->hash, (uint64_t)a->kind << 56 ^ a->at_ms ^ a->number << 8 ^ a->version);
         switch (a->kind) {
         case SH_NODE_SEND:
             SH_TRY(world_send_up(p, i, &a->message, err));
             break;
         case SH_NODE_SET_TIMER: {
             uint64_t now = world_node_now(n, p->now_ms);
-            SH_TRY(world_push(p,
-                              (sim_event){.at_ms = p->now_ms + (a->at_ms > now ? a->at_ms - now : 1),
-                                          .target = i,
-                                          .from = i,
-                                          .life = n->life,
-                                          .kind = SIM_EV_TIMER,
-                                          .tag = ++n->timer},
-                              err));
+            SH_TRY(
+                world_push(p,
+                           (sim_event){.at_ms = p->now_ms + (a->at_ms > now ? a->at_ms - now : 1),
+                                       .target = i,
+                                       .from = i,
+                                       .life = n->life,
+                                       .kind = SIM_EV_TIMER,
+                                       .tag = ++n->timer},
+                           err));
             break;
         }
         case SH_NODE_START_JOB:
@@ -311,6 +305,7 @@ static sh_status end_job(world_part *p, uint32_t i, world_job *job, sh_error *er
         sh_txn_abort(&txn);
     }
     SH_GOTO(world_learn(w, i, job, &bytes, &e.result, err));
+    p->counts.faults[WORLD_LIE_POISON] += job->poisoned && e.result.update.n > 0;
     if (e.result.update.n > 0)
         n->hash = world_mix(n->hash, e.result.update.n);
     status = world_node_step(p, i, &e, err);
@@ -385,8 +380,7 @@ static sh_status on_user(world_part *p, uint32_t i, sh_error *err)
                       err));
     if (!n->up)
         return SH_OK;
-    if (w->settling && n->core &&
-        sh_node_get_status(n->core).confirmed_version == n->version)
+    if (w->settling && n->core && sh_node_get_status(n->core).confirmed_version == n->version)
         return SH_OK; /* only what confirms a release */
     SH_TRY(use(p, i, number, err));
     return teaches && n->core ? correct(p, i, number, err) : SH_OK;
@@ -437,7 +431,7 @@ sh_status world_node_event(world_part *p, sim_event *e, sh_error *err)
         return status;
     }
     case SIM_EV_RESTART:
-        return e->life == n->life && !n->core && !n->off ? world_node_boot(p, i, err) : SH_OK;
+        return e->tag == n->restart && !n->core && !n->off ? world_node_boot(p, i, err) : SH_OK;
     case SIM_EV_FAULT:
     case SIM_EV_BACKUP:
     case SIM_EV_DIE:

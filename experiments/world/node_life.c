@@ -19,6 +19,17 @@
 
 /* ---- boot ---- */
 
+sh_status world_node_restart_in(world_part *p, uint32_t i, uint64_t ms, sh_error *err)
+{
+    return world_push(p,
+                      (sim_event){.at_ms = p->now_ms + ms,
+                                  .target = i,
+                                  .from = i,
+                                  .kind = SIM_EV_RESTART,
+                                  .tag = ++p->w->nodes[i].restart},
+                      err);
+}
+
 static void set_file(world *w, uint32_t i, uint32_t slot, const sh_hash *sha256, bool there)
 {
     w->nodes[i].files[slot] = (world_file){*sha256, there};
@@ -81,19 +92,12 @@ static sh_status boot_failed(world_part *p, uint32_t i, sh_status why, const sh_
     world *w = p->w;
     world_node *n = &w->nodes[i];
     bool full = why == SH_ERR_FULL;
-    bool excused =
-        why == SH_ERR_CRASHED || (full && world_node_active(n, WORLD_DISK_FULL) != NULL);
+    bool excused = why == SH_ERR_CRASHED || (full && world_node_active(n, WORLD_DISK_FULL) != NULL);
     world_oracle_node_failed(w->oracle, i, p->now_ms, why, text->text, excused);
     if (why == SH_ERR_CRASHED)
         return world_node_die(p, i, err);
     n->full_until_ms = full ? p->now_ms + FULL_PAUSE_MS : 0;
-    return world_push(p,
-                      (sim_event){.at_ms = p->now_ms + (full ? FULL_PAUSE_MS : REMAKE_MS),
-                                  .target = i,
-                                  .from = i,
-                                  .life = n->life,
-                                  .kind = SIM_EV_RESTART},
-                      err);
+    return world_node_restart_in(p, i, full ? FULL_PAUSE_MS : REMAKE_MS, err);
 }
 
 sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err)
@@ -183,8 +187,8 @@ sh_status world_node_presence(world_part *p, uint32_t i, sh_error *err)
     world_node *n = &w->nodes[i];
     const world_class *c = &w->fleet->classes[n->cls];
     uint64_t hour = p->now_ms / WORLD_HOUR_MS;
-    double chance = c->online_hour[hour % WORLD_HOURS] *
-                    c->online_weekday[hour / WORLD_HOURS % WORLD_WEEKDAYS];
+    double chance =
+        c->online_hour[hour % WORLD_HOURS] * c->online_weekday[hour / WORLD_HOURS % WORLD_WEEKDAYS];
     uint64_t minute = world_draw(w, i, STREAM_PRESENCE, 0) % PRESENCE_MS;
     uint64_t next = p->now_ms - p->now_ms % PRESENCE_MS + minute;
     if (n->off)
@@ -196,8 +200,8 @@ sh_status world_node_presence(world_part *p, uint32_t i, sh_error *err)
         n->away_until_ms = p->now_ms + (uint64_t)c->away_ms;
     n->wanted = w->settling || (p->now_ms >= n->away_until_ms &&
                                 world_unit(world_draw(w, i, STREAM_PRESENCE, 1 + hour)) < chance);
-    SH_TRY(world_push(
-        p, (sim_event){.at_ms = next, .target = i, .from = i, .kind = SIM_EV_LINK}, err));
+    SH_TRY(world_push(p, (sim_event){.at_ms = next, .target = i, .from = i, .kind = SIM_EV_LINK},
+                      err));
     return world_node_relink(p, i, err);
 }
 
@@ -219,13 +223,7 @@ sh_status world_node_die(world_part *p, uint32_t i, sh_error *err)
     n->hash = world_mix(n->hash, 0xdead);
     if (n->off)
         return SH_OK;
-    return world_push(p,
-                      (sim_event){.at_ms = p->now_ms + SH_MAX(n->down_ms, DOWN_MS_MIN),
-                                  .target = i,
-                                  .from = i,
-                                  .life = n->life,
-                                  .kind = SIM_EV_RESTART},
-                      err);
+    return world_node_restart_in(p, i, SH_MAX(n->down_ms, DOWN_MS_MIN), err);
 }
 
 /* ---- faults ---- */

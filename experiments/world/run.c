@@ -126,8 +126,8 @@ static sh_status run_part(world_part *p, sh_error *err)
         SH_ASSERT(e.at_ms >= p->now_ms);
         p->now_ms = e.at_ms;
         p->counts.events++;
-        sh_status status = p == &w->center_part ? world_center_event(p, &e, err)
-                                                : world_node_event(p, &e, err);
+        sh_status status =
+            p == &w->center_part ? world_center_event(p, &e, err) : world_node_event(p, &e, err);
         sh_buf_release(&e.message);
         SH_TRY(status);
     }
@@ -274,6 +274,7 @@ static void set_options(world *w)
 {
     uint64_t bits = world_draw(w, 0, STREAM_CONFIG, 0);
     bool small = w->n_nodes <= AUDIT_NODES_MAX;
+<<<<<<< HEAD
     w->node_options =
         (sh_node_options){.release_key = w->coord_options.release_pk,
                           .agent = "shoal-sim",
@@ -294,6 +295,26 @@ static void set_options(world *w)
                                       .reference = 64,
                                       .average_run_length = 1e6}};
     static const uint64_t quotas[SH_CLASSES] = {1u << 20, 64u << 10, 6u << 10, 64u << 10};
+=======
+    w->node_options = (sh_node_options){
+        .release_key = w->coord_options.release_pk,
+        .agent = "shoal-sim",
+        .kernel = "simulated",
+        .cores = 1,
+        .memory_bytes = 1u << 30,
+        .records_max = 64,
+        .feedback_tokens_max = 256,
+        .windows_max = 2,
+        .completions_max = 1,
+        .retry_min_ms = 10000,
+        .retry_max_ms = 1800000,
+        .confirm_inferences = 2,
+        .send_only_if_better = true,
+        .evaluate = true,
+        .monitor = {
+            .window = 64, .window_ms_max = 40 * 60000, .reference = 64, .average_run_length = 1e6}};
+    static const uint64_t quotas[SH_CLASSES] = {1u << 20, 64u << 10, 512u << 10, 64u << 10};
+>>>>>>> e796456aa6d4e55b74654d1278fd337c84e45813
     memcpy(w->node_options.outbox_quota_bytes, quotas, sizeof quotas);
     sh_coord_options *c = &w->coord_options;
     c->enrol_any = true;
@@ -304,9 +325,10 @@ static void set_options(world *w)
     c->norm_factor_max = 4;
     c->gate_slice_max = 1.5;
     c->round_ms_max = 6 * WORLD_HOUR_MS;
-    c->checkin_ms = 36 * 60000;
+    c->checkin_ms = 44 * 60000;
     c->chunk_budget = 16;
-    if (small && (bits & 1)) { /* every other small fleet evaluates candidates itself */
+    c->node_items_max = small ? 0 : 4; /* a month of windows of all nodes is not to be looked at */
+    if (small && (bits & 1)) {         /* every other small fleet evaluates candidates itself */
         c->canary_nodes_min = 2;
         c->canary_tokens_min = 8;
         c->canary_share = 1;

@@ -18,9 +18,9 @@ struct world_team {
     world_part *const *parts;
     uint32_t n_parts;
     world_part_fn fn;
-    atomic_uint next;   /* part to take */
-    atomic_uint done;   /* threads that have ended the turn */
-    atomic_ulong turn;  /* grows with each */
+    atomic_uint next;  /* part to take */
+    atomic_uint done;  /* threads that have ended the turn */
+    atomic_ulong turn; /* grows with each */
     atomic_bool stopping;
     pthread_mutex_t lock;
     pthread_cond_t begins;

@@ -92,7 +92,7 @@ typedef struct {
 typedef struct world world;
 typedef struct world_part world_part;
 
-typedef struct { /* what a node's shell does with a job of its core */
+typedef struct {      /* what a node's shell does with a job of its core */
     sh_node_job job;  /* without chunk hashes */
     sh_status status; /* INSTALL: as the bytes were found */
     sh_hash sha256;
@@ -116,17 +116,17 @@ typedef struct {
     sh_store *backup; /* RESTORE: as the store was; owned */
     world_file backup_files[2];
     sh_hash key;
-    sh_rng rng;           /* user and presence */
-    uint64_t sequence;    /* events that it made */
-    uint64_t messages[2]; /* up, down */
-    uint64_t busy_ms[2];  /* the link sends until then: up, down */
-    uint64_t timer;       /* generation */
-    uint64_t hash;        /* of all that it did */
-    uint64_t version;     /* active */
+    sh_rng rng;              /* user and presence */
+    uint64_t sequence;       /* events that it made */
+    uint64_t messages[2];    /* up, down */
+    uint64_t busy_ms[2];     /* the link sends until then: up, down */
+    uint64_t timer, restart; /* generations */
+    uint64_t hash;           /* of all that it did */
+    uint64_t version;        /* active */
     uint64_t full_until_ms, reserve_due_ms;
     uint64_t session, train_due_ms, away_until_ms;
-    double clock_rate; /* of skews, 0: none */
-    int64_t clock_ms;  /* wall clock - true time */
+    double clock_rate;                 /* of skews, 0: none */
+    int64_t clock_ms;                  /* wall clock - true time */
     uint64_t clock_from_ms, steady_ms; /* steady: steady clock - virtual time */
     uint64_t replay_n;
     sh_buf replay; /* LIE_REPLAY: an item that it sent before */
@@ -137,10 +137,10 @@ typedef struct {
     uint32_t offset;                                  /* of the feedback in its session */
     uint8_t cls;
     bool up, online, wanted, server_up;
-    bool off;              /* for good, or not yet begun */
-    bool store_bad;        /* its environment cannot be read */
-    bool dies_after;       /* the next commit */
-    uint32_t chunks_bad;   /* of those to come, so many are damaged on their way */
+    bool off;            /* for good, or not yet begun */
+    bool store_bad;      /* its environment cannot be read */
+    bool dies_after;     /* the next commit */
+    uint32_t chunks_bad; /* of those to come, so many are damaged on their way */
 } world_node;
 
 /* Events of a window that are for other partitions; a reader takes them at the next one. */
@@ -153,7 +153,7 @@ struct world_part {
     world *w;
     uint32_t first, n; /* nodes; the aggregator: n 0 */
     sim_queue queue;
-    uint64_t numbers; /* of the aggregator's events; a node counts its own */
+    uint64_t numbers;                  /* of the aggregator's events; a node counts its own */
     uint64_t now_ms, next_ms, mail_ms; /* next_ms: of its queue; mail_ms: earliest that it sent */
     world_mail *out[2];                /* [window & 1][receiver: shard, or 0 the aggregator] */
     sh_node_actions *actions;
@@ -175,7 +175,7 @@ struct world {
     world_script script; /* owned */
     world_oracle *oracle;
     world_node *nodes;
-    uint32_t n_nodes, n_clones; /* clones are nodes[n_nodes ...] */
+    uint32_t n_nodes, n_clones;          /* clones are nodes[n_nodes ...] */
     uint64_t end_ms, settle_ms, rest_ms; /* end of the days; when it came to rest, 0: not */
     uint64_t window_ms, window_end_ms, windows_run;
     bool settling;
@@ -245,6 +245,8 @@ void world_node_start_clock(world_node *n, uint64_t now_ms);
 /* ---- node_life.c ---- */
 SH_MUST_USE sh_status world_node_begin(world_part *p, uint32_t i, sh_error *err);
 SH_MUST_USE sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err);
+/* Boots it after so long; an earlier call's time is void. */
+SH_MUST_USE sh_status world_node_restart_in(world_part *p, uint32_t i, uint64_t ms, sh_error *err);
 /* The process dies; it is back after n->down_ms. */
 SH_MUST_USE sh_status world_node_die(world_part *p, uint32_t i, sh_error *err);
 SH_MUST_USE sh_status world_node_presence(world_part *p, uint32_t i, sh_error *err);
