@@ -383,15 +383,16 @@ sh_status daemon_step(sh_daemon *d, const sh_node_event *event, sh_error *err)
 {
     sh_error local = {0};
     sh_error *e = err ? err : &local;
-    /* Acknowledgements free space, and so does an installation's end, whose chunks go. */
-    bool frees = event->kind == SH_NODE_MESSAGE ||
-                 (event->kind == SH_NODE_JOB_DONE && event->result.update.n == 0);
+    bool frees = event->kind == SH_NODE_MESSAGE; /* acknowledgements do */
+    /* So does an installation's end, whose chunks go. It begins with the reserve: a core that is
+     * made again gives the job another number, and would have it done again for ever. */
+    bool ends_job = event->kind == SH_NODE_JOB_DONE && event->result.update.n == 0;
     /* An erasure goes on by timers. */
     bool erases = event->kind == SH_NODE_ERASE ||
                   (event->kind == SH_NODE_TIMER && d->erase.running && !d->erase.done);
     if (erases)
         d->full_until_ms = SH_MIN(d->full_until_ms, sh_clock_mono_ms()); /* it makes room */
-    sh_status status = step_as(d, event, erases ? SH_TXN_RESERVE : SH_TXN_WRITE, e);
+    sh_status status = step_as(d, event, erases || ends_job ? SH_TXN_RESERVE : SH_TXN_WRITE, e);
     if (status == SH_ERR_FULL && frees && may_reserve(d)) {
         status = step_as(d, event, SH_TXN_RESERVE, e);
     }

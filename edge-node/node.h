@@ -14,7 +14,8 @@
  *     left out when a step has much to do.
  *   - SH_ERR_FULL from a step or its commit: abort, make the core again, and begin the step's
  *     transaction with SH_TXN_RESERVE if the event is a message, a timer or an erasure (they free
- *     space); otherwise the event did not happen.
+ *     space); otherwise the event did not happen. A job's end without an update begins with
+ *     SH_TXN_RESERVE: a core that is made again knows the job by another id.
  *   - An inference's record carries the version that it ran on; a request that began before an
  *     ACTIVATE says nothing about the release after it.
  *

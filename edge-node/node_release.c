@@ -9,6 +9,8 @@
 
 #include <math.h>
 
+#include "shared/base/canary.h"
+
 #define HASH_BYTES sizeof(sh_hash)
 
 static bool is_refused(const sh_node *n, uint64_t version)
@@ -72,7 +74,7 @@ sh_status node_on_manifest(node_step *s, sh_bytes bytes)
         return status == SH_ERR_AUTH ? status : SH_ERR_INVALID;
     }
     uint64_t version = manifest.version;
-    if (version < node_active(n)->version) {
+    if (version < node_active(n)->version && !SH_CANARY(OLD_MANIFEST)) {
         node_note(s, SH_NOTE_RELEASE_REFUSED, version); /* no way back but by a newer version */
         return SH_OK;
     }

@@ -13,13 +13,18 @@ static bool before(const sim_event *a, const sim_event *b)
 
 sh_status sim_queue_push(sim_queue *q, sim_event event)
 {
+    event.number = q->next_number++;
+    return sim_queue_insert(q, event);
+}
+
+sh_status sim_queue_insert(sim_queue *q, sim_event event)
+{
     sh_status status =
         sh_array_reserve((void **)&q->items, &q->cap, q->n + 1, sizeof *q->items, SIM_EVENTS_MAX);
     if (status != SH_OK) {
         sh_buf_release(&event.message);
         return status;
     }
-    event.number = q->next_number++;
     size_t i = q->n++;
     for (; i && before(&event, &q->items[(i - 1) / 2]); i = (i - 1) / 2)
         q->items[i] = q->items[(i - 1) / 2];

@@ -4,12 +4,15 @@
 #include <string.h>
 
 #include "experiments/sim/sim.h"
+#include "experiments/world/world.h"
+#include "shared/base/canary.h"
 #include "shared/base/file.h"
 #include "shared/base/hash.h"
 #include "shared/base/log.h"
 
 static const char usage[] = "usage: shoal-sim run [EXPERIMENT] [options]\n"
-                            "       shoal-sim run --help\n";
+                            "       shoal-sim faults [options]\n"
+                            "       shoal-sim run --help, shoal-sim faults --help\n";
 
 static sh_status parse(int argc, char **argv, sim_options *o, sh_args *args, sh_error *err)
 {
@@ -92,16 +95,59 @@ static sh_status run(const sim_options *o, bool *ok, sh_error *err)
     return status;
 }
 
+static bool print_help(const sh_command *command)
+{
+    sh_buf help;
+    sh_buf_init(&help, 1u << 16);
+    bool ok = sh_options_help(command, &help) == SH_OK;
+    fwrite(help.data, 1, help.len, stdout);
+    sh_buf_release(&help);
+    return ok;
+}
+
+static bool print_canaries(void)
+{
+    for (int canary = 1; canary < SH_CANARIES; canary++)
+        printf("%s\n", sh_canary_name((sh_canary)canary));
+    return fflush(stdout) == 0;
+}
+
+static int run_faults(int argc, char **argv)
+{
+    sh_error err = {0};
+    world_options o;
+    sh_args args = {0};
+    bool failed = false;
+    sh_status status = sh_crypto_init(&err);
+    if (status == SH_OK)
+        status = sh_options_parse(&world_faults_command, argc, argv, &o, &args, &err);
+    if (status == SH_OK && args.help)
+        failed = !print_help(&world_faults_command);
+    else if (status == SH_OK && o.canary && strcmp(o.canary, "list") == 0)
+        failed = !print_canaries();
+    else if (status == SH_OK && args.n_positional > 0)
+        status = sh_fail(&err, SH_ERR_USAGE, "faults takes options only, not \"%s\"",
+                         args.positional[0]);
+    else if (status == SH_OK)
+        status = world_faults(&o, &failed, &err);
+    sh_args_release(&args);
+    if (status != SH_OK)
+        return sh_error_report("shoal-sim", &err);
+    return failed ? 1 : 0;
+}
+
 int main(int argc, char **argv)
 {
     sh_error err = {0};
     sim_options o;
     sh_args args = {0};
     bool ok = false;
+    if (argc > 1 && strcmp(argv[1], "faults") == 0)
+        return run_faults(argc - 1, argv + 1);
     if (argc < 2 || strcmp(argv[1], "run") != 0) {
         bool help = argc > 1 && strcmp(argv[1], "--help") == 0;
         if (argc > 1 && !help)
-            fprintf(stderr, "shoal-sim: unknown command '%s'; there is only run\n", argv[1]);
+            fprintf(stderr, "shoal-sim: unknown command '%s'; there are run and faults\n", argv[1]);
         else
             fputs(usage, help ? stdout : stderr);
         return help ? 0 : 2;
@@ -110,11 +156,7 @@ int main(int argc, char **argv)
     if (status == SH_OK)
         status = parse(argc - 1, argv + 1, &o, &args, &err);
     if (status == SH_OK && args.help) {
-        sh_buf help;
-        sh_buf_init(&help, 1u << 16);
-        ok = sh_options_help(&sim_run_command, &help) == SH_OK;
-        fwrite(help.data, 1, help.len, stdout);
-        sh_buf_release(&help);
+        ok = print_help(&sim_run_command);
     } else {
         if (status == SH_OK)
             status = check_options(&o, &err);

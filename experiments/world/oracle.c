@@ -55,6 +55,7 @@ void world_oracle_destroy(world_oracle **oracle)
     for (size_t i = 0; i < o->n_watches; i++) {
         free(o->watches[i].lines);
         free(o->watches[i].arrivals);
+        free(o->watches[i].fresh);
         free(o->watches[i].nodes);
         oracle_map_release(&o->watches[i].committed);
     }
@@ -193,8 +194,8 @@ static void join_node(world_oracle *o, uint32_t i)
     }
     n->n_gone = 0;
     for (size_t k = 0; k < n->n_active; k++) {
-        const uint64_t *manifest = oracle_map_find(&o->published, n->active[k].version);
-        if (!manifest || *manifest != n->active[k].manifest)
+        const uint64_t *model = oracle_map_find(&o->published, n->active[k].version);
+        if (!model || *model != n->active[k].model)
             oracle_note(&n->notes, WORLD_RULE_MODEL, n->active[k].at_ms, i,
                         "release %llu is active, which was never published so",
                         (unsigned long long)n->active[k].version);

@@ -62,26 +62,9 @@ static void join_acks(sh_msg_ack *known, const sh_msg_ack *a)
 
 /* ---- items ---- */
 
-static void arrive(oracle_watch *w, const sh_msg_item *item)
+static bool same_id(const oracle_arrival *a, const oracle_arrival *b)
 {
-    oracle_line *line = line_of(w, item->epoch, item->cls);
-    if (item->kind == SH_ITEM_TOMBSTONE || oracle_covers(&line->rows, item->seq))
-        return;
-    oracle_arrival a = {.epoch = item->epoch,
-                        .seq = item->seq,
-                        .cls = item->cls,
-                        .kind = item->kind,
-                        .hash = oracle_item_hash(item->cls, item->payload.data, item->payload.n)};
-    for (size_t i = 0; i < w->n_arrivals; i++)
-        if (w->arrivals[i].epoch == a.epoch && w->arrivals[i].cls == a.cls &&
-            w->arrivals[i].seq == a.seq) {
-            w->arrivals[i] = a;
-            return;
-        }
-    if (w->n_arrivals >= ORACLE_ARRIVALS_MAX)
-        w->n_arrivals = 0; /* a liar's; what is honest comes again */
-    oracle_grow((void **)&w->arrivals, &w->arrivals_cap, w->n_arrivals, sizeof a);
-    w->arrivals[w->n_arrivals++] = a;
+    return a->epoch == b->epoch && a->cls == b->cls && a->seq == b->seq;
 }
 
 /* The row that an item of this kind must have left, as coordinator.h describes the tables. */
@@ -112,6 +95,11 @@ static void commit(world_oracle *o, oracle_watch *w, const oracle_arrival *a, ui
                    sh_txn *txn)
 {
     o->seen.items_committed++;
+    if (w->fresh_ms != at_ms)
+        w->n_fresh = 0;
+    w->fresh_ms = at_ms;
+    oracle_grow((void **)&w->fresh, &w->fresh_cap, w->n_fresh, sizeof *a);
+    w->fresh[w->n_fresh++] = *a;
     if (w->lies)
         return;
     check_row(o, w, a, at_ms, txn);
@@ -125,6 +113,41 @@ static void commit(world_oracle *o, oracle_watch *w, const oracle_arrival *a, ui
     oracle_map_put(&w->committed, a->hash, at_ms + 1);
     oracle_grow((void **)&o->commits, &o->commits_cap, o->n_commits, sizeof *o->commits);
     o->commits[o->n_commits++] = (oracle_commit){(uint32_t)(w - o->watches), a->hash, at_ms};
+}
+
+/* What the steps of one commit took in is in the store when the first of them is looked at: new is
+ * what was not there before that commit, and was not met among its steps. */
+static void arrive(world_oracle *o, oracle_watch *w, const sh_msg_item *item, uint64_t at_ms,
+                   sh_txn *txn)
+{
+    oracle_line *line = line_of(w, item->epoch, item->cls);
+    oracle_arrival a = {.epoch = item->epoch,
+                        .seq = item->seq,
+                        .cls = item->cls,
+                        .kind = item->kind,
+                        .hash = oracle_item_hash(item->cls, item->payload.data, item->payload.n)};
+    if (item->kind == SH_ITEM_TOMBSTONE)
+        return;
+    if (oracle_covers(&line->boot_rows, a.seq) && !oracle_covers(&line->boot_before, a.seq) &&
+        !oracle_map_find(&w->committed, a.hash)) {
+        commit(o, w, &a, line->boot_ms, txn);
+        return;
+    }
+    if (oracle_covers(line->rows_ms == at_ms ? &line->before : &line->rows, item->seq))
+        return;
+    w->n_fresh = w->fresh_ms == at_ms ? w->n_fresh : 0;
+    for (size_t i = 0; i < w->n_fresh; i++)
+        if (same_id(&w->fresh[i], &a))
+            return;
+    for (size_t i = 0; i < w->n_arrivals; i++)
+        if (same_id(&w->arrivals[i], &a)) {
+            w->arrivals[i] = a;
+            return;
+        }
+    if (w->n_arrivals >= ORACLE_ARRIVALS_MAX)
+        w->n_arrivals = 0; /* a liar's; what is honest comes again */
+    oracle_grow((void **)&w->arrivals, &w->arrivals_cap, w->n_arrivals, sizeof a);
+    w->arrivals[w->n_arrivals++] = a;
 }
 
 /* Reads the line's marks: they hold all that was promised, and what they had before. */
@@ -148,6 +171,9 @@ static void look(world_oracle *o, oracle_watch *w, oracle_line *line, uint64_t a
              "item %llu of class %u, epoch %016llx, was marked and is not any more",
              (unsigned long long)seq, line->cls, (unsigned long long)line->epoch);
     }
+    if (line->rows_ms != at_ms)
+        line->before = line->rows;
+    line->rows_ms = at_ms;
     line->rows = rows;
     for (size_t i = w->n_arrivals; i-- > 0;) {
         oracle_arrival a = w->arrivals[i];
@@ -158,11 +184,19 @@ static void look(world_oracle *o, oracle_watch *w, oracle_line *line, uint64_t a
     }
 }
 
-void oracle_check_promises(world_oracle *o, uint64_t at_ms, sh_txn *txn)
+void oracle_check_promises(world_oracle *o, uint64_t at_ms, bool boot, sh_txn *txn)
 {
     for (size_t i = 0; i < o->n_watches; i++)
-        for (size_t k = 0; k < o->watches[i].n_lines; k++)
-            look(o, &o->watches[i], &o->watches[i].lines[k], at_ms, txn);
+        for (size_t k = 0; k < o->watches[i].n_lines; k++) {
+            oracle_line *line = &o->watches[i].lines[k];
+            sh_msg_ack before = line->rows;
+            look(o, &o->watches[i], line, at_ms, txn);
+            if (!boot || first_missing(&line->rows, &before) == 0)
+                continue;
+            line->boot_before = before;
+            line->boot_rows = line->rows;
+            line->boot_ms = at_ms;
+        }
 }
 
 /* ---- hooks ---- */
@@ -185,7 +219,8 @@ static void check_published(world_oracle *o, uint64_t at_ms, const sh_coord_stat
         NOTE(o, WORLD_RULE_MODEL, at_ms, "release %llu is published, its manifest: %s",
              (unsigned long long)status->version, sh_status_name(found));
     else
-        oracle_map_put(&o->published, status->version, oracle_hash(manifest.data, manifest.n));
+        oracle_map_put(&o->published, status->version,
+                       oracle_hash(decoded.model.sha256.b, sizeof decoded.model.sha256.b));
     o->coord_version = status->version;
     o->seen.releases++;
 }
@@ -197,7 +232,7 @@ void world_oracle_coord_boot(world_oracle *o, uint64_t at_ms, const sh_coord *co
     if (sh_txn_begin(store, SH_TXN_READ, &txn, NULL) != SH_OK)
         return;
     check_published(o, at_ms, &status, txn);
-    oracle_check_promises(o, at_ms, txn);
+    oracle_check_promises(o, at_ms, true, txn);
     sh_txn_abort(&txn);
 }
 
@@ -231,7 +266,7 @@ void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_eve
     if (w && w->watched &&
         sh_msg_decode(event->message.data, event->message.n, &msg, NULL) == SH_OK &&
         msg.type == SH_MSG_ITEM && msg.item.cls < SH_CLASSES)
-        arrive(w, &msg.item);
+        arrive(o, w, &msg.item, at_ms, txn);
     if (actions->n > SH_COORD_ACTIONS_MAX)
         NOTE(o, WORLD_RULE_LIMIT, at_ms, "a step has %zu actions", actions->n);
     for (size_t i = 0; i < actions->n; i++)
@@ -270,6 +305,7 @@ typedef struct {
     world_oracle *o;
     uint64_t at_ms;
     oracle_map ids, contents; /* of merged updates -> version; of rows: id -> content */
+    oracle_map versions;      /* of rows that are merged: id -> version + 1 */
 } auditor;
 
 static uint64_t id_hash(const sh_update_id *id)
@@ -286,6 +322,8 @@ static sh_status audit_update(void *arg, const sh_update_row *row)
     auditor *a = arg;
     oracle_map_put(&a->contents, id_hash(&row->id),
                    oracle_hash(row->meta.blob.sha256.b, sizeof row->meta.blob.sha256.b));
+    if (row->verdict == SH_VERDICT_MERGED)
+        oracle_map_put(&a->versions, id_hash(&row->id), row->version + 1);
     return SH_OK;
 }
 
@@ -303,6 +341,11 @@ static sh_status audit_candidate(void *arg, const sh_release_row *row)
             continue;
         }
         oracle_map_put(&a->ids, id, row->version);
+        const uint64_t *said = oracle_map_find(&a->versions, id);
+        if (content && (!said || *said != row->version + 1))
+            NOTE(a->o, WORLD_RULE_ONCE, a->at_ms,
+                 "update %llu counts in release %llu, and its row does not say so",
+                 (unsigned long long)row->merged[i].seq, (unsigned long long)row->version);
         if (!content) {
             NOTE(a->o, WORLD_RULE_DURABLE, a->at_ms,
                  "release %llu merges update %llu, which has no row",
@@ -328,7 +371,7 @@ void world_oracle_audit(world_oracle *o, uint64_t now_ms, sh_store *coord_store)
     auditor a = {.o = o, .at_ms = now_ms};
     if (sh_txn_begin(coord_store, SH_TXN_READ, &txn, NULL) != SH_OK)
         return;
-    oracle_check_promises(o, now_ms, txn);
+    oracle_check_promises(o, now_ms, false, txn);
     sh_status status = sh_coord_each_update(txn, audit_update, &a, &err);
     if (status == SH_OK)
         status = sh_coord_each_candidate(txn, audit_candidate, &a, &err);
@@ -339,5 +382,6 @@ void world_oracle_audit(world_oracle *o, uint64_t now_ms, sh_store *coord_store)
     sh_txn_abort(&txn);
     oracle_map_release(&a.ids);
     oracle_map_release(&a.contents);
+    oracle_map_release(&a.versions);
     o->seen.audits++;
 }

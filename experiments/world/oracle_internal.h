@@ -55,8 +55,8 @@ typedef struct { /* left the outbox, without a count as dropped */
     uint64_t hash, at_ms;
 } oracle_gone;
 
-typedef struct { /* went active, under this manifest */
-    uint64_t version, manifest, at_ms;
+typedef struct { /* went active, with this model */
+    uint64_t version, model, at_ms;
 } oracle_active;
 
 typedef struct {
@@ -86,6 +86,12 @@ typedef struct {
     uint64_t epoch;
     uint8_t cls;
     sh_msg_ack promised, rows; /* what was sent; what was in the store at the last look */
+    sh_msg_ack before;         /* the same before `rows_ms`, when rows came to be so */
+    uint64_t rows_ms;
+    /* Around a boot: what a commit brought whose steps were never shown, because the process died
+     * with it. The node will send that again. */
+    sh_msg_ack boot_before, boot_rows;
+    uint64_t boot_ms;
 } oracle_line;
 
 typedef struct { /* came, and is not committed */
@@ -100,6 +106,9 @@ typedef struct {
     size_t n_lines, lines_cap;
     oracle_arrival *arrivals;
     size_t n_arrivals, arrivals_cap;
+    oracle_arrival *fresh; /* committed at fresh_ms: one commit is of many steps */
+    size_t n_fresh, fresh_cap;
+    uint64_t fresh_ms;
     oracle_map committed; /* item -> when, relative to the run's start, + 1 */
     uint32_t *nodes;      /* that send under it */
     size_t n_nodes, nodes_cap;
@@ -118,7 +127,7 @@ struct world_oracle {
     oracle_map keys; /* hash of a key -> its watch */
     oracle_commit *commits;
     size_t n_commits, commits_cap;
-    oracle_map published; /* version -> hash of its signed manifest */
+    oracle_map published; /* version -> hash of its model's SHA-256 */
     uint64_t coord_version, join_due_ms;
     bool finished;
     oracle_notes center;
@@ -135,7 +144,7 @@ void oracle_node_scan(world_oracle *o, uint32_t node, uint64_t at_ms, sh_store *
 /* ---- oracle_center.c ---- */
 oracle_watch *oracle_watch_of(world_oracle *o, const sh_hash *key); /* NULL: nobody's */
 bool oracle_covers(const sh_msg_ack *ack, uint64_t seq);
-/* All that was promised is in the store. */
-void oracle_check_promises(world_oracle *o, uint64_t at_ms, sh_txn *txn);
+/* All that was promised is in the store. boot: it may hold more than was shown. */
+void oracle_check_promises(world_oracle *o, uint64_t at_ms, bool boot, sh_txn *txn);
 
 #endif

@@ -253,8 +253,8 @@ static void check_active(world_oracle *o, oracle_node *w, uint32_t i, uint64_t a
              (unsigned long long)version, slot, (unsigned long long)manifest.version);
     } else {
         oracle_grow((void **)&w->active, &w->active_cap, w->n_active, sizeof *w->active);
-        w->active[w->n_active++] =
-            (oracle_active){version, oracle_hash(signed_bytes.data, signed_bytes.n), at_ms};
+        w->active[w->n_active++] = (oracle_active){
+            version, oracle_hash(manifest.model.sha256.b, sizeof manifest.model.sha256.b), at_ms};
         if (!sh_hash_equal(&manifest.model.sha256, &w->slot[slot]))
             NOTE(w, i, WORLD_RULE_MODEL, at_ms,
                  "release %llu is active, and its file is not what the manifest says",

@@ -33,7 +33,7 @@ static const struct kind {
     uint64_t number_min, number_max;
 } kinds[WORLD_FAULT_KINDS] = {
     [WORLD_DROP] = {"drop", LINK, HOUR_MS / 2, 4 * HOUR_MS, 0.05, 0.5, 0, 0},
-    [WORLD_DUPLICATE] = {"duplicate", LINK, HOUR_MS / 2, 4 * HOUR_MS, 0.1, 0.9, 1, 60000},
+    [WORLD_DUPLICATE] = {"duplicate", LINK, HOUR_MS / 2, 6 * HOUR_MS, 0.1, 0.9, 1, 3 * HOUR_MS},
     [WORLD_REORDER] = {"reorder", LINK, HOUR_MS / 2, 4 * HOUR_MS, 0.1, 0.9, 100, 60000},
     [WORLD_DELAY] = {"delay", LINK, HOUR_MS / 2, 4 * HOUR_MS, 0, 0, 100, 120000},
     [WORLD_ONE_WAY_UP] = {"one-way-up", LINK | DOWN, HOUR_MS / 4, 3 * HOUR_MS, 0, 0, 0, 0},

@@ -17,7 +17,7 @@ typedef enum {
     SH_CANARY_FORGET_GAP,         /* the inbox forgets the marks above a gap */
     SH_CANARY_DELETE_ON_SEND,     /* the node deletes an item when it sends it */
     SH_CANARY_UPDATE_TWICE,       /* an update sent again goes into the buffer again */
-    SH_CANARY_INSTALL_UNCHECKED,  /* the node's shell installs without checking the SHA-256 */
+    SH_CANARY_INSTALL_UNCHECKED,  /* chunks and installed files are not checked */
     SH_CANARY_OLD_MANIFEST,       /* the node takes a manifest older than its release */
     SH_CANARY_TOMBSTONE_UNMARKED, /* a tombstone is acknowledged, its range not marked */
     SH_CANARY_NO_LEASE,           /* the aggregator does not check leases */

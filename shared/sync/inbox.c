@@ -3,6 +3,7 @@
  * high-water mark (8, little-endian), bitmap (SH_ACK_BITMAP_WORDS words of 8, little-endian) whose
  * bit i says that high-water + 1 + i is committed. Bit 0 is never set at rest: the mark moves up.
  */
+#include "shared/base/canary.h"
 #include "shared/sync/codec.h"
 #include "shared/sync/sync.h"
 
@@ -114,6 +115,8 @@ sh_status sh_inbox_mark(sh_txn *txn, unsigned table, const sh_hash *node, const 
         if (item->last_seq > now.high_water) {
             bitmap_shift(now.bitmap, item->last_seq - now.high_water);
             now.high_water = item->last_seq;
+            if (SH_CANARY(FORGET_GAP))
+                memset(now.bitmap, 0, sizeof(now.bitmap));
         }
     } else {
         for (uint64_t seq = item->seq; seq <= item->last_seq; seq++) {

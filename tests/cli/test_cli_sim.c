@@ -108,7 +108,7 @@ static void test_usage(void **state)
     assert_string_equal(r.out, usage);
     assert_string_equal(r.err, "");
     run_release(&r);
-    expect_refusal(RUN("walk"), "unknown command 'walk'; there is only run");
+    expect_refusal(RUN("walk"), "unknown command 'walk'; there are run and faults");
     r = RUN("run", "--help");
     assert_int_equal(r.exit_code, 0);
     assert_string_equal(r.err, "");
