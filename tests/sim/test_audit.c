@@ -431,7 +431,7 @@ static void test_ledger_gaps(void **state)
 static void test_owed_and_gone(void **state)
 {
     fixture *f = *state;
-    uint8_t key[9], row[64];
+    uint8_t key[9], row[128];
     sh_slice value;
     open_aggregator(f);
     sh_update_id id = pick(f, SH_VERDICT_REFUSED, 0, NULL);
