@@ -14,7 +14,7 @@
  * first: a socket whose own end is our listening address.
  *
  * What libzmq cannot refuse: a message of any number of frames is put together in memory before we
- * see the first. It takes a key that `allow` lets in.
+ * see the first. It takes a key that `allow` lets in, and net_unheard.c to end it.
  */
 #include <errno.h>
 #include <netinet/in.h>
@@ -43,8 +43,13 @@ struct sh_net_server {
     net_map routes;  /* key -> number of its newest connection */
     net_map dropped; /* key -> generation from which on it is heard */
     uint64_t floor;  /* generation from which on anyone is heard */
-    zmq_msg_t body;  /* what the last event shows */
-    bool skipping;   /* frames of a message that is thrown away are still to be read */
+    net_peers peers;
+    uint32_t silence_ms; /* see sh_net_server_set_silence */
+    uint64_t looked_ms;
+    net_unheard unheard;
+    uint64_t queued_max; /* bytes of a peer's messages that wait to be read */
+    zmq_msg_t body;      /* what the last event shows */
+    bool skipping;       /* frames of a message that is thrown away are still to be read */
 };
 
 /* ---- start and end ---- */
@@ -85,6 +90,13 @@ static sh_status listen_at(sh_net_server *s, const sh_net_server_options *o, sh_
     return SH_OK;
 }
 
+static uint64_t receive_queue(const sh_net_server_options *o)
+{
+    if (o->receive_queue_max > 0)
+        return o->receive_queue_max;
+    return o->queue_max > 0 ? o->queue_max : NET_QUEUE_DEFAULT;
+}
+
 sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *o, sh_net_server **out,
                                sh_error *err)
 {
@@ -98,6 +110,8 @@ sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *o, sh_n
                          .connections_max = cap,
                          .message_max = o->message_max,
                          .receive_max = o->receive_max ? o->receive_max : o->message_max,
+                         .queued_max = receive_queue(o) *
+                                       (uint64_t)(o->receive_max ? o->receive_max : o->message_max),
                          .routes = {.max = NET_ROUTES_MAX},
                          .dropped = {.max = NET_DROPPED_MAX}};
     s->gate.allow = o->allow;
@@ -132,6 +146,8 @@ void sh_net_server_destroy(sh_net_server **out, int linger_ms)
     net_gate_close(s->net, &s->gate);
     net_map_release(&s->routes);
     net_map_release(&s->dropped);
+    net_peers_release(&s->peers);
+    net_unheard_release(&s->unheard);
     atomic_fetch_sub(&s->net->sockets, 1);
     free(s);
     *out = NULL;
@@ -159,7 +175,7 @@ uint64_t sh_net_server_ignored(const sh_net_server *server)
 
 net_waitable net_server_waitable(const sh_net_server *server)
 {
-    return (net_waitable){server->socket, server->monitor, UINT64_MAX};
+    return (net_waitable){server->socket, server->monitor, net_unheard_due(&server->unheard)};
 }
 
 /* ---- connections ---- */
@@ -186,8 +202,9 @@ static bool is_ours(const sh_net_server *s, int fd)
     return port && own != 0 && strtoul(port + 1, NULL, 10) == own;
 }
 
-static void shut(const sh_net_server *s, int fd)
+static void shut(void *server, int fd)
 {
+    const sh_net_server *s = server;
     if (fd >= 0 && is_ours(s, fd))
         shutdown(fd, SHUT_RDWR);
 }
@@ -200,18 +217,38 @@ static void take_connection_events(sh_net_server *s)
         switch (event) {
         case ZMQ_EVENT_ACCEPTED:
             s->connections++;
+            net_peers_opened(&s->peers, (int)value, net_now_ms());
+            net_unheard_open(&s->unheard, (int)value);
             if (s->connections > s->connections_max)
                 shut(s, (int)value);
             break;
         case ZMQ_EVENT_DISCONNECTED:
+            net_unheard_close(&s->unheard, (int)value);
             if (s->connections > 0)
                 s->connections--;
+            net_peers_closed(&s->peers, (int)value);
             break;
         default:
             s->failed++;
             break;
         }
     }
+}
+
+/* Ends what was dropped and does not go by itself, and who has nothing to say. */
+static void shut_peers(sh_net_server *s)
+{
+    uint64_t now = net_now_ms();
+    if (now - s->looked_ms < NET_PEERS_MS)
+        return;
+    s->looked_ms = now;
+    for (int fd; (fd = net_peers_due(&s->peers, now, s->silence_ms)) >= 0;)
+        shut(s, fd);
+}
+
+void sh_net_server_set_silence(sh_net_server *server, uint32_t silence_ms)
+{
+    server->silence_ms = silence_ms;
 }
 
 /* ---- messages ---- */
@@ -294,11 +331,18 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
             event.connection =
                 (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
             SH_TRY(note_route(s, &event.key, event.connection, err));
+            net_peers_heard(&s->peers, zmq_msg_get(&s->body, ZMQ_SRCFD), &event.key);
+            net_unheard_message(&s->unheard, zmq_msg_get(&s->body, ZMQ_SRCFD));
             event.kind = SH_NET_MESSAGE;
             event.data = zmq_msg_data(&s->body);
             event.n = zmq_msg_size(&s->body);
         }
     }
+    if (event.kind == SH_NET_NONE)
+        shut_peers(s); /* what they have said is heard first */
+    /* With nothing left to read, what no message came of is part of none that is whole. */
+    net_unheard_look(&s->unheard, net_now_ms(), event.kind == SH_NET_NONE ? 0 : s->queued_max, shut,
+                     s);
     *out = event;
     return SH_OK;
 }
@@ -344,6 +388,7 @@ void sh_net_server_drop(sh_net_server *s, const sh_hash *key)
 {
     uint64_t generation = atomic_fetch_add(&s->gate.generation, 1) + 1;
     net_map_remove(&s->routes, key);
+    net_peers_drop(&s->peers, key, net_now_ms());
     /* When a key cannot be noted, every connection that is open now has to be made again. */
     if (net_map_put(&s->dropped, key, generation) != SH_OK)
         s->floor = generation;

@@ -75,6 +75,8 @@ static const wire_field welcome_fields[] = {
     MSG_TEXT(welcome, text, 0),
     MSG_FIELD(welcome, renew, WIRE_BOOL),
     MSG_U64(welcome, retry_after_ms),
+    MSG_U64(welcome, epoch),
+    MSG_U32(welcome, common),
 };
 
 #define CHECKIN_FIELDS_2 17
@@ -583,6 +585,16 @@ sh_status sh_time_verify(sh_bytes stamp, const sh_sign_public_key *pk, uint64_t 
 {
     time_stamp got = {0};
     SH_TRY(verify_record(&time_schema, stamp, SH_WIRE_TIME_MAX, pk, &got, err));
+    *now_ms = got.now_ms;
+    return SH_OK;
+}
+
+sh_status sh_time_peek(sh_bytes stamp, uint64_t *now_ms, sh_error *err)
+{
+    time_stamp got = {0};
+    if (stamp.n <= sizeof(sh_signature) || stamp.n > SH_WIRE_TIME_MAX)
+        return sh_fail(err, SH_ERR_INVALID, "signed time: %zu bytes", stamp.n);
+    SH_TRY(sh_wire_decode(&time_schema, stamp.data, stamp.n - sizeof(sh_signature), &got, err));
     *now_ms = got.now_ms;
     return SH_OK;
 }

@@ -53,10 +53,57 @@ rig *rig_open(uint64_t seed)
     r->slices[1] = (sh_slice_score){SH_SLICE_ACCEPTED, 40, 90.0, 91.0};
     r->speaks = SH_WIRE_VERSION;
     r->plan.return_after_ms = 1000;
+    sh_buf_init(&r->rotate_token, SH_WIRE_TOKEN_MAX);
     r->chunk_budget = SH_WIRE_WANT_MAX;
     rig_make_release(r, 1, 1000);
     r->slots[0] = sh_sha256(r->releases[0].model.data, r->releases[0].model.len);
     return r;
+}
+
+sh_store *rig_copy_store(const rig *r)
+{
+    sh_store *copy = open_store(sh_node_tables, SH_NODE_TABLES);
+    sh_txn *from = NULL, *to = NULL;
+    OK(sh_txn_begin(r->store, SH_TXN_READ, &from, &test_err));
+    OK(sh_txn_begin(copy, SH_TXN_WRITE, &to, &test_err));
+    for (unsigned table = 0; table < SH_NODE_TABLES; table++) {
+        sh_cursor *cursor = NULL;
+        sh_slice key, value;
+        OK(sh_cursor_open(from, table, &cursor, &test_err));
+        sh_status status = sh_cursor_seek(cursor, NULL, 0, &key, &value);
+        for (; status == SH_OK; status = sh_cursor_next(cursor, &key, &value))
+            OK(sh_txn_put(to, table, key.data, key.n, value.data, value.n, &test_err));
+        assert_int_equal(status, SH_ERR_NOT_FOUND);
+        sh_cursor_close(&cursor);
+    }
+    OK(sh_txn_commit(&to, &test_err));
+    sh_txn_abort(&from);
+    return copy;
+}
+
+void rig_swap(rig *r, rig_copy *copy)
+{
+    rig_copy was = {.store = r->store, .node = r->node, .timer = r->timer, .link = r->link};
+    SAME(r->n_jobs, 0); /* they are not carried over */
+    was.n_packets = r->n_packets;
+    memcpy(was.packets, r->packets, r->n_packets * sizeof(r->packets[0]));
+    r->store = copy->store;
+    r->node = copy->node;
+    r->timer = copy->node == NULL ? RIG_TIMER_NONE : copy->timer;
+    r->link = copy->link;
+    r->n_packets = copy->n_packets;
+    memcpy(r->packets, copy->packets, copy->n_packets * sizeof(r->packets[0]));
+    *copy = was;
+    if (r->node == NULL)
+        rig_start(r);
+}
+
+void rig_copy_release(rig_copy *copy)
+{
+    for (size_t i = 0; i < copy->n_packets; i++)
+        sh_buf_release(&copy->packets[i].bytes);
+    sh_node_destroy(&copy->node);
+    sh_store_close(&copy->store);
 }
 
 static void drop_volatile(rig *r)
@@ -79,6 +126,7 @@ void rig_close(rig **rp)
     sh_node_destroy(&r->node);
     sh_store_close(&r->store);
     sh_store_close(&r->agg);
+    sh_buf_release(&r->rotate_token);
     for (size_t i = 0; i < RIG_RELEASES; i++) {
         sh_buf_release(&r->releases[i].manifest);
         sh_buf_release(&r->releases[i].model);
@@ -195,6 +243,8 @@ static void agg_mark(rig *r, sh_txn *txn, const sh_msg_item *item)
         r->n_evaluations++;
     }
     r->n_taken[item->cls] += item->kind != SH_ITEM_TOMBSTONE;
+    if (r->on_taken != NULL && item->kind != SH_ITEM_TOMBSTONE)
+        r->on_taken(r->arg, item);
     agg_send(r, &msg);
 }
 
@@ -273,16 +323,58 @@ static void agg_on_want(rig *r, sh_txn *txn, const sh_hash_list *want)
         memcpy(msg.chunk.hash.b, want->hashes + i * 32, 32);
         OK(sh_txn_get(txn, AGG_T_CHUNK, msg.chunk.hash.b, 32, &value));
         msg.chunk.bytes = (sh_bytes){value.data, value.n};
+        r->chunks_served++;
         agg_send(r, &msg);
     }
+}
+
+static uint32_t find_lease(const uint8_t *leases, uint32_t n, const uint8_t *lease)
+{
+    uint32_t i = 0;
+    while (i < n && memcmp(leases + i * sizeof(sh_hash), lease, sizeof(sh_hash)) != 0)
+        i++;
+    return i;
+}
+
+/* docs/protocol.md, "Leases". */
+static void agg_on_enrol(rig *r, const sh_msg_enrol *enrol)
+{
+    sh_msg reply = {.type = SH_MSG_WELCOME};
+    const sh_hash_list *leases = &enrol->leases;
+    reply.welcome =
+        (sh_msg_welcome){.accepted = !r->reject, .text = "hello", .epoch = enrol->epoch};
+    rig_epoch *e = r->epochs;
+    while (e < r->epochs + r->n_epochs && e->epoch != enrol->epoch)
+        e++;
+    if (!r->reject && leases->n > 0) {
+        assert_true(e < r->epochs + RIG_EPOCHS);
+        if (e == r->epochs + r->n_epochs)
+            r->epochs[r->n_epochs++] = (rig_epoch){.epoch = enrol->epoch};
+        uint32_t newer = e->n == 0 ? leases->n : find_lease(leases->hashes, leases->n, e->leases);
+        if (e->n > 0 && newer == leases->n) {
+            uint32_t *i = &reply.welcome.common;
+            reply.welcome.renew = true;
+            r->renewed++;
+            while (*i < leases->n && find_lease(e->leases, e->n, leases->hashes + *i * 32) == e->n)
+                ++*i;
+        } else {
+            uint32_t kept = SH_MIN(e->n, SH_WIRE_LEASES_MAX - newer);
+            memmove(e->leases + newer * sizeof(sh_hash), e->leases, kept * sizeof(sh_hash));
+            memcpy(e->leases, leases->hashes, newer * sizeof(sh_hash));
+            e->n = newer + kept;
+        }
+    }
+    agg_send(r, &reply);
 }
 
 static void agg_receive(rig *r, const void *bytes, size_t n)
 {
     sh_msg msg, reply = {0};
     sh_txn *txn = NULL;
+    sh_buf stamp;
     if (r->mute)
         return;
+    sh_buf_init(&stamp, SH_WIRE_TIME_MAX);
     OK(sh_msg_decode(bytes, n, &msg, &test_err));
     if (msg.version > r->speaks) { /* as a program that does not know it */
         sh_msg refusal = {.type = SH_MSG_ERROR, .error = {"unsupported", "version", 0}};
@@ -292,14 +384,28 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
     OK(sh_txn_begin(r->agg, SH_TXN_WRITE, &txn, &test_err));
     switch (msg.type) {
     case SH_MSG_ENROL:
-        reply.type = SH_MSG_WELCOME;
-        reply.welcome = (sh_msg_welcome){.accepted = !r->reject, .text = "hello"};
+        r->token_bytes = msg.enrol.token.n;
+        if (r->token_bytes > 0) {
+            SAME(r->token_bytes, r->rotate_token.len);
+            assert_memory_equal(msg.enrol.token.data, r->rotate_token.data, r->token_bytes);
+        }
+        agg_on_enrol(r, &msg.enrol);
+        break;
+    case SH_MSG_ROTATE:
+        r->rotate_token.len = 0;
+        OK(sh_buf_append(&r->rotate_token, msg.rotate.token.data, msg.rotate.token.n));
+        reply.type = SH_MSG_ROTATE;
+        reply.rotate.key = msg.rotate.key;
         agg_send(r, &reply);
         break;
     case SH_MSG_CHECKIN:
         r->checkin = msg.checkin;
         reply.type = SH_MSG_PLAN;
         reply.plan = r->plan;
+        if (r->stamps) {
+            OK(sh_time_sign(r->now + r->true_offset, &r->sk, &stamp, &test_err));
+            reply.plan.time = (sh_bytes){stamp.data, stamp.len};
+        }
         if (r->offer > msg.checkin.active_version)
             reply.plan.manifest = rig_manifest(r, r->offer);
         agg_send(r, &reply);
@@ -316,6 +422,7 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
     default:
         break;
     }
+    sh_buf_release(&stamp);
     OK(sh_txn_commit(&txn, &test_err));
 }
 
@@ -341,6 +448,7 @@ static void carry_out(rig *r)
         case SH_NODE_SEND:
             assert_true(r->link);
             OK(sh_msg_decode(a->message.data, a->message.len, &msg, &test_err));
+            r->bytes_up += a->message.len;
             r->sent[msg.type]++;
             put_packet(r, false, a->message.data, a->message.len);
             break;
@@ -361,6 +469,10 @@ static void carry_out(rig *r)
             r->active_version = a->version;
             r->active_slot = a->slot;
             break;
+        case SH_NODE_SWITCH_KEY:
+            r->switched++;
+            r->switch_key = a->key;
+            break;
         case SH_NODE_NOTE:
             assert_true(a->note < RIG_NOTES);
             r->notes[a->note]++;
@@ -375,7 +487,7 @@ void rig_start(rig *r)
 {
     sh_txn *txn = NULL;
     sh_rng rng;
-    sh_rng_init(&rng, r->seed, 0, 79);
+    sh_rng_init(&rng, r->seed, r->starts++, 79);
     OK(sh_txn_begin(r->store, SH_TXN_WRITE, &txn, &test_err));
     OK(sh_node_create(&r->options, rig_manifest(r, 1), r->now, &rng, txn, &r->actions, &r->node,
                       &test_err));
@@ -397,6 +509,9 @@ bool rig_step(rig *r, const sh_node_event *event)
     rig_crash crash = r->steps++ == r->crash_at ? r->crash : CRASH_NEVER;
     bool was_up = r->link;
     mine.now_ms = r->now;
+    mine.wall_ms = r->has_wall ? r->now + r->wall_offset : 0;
+    if (event->kind == SH_NODE_MESSAGE)
+        r->bytes_down += event->message.n;
     OK(sh_txn_begin(r->store, SH_TXN_WRITE, &txn, &test_err));
     bool starve = sh_rng_below(&r->net, 100) < r->starve;
     (void)sh_alloc_fail_after(starve ? 1 + sh_rng_below(&r->net, 12) : 0);
@@ -433,6 +548,12 @@ void rig_link(rig *r, bool up)
             sh_buf_release(&r->packets[i].bytes);
         r->n_packets = 0;
     }
+    (void)rig_step(r, &e);
+}
+
+void rig_signals(rig *r, const sh_node_signals *signals)
+{
+    sh_node_event e = {.kind = SH_NODE_SIGNALS, .signals = *signals};
     (void)rig_step(r, &e);
 }
 
@@ -638,7 +759,7 @@ void rig_run(rig *r, uint64_t ms, bool with_jobs)
             (void)rig_step(r, &e);
             continue;
         }
-        r->now = SH_MIN(end, SH_MIN(r->timer, r->now + WAIT_MS));
+        r->now = SH_MIN(end, SH_MIN(r->timer, r->coarse ? end : r->now + WAIT_MS));
     }
 }
 

@@ -20,7 +20,8 @@
 #define RIG_JOBS       8u
 #define RIG_SEQS       4096u
 #define RIG_PENDING    64u
-#define RIG_NOTES      16u
+#define RIG_NOTES      32u
+#define RIG_EPOCHS     256u
 #define RIG_RELEASES   8u
 #define RIG_TIMER_NONE UINT64_MAX
 
@@ -43,6 +44,22 @@ typedef struct {
     uint8_t *hashes;
 } rig_release;
 
+typedef struct { /* of the aggregator: who sends under it */
+    uint64_t epoch;
+    uint32_t n;
+    uint8_t leases[SH_WIRE_LEASES_MAX * sizeof(sh_hash)];
+} rig_epoch;
+
+/* What belongs to one copy of the node. */
+typedef struct {
+    sh_store *store;
+    sh_node *node;
+    uint64_t timer;
+    bool link;
+    rig_packet packets[RIG_PACKETS];
+    size_t n_packets;
+} rig_copy;
+
 typedef struct {
     sh_store *store, *agg;
     sh_node *node;
@@ -53,6 +70,9 @@ typedef struct {
     sh_rng net;
     uint64_t seed, now, timer;
     bool link;
+    bool has_wall;        /* the device has a clock of its own: now + wall_offset */
+    uint64_t wall_offset; /* modulo 2^64 */
+    bool coarse;          /* rig_run goes from timer to timer: for days */
 
     rig_packet packets[RIG_PACKETS];
     size_t n_packets;
@@ -67,7 +87,7 @@ typedef struct {
     uint64_t active_version;
     uint32_t active_slot;
     bool drop_cancelled; /* cancelled jobs end without a result; else they did not notice */
-    unsigned notes[RIG_NOTES], cancelled, sent[SH_MSG_ERROR + 1];
+    unsigned notes[RIG_NOTES], cancelled, sent[SH_MSG_ROTATE + 1];
     uint64_t note_number[RIG_NOTES];
 
     /* jobs' results */
@@ -81,12 +101,24 @@ typedef struct {
 
     /* aggregator */
     uint32_t speaks; /* the highest version that it knows */
+    rig_epoch epochs[RIG_EPOCHS];
+    size_t n_epochs;
+    sh_buf rotate_token; /* of the last ROTATE */
+    size_t token_bytes;  /* in the last ENROL */
+    unsigned switched;   /* SWITCH_KEY actions */
+    sh_hash switch_key;
+    unsigned renewed;                                     /* ENROLs that were told to renew */
+    void (*on_taken)(void *arg, const sh_msg_item *item); /* NULL: none; not of tombstones */
+    void *arg;
     unsigned n_evaluations;
     sh_evaluation evaluation; /* the last one */
     sh_msg_plan plan;
     uint64_t offer;        /* version offered to nodes below it; 0: none */
     bool reject, mute;     /* refuses enrolment; never answers */
     uint32_t chunk_budget; /* chunks served a WANT */
+    bool stamps;           /* plans carry the true time, now + true_offset */
+    uint64_t true_offset;
+    uint64_t chunks_served, bytes_up, bytes_down; /* bytes of messages that the node sent and got */
     unsigned taken[SH_CLASSES][RIG_SEQS], buried[SH_CLASSES][RIG_SEQS];
     unsigned n_taken[SH_CLASSES];
     sh_msg_checkin checkin;           /* the last one */
@@ -94,7 +126,7 @@ typedef struct {
     sh_buf pending_payload[RIG_PENDING];
     size_t n_pending;
 
-    uint64_t steps, crash_at;
+    uint64_t starts, steps, crash_at;
     rig_crash crash;
     bool crashed; /* the last step crashed before its commit: its event did not happen */
     uint64_t fed; /* inferences that were committed */
@@ -118,10 +150,18 @@ rig *rig_open(uint64_t seed); /* genesis made, node not started: options may be 
 void rig_start(rig *r);
 void rig_close(rig **r);
 
+/* A copy of the store as it is, as of a disk of a device that is off: not started. */
+sh_store *rig_copy_store(const rig *r);
+/* Another copy of the node runs from now on, against the same aggregator; the one that ran is put
+ * into *copy as it stands, its network with it. copy->node NULL: it is off, and is started. */
+void rig_swap(rig *r, rig_copy *copy);
+void rig_copy_release(rig_copy *copy);
+
 /* One step of the node: transaction, commit, actions. False: it crashed before the commit. */
 bool rig_step(rig *r, const sh_node_event *event);
 void rig_restart(rig *r); /* the process dies and comes back; the link is down */
 void rig_link(rig *r, bool up);
+void rig_signals(rig *r, const sh_node_signals *signals);
 /* i seeds the record; with options.completions_max its completion is kept as i + 1. */
 bool rig_infer(rig *r, unsigned i, bool shifted);
 bool rig_rate(rig *r, uint64_t id, sh_feedback_kind kind,
