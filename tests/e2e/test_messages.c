@@ -269,8 +269,9 @@ static void expect_bad(raw_peer *p, const void *bytes, size_t n, const char *wha
 
 static unsigned send_noise(raw_peer *p, sh_rng *rng)
 {
-    static uint8_t noise[SH_WIRE_MESSAGE_MAX];
-    static const size_t sizes[] = {1, 2, 17, 1000, 65536, SH_WIRE_MESSAGE_MAX};
+    static uint8_t noise[SH_WIRE_ITEM_MAX];
+    /* A larger one than any that a node may send ends the connection, as net's tests show. */
+    static const size_t sizes[] = {1, 2, 17, 1000, 65536, SH_WIRE_ITEM_MAX};
     for (size_t i = 0; i < sizeof noise; i++)
         noise[i] = (uint8_t)sh_rng_u64(rng);
     for (size_t i = 0; i < SH_COUNT(sizes); i++)

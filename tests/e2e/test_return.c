@@ -61,8 +61,8 @@ static void test_everybody_returns(void **state)
     (void)state;
     char nodes[16];
     snprintf(nodes, sizeof nodes, "%d", NODES);
-    json_t *r =
-        run_bench((const char *[]){"--return", "--connections", nodes, "--processes", "2", NULL});
+    json_t *r = run_bench((const char *[]){"--return", "--connections", nodes, "--processes", "2",
+                                           "--rate", RATE, NULL});
     assert_true(number(r, "acknowledged") == 3 * NODES);
     assert_true(number(r, "missing") == 0);
     assert_true(number(r, "stored") == 3 * NODES); /* none twice, none that nobody sent */
