@@ -274,28 +274,6 @@ static void set_options(world *w)
 {
     uint64_t bits = world_draw(w, 0, STREAM_CONFIG, 0);
     bool small = w->n_nodes <= AUDIT_NODES_MAX;
-<<<<<<< HEAD
-    w->node_options =
-        (sh_node_options){.release_key = w->coord_options.release_pk,
-                          .agent = "shoal-sim",
-                          .kernel = "simulated",
-                          .cores = 1,
-                          .memory_bytes = 1u << 30,
-                          .records_max = 64,
-                          .feedback_tokens_max = 256,
-                          .windows_max = 2,
-                          .completions_max = 1,
-                          .retry_min_ms = 10000,
-                          .retry_max_ms = 1800000,
-                          .confirm_inferences = 2,
-                          .send_only_if_better = true,
-                          .evaluate = true,
-                          .monitor = {.window = 64,
-                                      .window_ms_max = 40 * 60000,
-                                      .reference = 64,
-                                      .average_run_length = 1e6}};
-    static const uint64_t quotas[SH_CLASSES] = {1u << 20, 64u << 10, 6u << 10, 64u << 10};
-=======
     w->node_options = (sh_node_options){
         .release_key = w->coord_options.release_pk,
         .agent = "shoal-sim",
@@ -313,8 +291,7 @@ static void set_options(world *w)
         .evaluate = true,
         .monitor = {
             .window = 64, .window_ms_max = 40 * 60000, .reference = 64, .average_run_length = 1e6}};
-    static const uint64_t quotas[SH_CLASSES] = {1u << 20, 64u << 10, 512u << 10, 64u << 10};
->>>>>>> e796456aa6d4e55b74654d1278fd337c84e45813
+    static const uint64_t quotas[SH_CLASSES] = {1u << 20, 64u << 10, 6u << 10, 64u << 10};
     memcpy(w->node_options.outbox_quota_bytes, quotas, sizeof quotas);
     sh_coord_options *c = &w->coord_options;
     c->enrol_any = true;
