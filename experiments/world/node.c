@@ -11,9 +11,7 @@
 #include "shared/store/simulated.h"
 #include "shared/sync/sync.h"
 
-#define FULL_PAUSE_MS    30000u /* DAEMON_FULL_PAUSE_MS of the daemon, in virtual time */
 #define RESERVE_EVERY_MS 1000u
-#define REMAKE_MS        1000u
 #define SETTLE_USER_MS   300000u
 #define FEEDBACK_TOKENS  16u
 #define SESSION_TOKENS   128u
@@ -53,8 +51,8 @@ static sh_status failed(world_part *p, uint32_t i, sh_status why, const sh_error
         return world_node_die(p, i, err);
     sh_node_destroy(&n->core);
     if (full)
-        n->full_until_ms = p->now_ms + FULL_PAUSE_MS;
-    return world_node_restart_in(p, i, full ? FULL_PAUSE_MS : REMAKE_MS, err);
+        n->full_until_ms = p->now_ms + WORLD_FULL_PAUSE_MS;
+    return world_node_restart_in(p, i, full ? WORLD_FULL_PAUSE_MS : WORLD_REMAKE_MS, err);
 }
 
 /* One transaction. *why: what the step or its commit said; an error returned is the engine's. */

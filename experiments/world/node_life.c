@@ -7,8 +7,6 @@
 #include "experiments/world/world.h"
 #include "shared/store/simulated.h"
 
-#define FULL_PAUSE_MS   30000u
-#define REMAKE_MS       1000u
 #define BOOT_TRIES_MAX  3u
 #define DOWN_MS_MIN     1000u
 #define PRESENCE_MS     WORLD_HOUR_MS
@@ -96,8 +94,8 @@ static sh_status boot_failed(world_part *p, uint32_t i, sh_status why, const sh_
     world_oracle_node_failed(w->oracle, i, p->now_ms, why, text->text, excused);
     if (why == SH_ERR_CRASHED)
         return world_node_die(p, i, err);
-    n->full_until_ms = full ? p->now_ms + FULL_PAUSE_MS : 0;
-    return world_node_restart_in(p, i, full ? FULL_PAUSE_MS : REMAKE_MS, err);
+    n->full_until_ms = full ? p->now_ms + WORLD_FULL_PAUSE_MS : 0;
+    return world_node_restart_in(p, i, full ? WORLD_FULL_PAUSE_MS : WORLD_REMAKE_MS, err);
 }
 
 sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err)

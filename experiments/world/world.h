@@ -44,6 +44,10 @@
 #define WORLD_DAY_MS      86400000ull
 /* After the last fault, until every node has confirmed the newest release. */
 #define WORLD_SETTLE_MS_MAX (7 * WORLD_DAY_MS)
+/* A core is made again so long after an error: with a full store more seldom than the daemon does,
+ * whose device is not full for hours. */
+#define WORLD_FULL_PAUSE_MS 300000u
+#define WORLD_REMAKE_MS     1000u
 #define WORLD_ACTIVE_MAX    64u /* faults that one node has at a time */
 
 typedef struct {
