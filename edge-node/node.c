@@ -236,9 +236,6 @@ static sh_status dispatch(node_step *s, const sh_node_event *event)
         return SH_OK;
     case SH_NODE_JOB_DONE:
         return on_job(s, &event->result);
-    case SH_NODE_ROTATE:
-        node_on_rotate(s, &event->key, event->token);
-        return SH_OK;
     case SH_NODE_SIGNALS: /* node_policy_update has it */
         return SH_OK;
     }
