@@ -15,6 +15,7 @@ const char *const sh_coord_tables[SH_COORD_TABLES] = {
     [SH_COORD_T_ALARM] = "alarm", [SH_COORD_T_WINDOW] = "window",
     [SH_COORD_T_CHUNK] = "chunk", [SH_COORD_T_RELEASE] = "release",
     [SH_COORD_T_AUDIT] = "audit", [SH_COORD_T_EVALUATION] = "evaluation",
+    [SH_COORD_T_PART] = "part",   [SH_COORD_T_OUTBOX] = "outbox",
 };
 
 const char *sh_reason_name(sh_reason reason)
@@ -30,6 +31,8 @@ const char *sh_reason_name(sh_reason reason)
         [SH_REASON_GATE] = "gate",
         [SH_REASON_CLOSED] = "closed",
         [SH_REASON_REVOKED] = "revoked",
+        [SH_REASON_TWICE] = "twice",
+        [SH_REASON_RELAY] = "not-a-relay",
     };
     return (unsigned)reason < SH_REASONS ? names[reason] : "unknown";
 }
@@ -166,16 +169,19 @@ static sh_status check_options(const sh_coord_options *o, sh_error *err)
 
 typedef struct {
     sh_coord *c;
+    sh_txn *txn;
     sh_error *err;
 } loading;
 
 static sh_status load_node(void *arg, const sh_node_row *row)
 {
-    sh_coord *c = ((loading *)arg)->c;
-    if (!row->revoked) {
-        c->enrolled++;
-        c->drifting += row->checkin.drifting;
-    }
+    const loading *l = arg;
+    coord_child child;
+    if (row->revoked)
+        return SH_OK;
+    SH_TRY(coord_child_get(l->txn, &row->key, &child, l->err));
+    l->c->enrolled++;
+    l->c->drifting += coord_child_drifting(&child, &row->checkin);
     return SH_OK;
 }
 
@@ -188,13 +194,14 @@ static sh_status load_update(void *arg, const sh_update_row *row)
     if (sh_array_reserve((void **)&c->pending, &c->pending_cap, c->n_pending + 1,
                          sizeof *c->pending, SH_COORD_BUFFER_MAX) != SH_OK)
         return sh_fail(l->err, SH_ERR_NO_MEMORY, "coordinator: no memory for the buffer");
+    c->parts += coord_parts_of(&row->meta);
     c->pending[c->n_pending++] = row->id; /* rows come in the order of their keys */
     return SH_OK;
 }
 
 static sh_status load_all(sh_coord *c, sh_txn *txn, const sh_genesis *genesis, sh_error *err)
 {
-    loading l = {.c = c, .err = err};
+    loading l = {.c = c, .txn = txn, .err = err};
     SH_TRY(coord_releases_load(c, txn, err));
     if (genesis != NULL) {
         sh_release_row row;
@@ -207,6 +214,7 @@ static sh_status load_all(sh_coord *c, sh_txn *txn, const sh_genesis *genesis, s
                            "than this genesis release");
     }
     SH_TRY(coord_waiting_load(c, txn, err));
+    SH_TRY(coord_children_count(c, txn, err));
     c->n_evaluations = (uint32_t)sh_txn_count(txn, SH_COORD_T_EVALUATION);
     SH_TRY(sh_coord_each_node(txn, load_node, &l, err));
     return sh_coord_each_update(txn, load_update, &l, err);
@@ -353,6 +361,10 @@ sh_status sh_coord_step(sh_coord *coord, const sh_coord_event *event, sh_txn *tx
     case SH_COORD_COMMAND:
         SH_TRY(coord_on_command(&s, event));
         break;
+    case SH_COORD_PARENT_UP:
+    case SH_COORD_PARENT_DOWN:
+    case SH_COORD_PARENT_MESSAGE:
+        break;
     }
     return coord->dirty ? coord_state_save(coord, txn, err) : SH_OK;
 }
@@ -381,7 +393,9 @@ sh_coord_status sh_coord_get_status(const sh_coord *c)
                               .closed = state->closed,
                               .drifting = c->drifting,
                               .server_scale = state->server_scale,
-                              .bad_messages = state->bad_messages};
+                              .bad_messages = state->bad_messages,
+                              .parts = c->parts,
+                              .relays = c->relays};
     memcpy(status.updates_refused, state->updates_refused, sizeof status.updates_refused);
     return status;
 }

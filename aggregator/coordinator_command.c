@@ -27,6 +27,8 @@ static sh_status enrol(coord_step *s, const sh_hash *key, const char *name)
     if (status != SH_OK && status != SH_ERR_NOT_FOUND)
         return status;
     bool counted = status == SH_OK && !node.row.revoked;
+    coord_child child;
+    SH_TRY(coord_child_get(s->txn, key, &child, s->err));
     if (status == SH_ERR_NOT_FOUND) {
         node.row.key = *key;
         node.row.enrolled_ms = s->now_ms;
@@ -37,7 +39,7 @@ static sh_status enrol(coord_step *s, const sh_hash *key, const char *name)
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     if (!counted) {
         c->enrolled++;
-        c->drifting += node.row.checkin.drifting;
+        c->drifting += coord_child_drifting(&child, &node.row.checkin);
         coord_note(s, SH_CNOTE_ENROLLED, key, c->enrolled);
     }
     return SH_OK;
@@ -54,10 +56,12 @@ static sh_status revoke(coord_step *s, const sh_hash *key, bool *done)
         return SH_OK;
     }
     SH_TRY(status);
+    coord_child child;
+    SH_TRY(coord_child_get(s->txn, key, &child, s->err));
     node.row.revoked = true;
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     c->enrolled--;
-    c->drifting -= node.row.checkin.drifting;
+    c->drifting -= coord_child_drifting(&child, &node.row.checkin);
     SH_TRY(coord_canary_forget(s, key));
     SH_TRY(coord_waiting_refuse(s, key, SH_REASON_REVOKED));
     SH_TRY(coord_refuse_node(s, key, SH_REASON_REVOKED));
@@ -95,6 +99,8 @@ static sh_status carry_out(coord_step *s, const sh_coord_event *event, bool *don
         c->state.closing = true;
         SH_TRY(coord_waiting_refuse(s, NULL, SH_REASON_CLOSED));
         return coord_advance(s);
+    case SH_COMMAND_RELAY:
+        return coord_child_permit(s, &event->node, event->number != 0, done);
     }
     *done = false;
     return SH_OK;
@@ -106,7 +112,7 @@ sh_status coord_on_command(coord_step *s, const sh_coord_event *event)
         [SH_COMMAND_PAUSE] = "pause",       [SH_COMMAND_RESUME] = "resume",
         [SH_COMMAND_ROLLBACK] = "rollback", [SH_COMMAND_SERVER_SCALE] = "server-scale",
         [SH_COMMAND_ENROL] = "enrol",       [SH_COMMAND_REVOKE] = "revoke",
-        [SH_COMMAND_CLOSE] = "close",
+        [SH_COMMAND_CLOSE] = "close",       [SH_COMMAND_RELAY] = "relay",
     };
     unsigned command = (unsigned)event->command;
     bool done = command < SH_COUNT(names) && names[command] != NULL;

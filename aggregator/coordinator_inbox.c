@@ -112,13 +112,12 @@ static sh_status send_plan(coord_step *s, const sh_hash *key, const sh_msg_check
 static sh_status on_checkin(coord_step *s, coord_node *node, const sh_msg_checkin *checkin)
 {
     sh_coord *c = s->c;
-    bool changed = false;
+    bool changed = false, began = false;
     if (!add_epoch(node, checkin->epoch, &changed))
         return coord_bad_message(s, &node->row.key, SH_ERR_LIMIT,
                                  "this key has had too many stores: use a new one");
-    c->drifting += checkin->drifting;
-    c->drifting -= node->row.checkin.drifting;
-    if (checkin->drifting && !node->row.checkin.drifting)
+    SH_TRY(coord_child_checkin(s, &node->row.key, &node->row.checkin, checkin, &began));
+    if (began)
         coord_note(s, SH_CNOTE_DRIFTING, &node->row.key, c->drifting);
     node->row.checkin = *checkin;
     node->row.last_ms = s->now_ms;

@@ -8,6 +8,8 @@
  *   coordinator_blob.c    chunks up and down, and which chunks are alive
  *   coordinator_round.c   buffer, merge, gate, what becomes of a candidate
  *   coordinator_canary.c  federated evaluation
+ *   coordinator_parts.c   updates that stand for several: relays below
+ *   coordinator_relay.c   a relay's upward side: plans and releases down, stacked updates up
  *   coordinator_release.c genesis, publishing, rollback, a restored backup
  *   coordinator_command.c operator commands
  *
@@ -27,7 +29,7 @@
 #define COORD_RELEASES_KEPT     2u    /* releases whose chunks the store holds */
 #define COORD_NODE_ITEMS_MAX    1024u /* alarms, windows kept of one (node, epoch) */
 #define COORD_WINDOW_BYTES_MAX  8192u
-#define COORD_WEIGHT_FACTOR_MAX 4.0 /* samples, tokens: at most this times the median's count */
+#define COORD_WEIGHT_FACTOR_MAX 4u /* samples, tokens: at most this times the median's count */
 #define COORD_UPDATE_BYTES_MIN  (1u << 20) /* an update may have this size or */
 #define COORD_UPDATE_FACTOR_MAX 4u         /* this times the model's, whichever is more */
 #define COORD_SAMPLES_MAX       (UINT64_C(1) << 40)
@@ -109,6 +111,8 @@ typedef struct { /* META "state" */
     sh_hash audit_head;
 } coord_state;
 
+typedef struct coord_relay coord_relay; /* coordinator_relay.c */
+
 struct sh_coord {
     sh_coord_options options;
     sh_rng rng;
@@ -122,7 +126,10 @@ struct sh_coord {
     size_t n_waiting, waiting_cap;
     uint64_t waiting_order;
     uint64_t enrolled;
+    uint64_t parts; /* nodes' updates that the pending ones stand for */
     uint32_t drifting;
+    uint32_t relays; /* keys enrolled as such */
+    coord_relay *relay; /* NULL: it is none */
     uint32_t n_evaluations; /* answers to the candidate */
     uint64_t job_id;        /* running; 0: none */
     uint64_t retry_at_ms;
@@ -240,7 +247,18 @@ sh_status coord_take(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes)
 sh_status coord_refuse(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes,
                        sh_reason reason);
 sh_status coord_advance(coord_step *s); /* starts a merge if one is due */
+sh_status coord_begin_merge(coord_step *s, const sh_update_id *ids, size_t n);
 sh_status coord_on_job(coord_step *s, const sh_coord_job_result *result);
+/* Takes the job's verdicts over; false when they are not of this job's inputs. */
+bool coord_take_verdicts(coord_candidate *candidate, const sh_coord_job_result *result,
+                         uint32_t *good);
+/* A job that fails (a full disk, no memory) is started again, ever later: its inputs stay. */
+sh_status coord_job_failed(coord_step *s, sh_status why, const char *text);
+/* All inputs get their verdict; what the job let pass is merged into `version`, or refused by the
+ * gate when that is 0. At a relay it went into its update number `version`. */
+sh_status coord_decide_inputs(coord_step *s, uint64_t version);
+/* The candidate is decided: the next round begins, and what came in meanwhile may be due. */
+sh_status coord_end_round(coord_step *s);
 /* The ends of a candidate that the gate let pass; row: coord_candidate_row, with what nodes said.
  */
 sh_status coord_candidate_row(coord_step *s, sh_release_row *row); /* row->merged: free it */
@@ -253,6 +271,31 @@ void coord_renew_round(coord_step *s); /* when it is past round_ms_max */
 sh_status coord_abandon(coord_step *s);
 /* Refuses the buffered updates of a node whose key was revoked. */
 sh_status coord_refuse_node(coord_step *s, const sh_hash *node, sh_reason reason);
+
+/* ---- coordinator_parts.c ---- */
+typedef struct { /* what is kept of an enrolled key beside its row */
+    bool relay;
+    uint32_t nodes, nodes_drifting; /* of a relay: behind it */
+} coord_child;
+sh_status coord_child_get(sh_txn *txn, const sh_hash *key, coord_child *child, sh_error *err);
+/* *done false: the key is not enrolled. */
+sh_status coord_child_permit(coord_step *s, const sh_hash *key, bool permit, bool *done);
+/* Brings c->drifting up to date; *began: there are more than before. */
+sh_status coord_child_checkin(coord_step *s, const sh_hash *key, const sh_msg_checkin *was,
+                              const sh_msg_checkin *now, bool *began);
+uint32_t coord_child_drifting(const coord_child *child, const sh_msg_checkin *checkin);
+sh_status coord_children_count(sh_coord *c, sh_txn *txn, sh_error *err);
+uint32_t coord_parts_of(const sh_update_meta *meta); /* 1: a node's own */
+/* The i-th; of a node's own update it is the update itself. */
+sh_update_part coord_part_at(const sh_update_id *id, const sh_update_meta *meta, uint32_t i);
+/* TWICE, RELAY, or *reason unchanged. */
+sh_status coord_parts_reason(coord_step *s, const sh_update_id *id, const sh_update_meta *meta,
+                             sh_reason *reason);
+sh_status coord_parts_mark(coord_step *s, const sh_update_meta *meta);
+/* What a part's samples count at most: a node says its samples itself, so they count at most
+ * COORD_WEIGHT_FACTOR_MAX times the (lower) median of all parts of the updates. */
+sh_status coord_parts_cap(coord_step *s, const sh_update_id *ids, size_t n, uint64_t *cap);
+uint64_t coord_parts_samples(const sh_update_id *id, const sh_update_meta *meta, uint64_t cap);
 
 /* ---- coordinator_canary.c ---- */
 sh_status coord_canary_begin(coord_step *s);
