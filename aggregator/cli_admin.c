@@ -17,7 +17,7 @@
 
 typedef struct {
     const char *dir, *name;
-    bool json;
+    bool json, relay;
     int64_t limit, timeout_s;
 } admin_options;
 
@@ -28,6 +28,8 @@ static const sh_option table[] = {
     SH_OPT_FLAG(admin_options, json, 0, "json", "print one JSON object"),
     SH_OPT_STRING(admin_options, name, 0, "name", "NAME", NULL,
                   "enrol: what the node is called in lists"),
+    SH_OPT_FLAG(admin_options, relay, 0, "relay",
+                "enrol: it is a relay, whose updates stand for those of its nodes"),
     SH_OPT_INT(admin_options, limit, 0, "limit", "N", 50, 1, 1000,
                "releases, audit: newest entries to show"),
     SH_OPT_INT(admin_options, timeout_s, 0, "timeout", "S", 30, 1, 86400,
@@ -100,8 +102,18 @@ static void print_status(const json_t *r)
         puts("  DOWN               starts again after a failed write; see its log");
         return;
     }
-    printf("  nodes              %" PRIu64 " enrolled, %" PRIu64 " drifting\n",
-           uint_of(r, "enrolled"), uint_of(r, "drifting"));
+    printf("  nodes              %" PRIu64 " enrolled, %" PRIu64 " drifting, %" PRIu64
+           " copies of a store\n",
+           uint_of(r, "enrolled"), uint_of(r, "drifting"), uint_of(r, "clones"));
+    if (uint_of(r, "relays") > 0)
+        printf("  relays             %" PRIu64 " of them; what waits stands for %" PRIu64
+               " nodes' updates\n",
+               uint_of(r, "relays"), uint_of(r, "parts"));
+    const json_t *parent = json_object_get(r, "parent");
+    if (parent != NULL)
+        printf("  relay of           %s (%s), %" PRIu64 " updates made for it, %" PRIu64 " owed\n",
+               text_of(parent, "endpoint"), text_of(parent, "state"), uint_of(parent, "updates"),
+               uint_of(parent, "owed"));
     printf("  release            %" PRIu64 " (%" PRIu64 " published, %" PRIu64
            " candidates refused)\n",
            uint_of(r, "release"), uint_of(r, "releases"), uint_of(r, "candidates_refused"));
@@ -201,7 +213,9 @@ static const admin_command commands[] = {
     {"nodes", "", "Nodes that are enrolled or revoked.", NULL, NULL, 0, print_nodes},
     {"audit", "[--limit N]", "Newest entries of the log of decisions; its whole chain is checked.",
      NULL, NULL, 0, print_audit},
-    {"enrol", "KEY [--name NAME]", "Lets a node in, by the key that shoal-node init printed.",
+    {"enrol", "KEY [--name NAME] [--relay]",
+     "Lets a node in, by the key that shoal-node init printed; with --relay a relay, by that of\n"
+     "shoal-aggregator init --relay.",
      "shoal aggregator enrol 3f…c1 --name kiosk-7 --dir DIR", "key", 's', print_key},
     {"revoke", "KEY",
      "Shuts a node out at once; its updates that are not merged yet never will be.", NULL, "key",
@@ -280,6 +294,8 @@ static sh_status make_request(const admin_command *command, const admin_options 
             return sh_fail(err, SH_ERR_USAGE, "--name is no UTF-8");
         sh_json_set(request, "name", name);
     }
+    if (o->relay)
+        sh_json_set(request, "relay", json_true());
     sh_json_set(request, "limit", json_integer((json_int_t)o->limit));
     return SH_OK;
 }

@@ -15,6 +15,7 @@ const char *const sh_coord_tables[SH_COORD_TABLES] = {
     [SH_COORD_T_ALARM] = "alarm", [SH_COORD_T_WINDOW] = "window",
     [SH_COORD_T_CHUNK] = "chunk", [SH_COORD_T_RELEASE] = "release",
     [SH_COORD_T_AUDIT] = "audit", [SH_COORD_T_EVALUATION] = "evaluation",
+    [SH_COORD_T_EPOCH] = "epoch", [SH_COORD_T_ACCESS] = "access",
     [SH_COORD_T_PART] = "part",   [SH_COORD_T_OUTBOX] = "outbox",
 };
 
@@ -98,6 +99,13 @@ sh_status coord_send_error(coord_step *s, const sh_hash *node, sh_status code, c
     return coord_send(s, node, &msg);
 }
 
+void coord_send_up(coord_step *s, sh_buf *message)
+{
+    sh_coord_action *action = add_action(s, SH_COORD_SEND_UP);
+    action->message = *message;
+    *message = (sh_buf){0};
+}
+
 sh_status coord_set_timer(coord_step *s, uint64_t at_ms)
 {
     add_action(s, SH_COORD_SET_TIMER)->at_ms = at_ms;
@@ -127,6 +135,8 @@ sh_status coord_start_job(coord_step *s)
     } else {
         job.candidate_model = candidate->sha256;
     }
+    if (c->relay != NULL)
+        coord_relay_job(c, &job);
     add_action(s, SH_COORD_START_JOB)->job = job;
     c->job_id = job.id;
     c->retry_at_ms = 0;
@@ -153,6 +163,10 @@ static sh_status check_options(const sh_coord_options *o, sh_error *err)
         return sh_fail(err, SH_ERR_INVALID,
                        "coordinator: the chunk budget and the time between "
                        "check-ins must be above 0");
+    if (o->relay && (o->relay_retry_min_ms == 0 || o->relay_retry_max_ms < o->relay_retry_min_ms))
+        return sh_fail(
+            err, SH_ERR_INVALID, "coordinator: a relay's retries of %llu to %llu ms are no range",
+            (unsigned long long)o->relay_retry_min_ms, (unsigned long long)o->relay_retry_max_ms);
     if (isnan(o->gate_overall_max) || isnan(o->gate_slice_max))
         return sh_fail(err, SH_ERR_INVALID, "coordinator: the gate's limits are not numbers");
     if (o->canary_nodes_min > COORD_EVALUATIONS_MAX)
@@ -176,12 +190,12 @@ typedef struct {
 static sh_status load_node(void *arg, const sh_node_row *row)
 {
     const loading *l = arg;
-    coord_child child;
+    uint32_t drifting = 0;
     if (row->revoked)
         return SH_OK;
-    SH_TRY(coord_child_get(l->txn, &row->key, &child, l->err));
+    SH_TRY(coord_drifting(l->txn, &row->key, &row->checkin, &drifting, l->err));
     l->c->enrolled++;
-    l->c->drifting += coord_child_drifting(&child, &row->checkin);
+    l->c->drifting += drifting;
     return SH_OK;
 }
 
@@ -214,7 +228,7 @@ static sh_status load_all(sh_coord *c, sh_txn *txn, const sh_genesis *genesis, s
                            "than this genesis release");
     }
     SH_TRY(coord_waiting_load(c, txn, err));
-    SH_TRY(coord_children_count(c, txn, err));
+    SH_TRY(coord_relays_count(c, txn, err));
     c->n_evaluations = (uint32_t)sh_txn_count(txn, SH_COORD_T_EVALUATION);
     SH_TRY(sh_coord_each_node(txn, load_node, &l, err));
     return sh_coord_each_update(txn, load_update, &l, err);
@@ -237,16 +251,19 @@ static sh_status begin_new(coord_step *s, const sh_genesis *genesis)
     return coord_genesis(s, genesis);
 }
 
-/* A store of version 1 has the same tables but for one, and rows that are read as they are; its
- * state is written anew, with what version 2 added. Rows follow as they change. */
-static sh_status migrate(coord_step *s)
+/* A store of version 1 or 2 has rows that are read as they are, but for the epochs of its nodes,
+ * which get rows of their own at once; its state is written anew, with what was added since. Other
+ * rows follow as they change. `from` 0: version 1, which had no row that says so. */
+static sh_status migrate(coord_step *s, uint32_t from)
 {
     sh_coord *c = s->c;
-    c->state.epoch = sh_rng_u64(&c->rng);
+    if (from == 0)
+        c->state.epoch = sh_rng_u64(&c->rng);
     SH_TRY(coord_schema_put(s->txn, s->err));
     if (c->state.phase != PHASE_IDLE)
         SH_TRY(coord_candidate_save(s));
-    return coord_audit(s, "schema from=1 to=%u", COORD_SCHEMA);
+    SH_TRY(coord_epochs_migrate(s));
+    return coord_audit(s, "schema from=%u to=%u", SH_MAX(from, 1u), COORD_SCHEMA);
 }
 
 /* A clock that was set back stretches nothing. */
@@ -269,8 +286,8 @@ static sh_status begin(coord_step *s, const sh_genesis *genesis)
     SH_TRY(coord_state_load(c, s->txn, &found, s->err));
     if (found) {
         SH_TRY(load_all(c, s->txn, genesis, s->err));
-        if (schema == 0)
-            SH_TRY(migrate(s));
+        if (schema < COORD_SCHEMA)
+            SH_TRY(migrate(s, schema));
         check_times(s);
         SH_TRY(coord_backup_mark_take(s->txn, &backup_ms, s->err));
         if (backup_ms != 0)
@@ -278,6 +295,7 @@ static sh_status begin(coord_step *s, const sh_genesis *genesis)
     } else {
         SH_TRY(begin_new(s, genesis));
     }
+    SH_TRY(coord_relay_open(s, !found));
     SH_TRY(coord_begin_rounds(s));
     if (c->state.phase == PHASE_EVALUATING)
         SH_TRY(coord_canary_consider(s));
@@ -285,6 +303,8 @@ static sh_status begin(coord_step *s, const sh_genesis *genesis)
         SH_TRY(coord_start_job(s)); /* what a crash forgot */
     else
         SH_TRY(coord_advance(s));
+    if (c->relay != NULL)
+        SH_TRY(coord_relay_end(s));
     return c->dirty ? coord_state_save(c, s->txn, s->err) : SH_OK;
 }
 
@@ -313,6 +333,7 @@ void sh_coord_destroy(sh_coord **coord)
     sh_coord *c = *coord;
     if (c == NULL)
         return;
+    coord_relay_close(c);
     coord_candidate_release(&c->candidate);
     for (size_t i = 0; i < COORD_RELEASES_KEPT; i++)
         coord_release_release(&c->kept[i]);
@@ -364,8 +385,11 @@ sh_status sh_coord_step(sh_coord *coord, const sh_coord_event *event, sh_txn *tx
     case SH_COORD_PARENT_UP:
     case SH_COORD_PARENT_DOWN:
     case SH_COORD_PARENT_MESSAGE:
+        SH_TRY(coord_relay_event(&s, event));
         break;
     }
+    if (coord->relay != NULL)
+        SH_TRY(coord_relay_end(&s));
     return coord->dirty ? coord_state_save(coord, txn, err) : SH_OK;
 }
 
@@ -394,8 +418,11 @@ sh_coord_status sh_coord_get_status(const sh_coord *c)
                               .drifting = c->drifting,
                               .server_scale = state->server_scale,
                               .bad_messages = state->bad_messages,
+                              .clones = state->clones,
                               .parts = c->parts,
                               .relays = c->relays};
     memcpy(status.updates_refused, state->updates_refused, sizeof status.updates_refused);
+    if (c->relay != NULL)
+        coord_relay_status(c, &status);
     return status;
 }

@@ -22,14 +22,15 @@
 #include "shared/store/store.h"
 #include "shared/wire/wire.h"
 
-#define SH_COORD_ACTIONS_MAX 256
-#define SH_COORD_NODES_MAX   100000u
-#define SH_COORD_BUFFER_MAX  1024u /* updates a merge */
-#define SH_NODE_NAME_MAX     63
+#define SH_COORD_ACTIONS_MAX    256
+#define SH_COORD_NODES_MAX      100000u
+#define SH_COORD_BUFFER_MAX     1024u /* updates a merge */
+#define SH_COORD_STACK_RANK_MAX 4096u /* of what a relay sends as one: an adapter's most */
+#define SH_NODE_NAME_MAX        63
 
 enum {
     SH_COORD_T_META,    /* "state" */
-    SH_COORD_T_NODE,    /* key -> enrolled node: epochs, last check-in */
+    SH_COORD_T_NODE,    /* first key -> enrolled node: who it is, last check-in */
     SH_COORD_T_INBOX,   /* (node, epoch, class) -> high-water mark and bitmap; see shared/sync */
     SH_COORD_T_UPDATE,  /* (node, epoch, seq) -> sh_update_row */
     SH_COORD_T_ALARM,   /* (node, epoch, seq) -> alarm payload */
@@ -39,9 +40,13 @@ enum {
                          */
     SH_COORD_T_AUDIT,   /* seq -> decision, hash-chained */
     SH_COORD_T_EVALUATION, /* (candidate, node, epoch, seq) -> sh_evaluation payload */
+    SH_COORD_T_EPOCH,      /* (node, epoch) -> lease of its one sender, when it was seen */
+    SH_COORD_T_ACCESS,     /* enrolment tokens by hash; further keys of nodes -> first key */
     SH_COORD_T_PART,       /* as INBOX: nodes' updates that came as parts of relays' updates */
     SH_COORD_T_OUTBOX,     /* of a relay: what it owes its parent; see shared/sync */
-    SH_COORD_TABLES
+    SH_COORD_TABLES,
+    SH_COORD_TABLES_REPORT = SH_COORD_T_EPOCH /* what reports read: the tables before this, which
+                                                 stores of schema 2 have, too */
 };
 extern const char *const sh_coord_tables[SH_COORD_TABLES];
 
@@ -222,6 +227,8 @@ typedef enum {
     SH_CNOTE_EVALUATION_IN,   /* number: candidate */
     SH_CNOTE_RESTORED,        /* number: the version that the next release is above */
     SH_CNOTE_DRIFTING,        /* a node's check-in began to report drift; number: how many now */
+    SH_CNOTE_CLONED,          /* two senders have one epoch, this one is told to take a new one;
+                                 number: how often that was */
     SH_CNOTE_RELAYED,         /* number: sequence of the update that waits to go up */
     SH_CNOTE_RELAY_ACKED,     /* number: sequence of the update that the parent has */
     SH_CNOTE_TAKEN,           /* number: version of the parent's release that nodes get now */
@@ -281,7 +288,8 @@ typedef struct {
     uint32_t drifting;    /* enrolled nodes whose last check-in reported drift */
     float server_scale;
     uint64_t bad_messages;
-    uint64_t parts; /* nodes' updates that the buffered ones stand for */
+    uint64_t clones; /* ENROLs of a second sender of an epoch: a copied or restored node store */
+    uint64_t parts;  /* nodes' updates that the buffered ones stand for */
     uint32_t relays;
     bool relay;
     /* of a relay */
@@ -338,8 +346,13 @@ typedef struct {
     bool revoked;
     uint64_t enrolled_ms, last_ms; /* last_ms: of the last check-in, 0: none */
     sh_msg_checkin checkin;        /* the last one */
-    uint32_t n_epochs;
-    char agent[64], kernel[64];
+    uint32_t n_epochs, n_clones;   /* stores that it has had; times that a copy of one came */
+    sh_hash current_key;           /* that it connects with: `key`, or what it rotated to */
+    sh_hash next_key;              /* that it has asked to rotate to; zero: none */
+    uint32_t n_rotations;
+    char agent[64], kernel[64], device_class[SH_WIRE_CLASS_MAX + 1];
+    uint32_t cores, slots;
+    uint64_t memory_bytes, disk_bytes;
     char name[SH_NODE_NAME_MAX + 1];
 } sh_node_row;
 SH_MUST_USE sh_status sh_coord_each_node(sh_txn *txn,

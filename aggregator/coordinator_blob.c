@@ -45,6 +45,8 @@ static sh_status live_names(coord_step *s, sh_buf *out)
         SH_TRY(coord_update_get(s->txn, &c->pending[i], &row, s->err));
         SH_TRY(add_names(s, out, &row.meta.blob));
     }
+    if (c->relay != NULL)
+        SH_TRY(coord_relay_blobs(s, add_names, out));
     if (out->len > 0)
         qsort(out->data, out->len / sizeof(sh_hash), sizeof(sh_hash), hash_compare);
     return SH_OK;
@@ -236,8 +238,8 @@ static bool meta_is_sane(const coord_step *s, const sh_update_meta *meta)
     uint64_t bytes_max = SH_MAX((uint64_t)COORD_UPDATE_BYTES_MIN, model * COORD_UPDATE_FACTOR_MAX);
     /* Of a relay: that of its parts, in one blob. */
     if (meta->parts.n > 0)
-        bytes_max = SH_MIN(bytes_max * coord_parts_of(meta),
-                           (uint64_t)SH_BLOB_CHUNKS_MAX * SH_CHUNK_BYTES);
+        bytes_max =
+            SH_MIN(bytes_max * coord_parts_of(meta), (uint64_t)SH_BLOB_CHUNKS_MAX * SH_CHUNK_BYTES);
     return meta->samples > 0 && meta->samples <= COORD_SAMPLES_MAX && meta->blob.bytes > 0 &&
            meta->blob.bytes <= bytes_max &&
            meta->blob.n_chunks == (meta->blob.bytes + SH_CHUNK_BYTES - 1) / SH_CHUNK_BYTES;

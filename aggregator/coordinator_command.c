@@ -22,24 +22,24 @@ static bool good_name(const char *name)
 static sh_status enrol(coord_step *s, const sh_hash *key, const char *name)
 {
     sh_coord *c = s->c;
-    coord_node node = {0};
+    sh_node_row node = {0};
+    uint32_t drifting = 0;
     sh_status status = coord_node_get(s->txn, key, &node, s->err);
     if (status != SH_OK && status != SH_ERR_NOT_FOUND)
         return status;
-    bool counted = status == SH_OK && !node.row.revoked;
-    coord_child child;
-    SH_TRY(coord_child_get(s->txn, key, &child, s->err));
+    bool counted = status == SH_OK && !node.revoked;
     if (status == SH_ERR_NOT_FOUND) {
-        node.row.key = *key;
-        node.row.enrolled_ms = s->now_ms;
+        node.key = node.current_key = *key;
+        node.enrolled_ms = s->now_ms;
     }
-    node.row.revoked = false;
+    node.revoked = false;
     if (name != NULL) /* without one it keeps that which it has */
-        memcpy(node.row.name, name, strlen(name) + 1);
+        memcpy(node.name, name, strlen(name) + 1);
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     if (!counted) {
         c->enrolled++;
-        c->drifting += coord_child_drifting(&child, &node.row.checkin);
+        SH_TRY(coord_drifting(s->txn, key, &node.checkin, &drifting, s->err));
+        c->drifting += drifting;
         coord_note(s, SH_CNOTE_ENROLLED, key, c->enrolled);
     }
     return SH_OK;
@@ -49,19 +49,19 @@ static sh_status enrol(coord_step *s, const sh_hash *key, const char *name)
 static sh_status revoke(coord_step *s, const sh_hash *key, bool *done)
 {
     sh_coord *c = s->c;
-    coord_node node = {0};
+    sh_node_row node = {0};
+    uint32_t drifting = 0;
     sh_status status = coord_node_get(s->txn, key, &node, s->err);
-    if (status == SH_ERR_NOT_FOUND || (status == SH_OK && node.row.revoked)) {
+    if (status == SH_ERR_NOT_FOUND || (status == SH_OK && node.revoked)) {
         *done = false;
         return SH_OK;
     }
     SH_TRY(status);
-    coord_child child;
-    SH_TRY(coord_child_get(s->txn, key, &child, s->err));
-    node.row.revoked = true;
+    node.revoked = true;
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     c->enrolled--;
-    c->drifting -= coord_child_drifting(&child, &node.row.checkin);
+    SH_TRY(coord_drifting(s->txn, key, &node.checkin, &drifting, s->err));
+    c->drifting -= drifting;
     SH_TRY(coord_canary_forget(s, key));
     SH_TRY(coord_waiting_refuse(s, key, SH_REASON_REVOKED));
     SH_TRY(coord_refuse_node(s, key, SH_REASON_REVOKED));
@@ -71,6 +71,11 @@ static sh_status revoke(coord_step *s, const sh_hash *key, bool *done)
 static sh_status carry_out(coord_step *s, const sh_coord_event *event, bool *done)
 {
     sh_coord *c = s->c;
+    if (c->relay != NULL &&
+        (event->command == SH_COMMAND_ROLLBACK || event->command == SH_COMMAND_SERVER_SCALE)) {
+        *done = false; /* the root's to decide */
+        return SH_OK;
+    }
     switch (event->command) {
     case SH_COMMAND_PAUSE:
         c->state.paused = true;
@@ -100,7 +105,7 @@ static sh_status carry_out(coord_step *s, const sh_coord_event *event, bool *don
         SH_TRY(coord_waiting_refuse(s, NULL, SH_REASON_CLOSED));
         return coord_advance(s);
     case SH_COMMAND_RELAY:
-        return coord_child_permit(s, &event->node, event->number != 0, done);
+        return coord_relay_permit(s, &event->node, event->number != 0, done);
     }
     *done = false;
     return SH_OK;

@@ -7,7 +7,8 @@
 
 #include "aggregator/coordinator_internal.h"
 
-#define PURPOSE_A_SEED 0x61305f73u /* stream of rng that the rounds' seeds of A come from */
+#define TOO_MANY_STORES "this key has had too many stores: use a new one"
+#define PURPOSE_A_SEED  0x61305f73u /* stream of rng that the rounds' seeds of A come from */
 
 sh_status coord_bad_message(coord_step *s, const sh_hash *node, sh_status code, const char *text)
 {
@@ -24,52 +25,56 @@ static sh_status send_welcome(coord_step *s, const sh_hash *node, bool accepted,
     return coord_send(s, node, &msg);
 }
 
-/* Adds an epoch that the row does not know; false when the key has had too many stores. */
-static bool add_epoch(coord_node *node, uint64_t epoch, bool *changed)
-{
-    for (uint32_t i = 0; i < node->row.n_epochs; i++)
-        if (node->epochs[i] == epoch)
-            return true;
-    if (node->row.n_epochs >= COORD_EPOCHS_MAX)
-        return false;
-    node->epochs[node->row.n_epochs++] = epoch;
-    *changed = true;
-    return true;
-}
-
 static void copy_text(char *out, size_t out_bytes, const char *text)
 {
     (void)snprintf(out, out_bytes, "%s", text == NULL ? "" : text);
 }
 
+static void describe(sh_node_row *node, const sh_msg_enrol *enrol)
+{
+    copy_text(node->agent, sizeof node->agent, enrol->agent);
+    copy_text(node->kernel, sizeof node->kernel, enrol->kernel);
+    copy_text(node->device_class, sizeof node->device_class, enrol->device_class);
+    node->cores = enrol->cores;
+    node->slots = enrol->slots;
+    node->memory_bytes = enrol->memory_bytes;
+    node->disk_bytes = enrol->disk_bytes;
+}
+
 static sh_status on_enrol(coord_step *s, const sh_hash *key, const sh_msg_enrol *enrol)
 {
     sh_coord *c = s->c;
-    coord_node node = {0};
+    sh_node_row node = {0};
     sh_status status = coord_node_get(s->txn, key, &node, s->err);
-    bool is_new = status == SH_ERR_NOT_FOUND, changed = false;
+    bool is_new = status == SH_ERR_NOT_FOUND, changed = false, known = false, renew = false;
     if (status != SH_OK && !is_new)
         return status;
     if (is_new && !c->options.enrol_any)
         return send_welcome(s, key, false, "this key is not enrolled: ask the operator");
-    if (!is_new && node.row.revoked)
+    if (!is_new && node.revoked)
         return send_welcome(s, key, false, "this key is revoked");
     if (is_new) {
         if (sh_txn_count(s->txn, SH_COORD_T_NODE) >= SH_COORD_NODES_MAX)
             return send_welcome(s, key, false, "the fleet is full");
-        node.row.key = *key;
-        node.row.enrolled_ms = s->now_ms;
+        node.key = node.current_key = *key;
+        node.enrolled_ms = s->now_ms;
     }
-    if (!add_epoch(&node, enrol->epoch, &changed))
-        return send_welcome(s, key, false, "this key has had too many stores: use a new one");
-    copy_text(node.row.agent, sizeof node.row.agent, enrol->agent);
-    copy_text(node.row.kernel, sizeof node.row.kernel, enrol->kernel);
+    SH_TRY(coord_epoch_see(s, &node, enrol->epoch, &known, &changed));
+    if (!known)
+        return send_welcome(s, key, false, TOO_MANY_STORES);
+    SH_TRY(coord_epoch_claim(s, &node, enrol, &renew));
+    describe(&node, enrol);
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     if (is_new) {
         c->enrolled++;
         coord_note(s, SH_CNOTE_ENROLLED, key, c->enrolled);
     }
-    return send_welcome(s, key, true, "welcome");
+    sh_msg msg = {
+        .type = SH_MSG_WELCOME,
+        .welcome = {.accepted = true,
+                    .text = renew ? "another sender has this epoch: take a new one" : "welcome",
+                    .renew = renew}};
+    return coord_send(s, key, &msg);
 }
 
 /* ---- check-in ---- */
@@ -103,29 +108,35 @@ static sh_status send_plan(coord_step *s, const sh_hash *key, const sh_msg_check
     msg.plan.train.base_version = current->version;
     msg.plan.train.base_sha256 = current->manifest.model.sha256;
     msg.plan.train.a_seed = round_seed(c);
+    if (c->relay != NULL)
+        coord_relay_plan(s, &msg.plan);
     if (checkin->active_version < current->version)
         msg.plan.manifest = (sh_bytes){current->bytes, current->n};
     SH_TRY(coord_canary_plan(s, key, checkin, &msg.plan.evaluate));
     return coord_send(s, key, &msg);
 }
 
-static sh_status on_checkin(coord_step *s, coord_node *node, const sh_msg_checkin *checkin)
+static sh_status on_checkin(coord_step *s, sh_node_row *node, const sh_msg_checkin *checkin)
 {
     sh_coord *c = s->c;
-    bool changed = false, began = false;
-    if (!add_epoch(node, checkin->epoch, &changed))
-        return coord_bad_message(s, &node->row.key, SH_ERR_LIMIT,
-                                 "this key has had too many stores: use a new one");
-    SH_TRY(coord_child_checkin(s, &node->row.key, &node->row.checkin, checkin, &began));
-    if (began)
-        coord_note(s, SH_CNOTE_DRIFTING, &node->row.key, c->drifting);
-    node->row.checkin = *checkin;
-    node->row.last_ms = s->now_ms;
+    bool changed = false, known = false;
+    uint32_t before = 0, after = 0;
+    SH_TRY(coord_epoch_see(s, node, checkin->epoch, &known, &changed));
+    if (!known)
+        return coord_bad_message(s, &node->key, SH_ERR_LIMIT, TOO_MANY_STORES);
+    SH_TRY(coord_drifting(s->txn, &node->key, &node->checkin, &before, s->err));
+    SH_TRY(coord_drifting(s->txn, &node->key, checkin, &after, s->err));
+    c->drifting += after;
+    c->drifting -= before;
+    if (after > before)
+        coord_note(s, SH_CNOTE_DRIFTING, &node->key, c->drifting);
+    node->checkin = *checkin;
+    node->last_ms = s->now_ms;
     SH_TRY(coord_node_put(s->txn, node, s->err));
     SH_TRY(coord_lift(s, SH_MAX(checkin->active_version, checkin->confirmed_version)));
     SH_TRY(coord_begin_rounds(s));
     coord_renew_round(s);
-    return send_plan(s, &node->row.key, checkin);
+    return send_plan(s, &node->key, checkin);
 }
 
 /* ---- items ---- */
@@ -188,9 +199,9 @@ static sh_status take_item(coord_step *s, const sh_update_id *id, const sh_msg_i
     return good ? SH_OK : coord_bad_message(s, node, SH_ERR_INVALID, "the item is not readable");
 }
 
-static sh_status on_item(coord_step *s, coord_node *node, const sh_msg_item *item)
+static sh_status on_item(coord_step *s, sh_node_row *node, const sh_msg_item *item)
 {
-    const sh_hash *key = &node->row.key;
+    const sh_hash *key = &node->key;
     sh_inbox_verdict verdict = SH_INBOX_NEW;
     sh_status status = sh_inbox_check(s->txn, SH_COORD_T_INBOX, key, item, &verdict, s->err);
     if (status == SH_ERR_INVALID || status == SH_ERR_LIMIT)
@@ -202,10 +213,10 @@ static sh_status on_item(coord_step *s, coord_node *node, const sh_msg_item *ite
                                 s->err));
         return coord_send(s, key, &msg);
     }
-    bool changed = false;
-    if (!add_epoch(node, item->epoch, &changed))
-        return coord_bad_message(s, key, SH_ERR_LIMIT,
-                                 "this key has had too many stores: use a new one");
+    bool changed = false, known = false;
+    SH_TRY(coord_epoch_see(s, node, item->epoch, &known, &changed));
+    if (!known)
+        return coord_bad_message(s, key, SH_ERR_LIMIT, TOO_MANY_STORES);
     if (changed)
         SH_TRY(coord_node_put(s->txn, node, s->err));
     sh_update_id id = {.node = *key, .epoch = item->epoch, .seq = item->seq};
@@ -228,12 +239,12 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message)
     s->version = msg.version;
     if (msg.type == SH_MSG_ENROL)
         return on_enrol(s, key, &msg.enrol);
-    coord_node node;
+    sh_node_row node;
     status = coord_node_get(s->txn, key, &node, s->err);
     if (status == SH_ERR_NOT_FOUND)
         return coord_send_error(s, key, SH_ERR_AUTH, "this key is not enrolled: send ENROL first");
     SH_TRY(status);
-    if (node.row.revoked)
+    if (node.revoked)
         return coord_send_error(s, key, SH_ERR_AUTH, "this key is revoked");
     switch (msg.type) {
     case SH_MSG_CHECKIN:

@@ -3,7 +3,8 @@
  *   coordinator.c         create, step, actions, status
  *   coordinator_state.c   META rows: state, the candidate in progress, updates on their way up
  *   coordinator_codec.c   bytes of rows
- *   coordinator_rows.c    NODE, UPDATE, RELEASE, AUDIT rows and the readers of them
+ *   coordinator_rows.c    UPDATE, RELEASE, AUDIT rows and the readers of them
+ *   coordinator_node.c    NODE and EPOCH rows: who is who, and which sender an epoch belongs to
  *   coordinator_inbox.c   messages of nodes
  *   coordinator_blob.c    chunks up and down, and which chunks are alive
  *   coordinator_round.c   buffer, merge, gate, what becomes of a candidate
@@ -25,20 +26,22 @@
 #define COORD_NOTES_MAX         128   /* notes a step; the rest of the actions is for the others */
 #define COORD_WAITING_MAX       1024u /* updates whose chunks are on their way up */
 #define COORD_WAITING_NODE_MAX  4u    /* of one node */
-#define COORD_EPOCHS_MAX        16u   /* stores that one key may have had */
+#define COORD_EPOCHS_MAX        256u  /* stores that one node may have had */
 #define COORD_RELEASES_KEPT     2u    /* releases whose chunks the store holds */
 #define COORD_NODE_ITEMS_MAX    1024u /* alarms, windows kept of one (node, epoch) */
 #define COORD_WINDOW_BYTES_MAX  8192u
 #define COORD_WEIGHT_FACTOR_MAX 4u /* samples, tokens: at most this times the median's count */
 #define COORD_UPDATE_BYTES_MIN  (1u << 20) /* an update may have this size or */
 #define COORD_UPDATE_FACTOR_MAX 4u         /* this times the model's, whichever is more */
+#define COORD_OWED_MAX          8u         /* updates that a relay owes before it makes no more */
 #define COORD_SAMPLES_MAX       (UINT64_C(1) << 40)
 #define COORD_RETRY_MIN_MS      5000u /* of a failed job, doubled each time */
 #define COORD_RETRY_MAX_MS      300000u
 #define COORD_ID_BYTES          48u /* node, epoch, seq */
 #define COORD_ROW_BYTES_MAX     (1u << 20)
 #define COORD_AUDIT_TEXT_MAX    256u
-#define COORD_SCHEMA            2u /* of the store; 1 had no row that says so */
+#define COORD_SCHEMA            3u      /* of the store; 1 had no row that says so */
+#define COORD_EPOCH_SEEN_MS     600000u /* how exactly it is kept when an epoch was last seen */
 
 /* Federated evaluation: answers to a candidate, tokens of one, loss a token that it counts with
  * (e^50 is past any vocabulary). */
@@ -101,6 +104,7 @@ typedef struct { /* META "state" */
     bool held;            /* an evaluation was inconclusive: no merge of the same updates at once */
     uint64_t held_until_ms; /* 0: until another update comes */
     bool restored;          /* once a backup */
+    uint32_t restores;      /* how often */
     uint32_t lifts;         /* see COORD_LIFTS_MAX */
     bool rounds_begun, paused, closing, closed;
     float server_scale;
@@ -109,6 +113,7 @@ typedef struct { /* META "state" */
     uint64_t updates_in, updates_merged, updates_refused[SH_REASONS];
     uint64_t audit_seq;
     sh_hash audit_head;
+    uint64_t clones;
 } coord_state;
 
 typedef struct coord_relay coord_relay; /* coordinator_relay.c */
@@ -128,8 +133,8 @@ struct sh_coord {
     uint64_t enrolled;
     uint64_t parts; /* nodes' updates that the pending ones stand for */
     uint32_t drifting;
-    uint32_t relays; /* keys enrolled as such */
-    coord_relay *relay; /* NULL: it is none */
+    uint32_t relays;        /* keys enrolled as such */
+    coord_relay *relay;     /* NULL: it is none */
     uint32_t n_evaluations; /* answers to the candidate */
     uint64_t job_id;        /* running; 0: none */
     uint64_t retry_at_ms;
@@ -147,10 +152,33 @@ typedef struct {
     sh_error *err;
 } coord_step;
 
+/* ---- coordinator_codec.c: bytes of rows, little-endian, bounds-checked; `bad` is sticky ---- */
+typedef struct {
+    const uint8_t *p, *end;
+    bool bad;
+} coord_reader;
+typedef struct {
+    sh_buf buf; /* released by the owner */
+    bool bad;
+} coord_writer;
+void coord_writer_init(coord_writer *w);
+void coord_put_uint(coord_writer *w, uint64_t x, unsigned bytes);
+void coord_put_f64(coord_writer *w, double x);
+void coord_put_bytes(coord_writer *w, const void *bytes, size_t n);
+void coord_put_hash(coord_writer *w, const sh_hash *h);
+void coord_put_text(coord_writer *w, const char *text); /* length byte, bytes */
+coord_reader coord_reader_of(sh_slice value);
+uint64_t coord_get_uint(coord_reader *r, unsigned bytes);
+double coord_get_f64(coord_reader *r);
+void coord_get_bytes(coord_reader *r, void *out, size_t n);
+sh_hash coord_get_hash(coord_reader *r);
+void coord_get_text(coord_reader *r, char *out, size_t out_bytes);
+
 /* ---- coordinator.c ---- */
 void coord_note(coord_step *s, sh_coord_note note, const sh_hash *node, uint64_t number);
 sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg);
 sh_status coord_send_error(coord_step *s, const sh_hash *node, sh_status code, const char *text);
+void coord_send_up(coord_step *s, sh_buf *message); /* takes the bytes over */
 sh_status coord_set_timer(coord_step *s, uint64_t at_ms);
 sh_status coord_start_job(coord_step *s); /* of the phase, merging or gating */
 
@@ -174,13 +202,6 @@ void coord_candidate_release(coord_candidate *candidate);
 void coord_id_put(uint8_t out[COORD_ID_BYTES], const sh_update_id *id);
 bool coord_id_get(sh_slice key, sh_update_id *id);
 int coord_id_compare(const void *a, const void *b);
-
-typedef struct {
-    sh_node_row row;
-    uint64_t epochs[COORD_EPOCHS_MAX];
-} coord_node;
-sh_status coord_node_get(sh_txn *txn, const sh_hash *key, coord_node *node, sh_error *err);
-sh_status coord_node_put(sh_txn *txn, const coord_node *node, sh_error *err);
 
 /* meta_bytes: the encoded sh_update_meta, empty when it was not readable. */
 sh_status coord_update_put(sh_txn *txn, const sh_update_row *row, sh_bytes meta_bytes,
@@ -214,6 +235,28 @@ sh_status coord_evaluation_delete(sh_txn *txn, uint64_t candidate, const sh_upda
 sh_status coord_evaluation_has(sh_txn *txn, uint64_t candidate, const sh_hash *node, bool *has,
                                sh_error *err);
 sh_status coord_audit(coord_step *s, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Calls fn(arg, key, value) for each row of a table; SH_OK at the end. */
+sh_status coord_each_row(sh_txn *txn, unsigned table,
+                         sh_status (*fn)(void *arg, sh_slice key, sh_slice value), void *arg,
+                         sh_error *err);
+/* Puts what was written and releases the writer; SH_ERR_NO_MEMORY when that had none. */
+sh_status coord_row_put(sh_txn *txn, unsigned table, sh_slice key, coord_writer *w, sh_error *err);
+sh_status coord_row_corrupt(sh_error *err, unsigned table);
+
+/* ---- coordinator_node.c ---- */
+/* SH_ERR_NOT_FOUND without text. */
+sh_status coord_node_get(sh_txn *txn, const sh_hash *key, sh_node_row *row, sh_error *err);
+sh_status coord_node_put(sh_txn *txn, const sh_node_row *row, sh_error *err);
+/* The node has this epoch from now on. *known false: it has had too many. Changes row->n_epochs
+ * (*changed), which the caller puts. */
+sh_status coord_epoch_see(coord_step *s, sh_node_row *row, uint64_t epoch, bool *known,
+                          bool *changed);
+/* Whether an ENROL comes from the one sender of its epoch, which coord_epoch_see has seen; else
+ * *renew. Changes row->n_clones. */
+sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol *enrol,
+                            bool *renew);
+/* NODE rows of schema 1 and 2 held their epochs themselves. */
+sh_status coord_epochs_migrate(coord_step *s);
 
 /* ---- coordinator_inbox.c ---- */
 sh_status coord_on_message(coord_step *s, const sh_hash *node, sh_bytes message);
@@ -273,18 +316,13 @@ sh_status coord_abandon(coord_step *s);
 sh_status coord_refuse_node(coord_step *s, const sh_hash *node, sh_reason reason);
 
 /* ---- coordinator_parts.c ---- */
-typedef struct { /* what is kept of an enrolled key beside its row */
-    bool relay;
-    uint32_t nodes, nodes_drifting; /* of a relay: behind it */
-} coord_child;
-sh_status coord_child_get(sh_txn *txn, const sh_hash *key, coord_child *child, sh_error *err);
+sh_status coord_is_relay(sh_txn *txn, const sh_hash *key, bool *is, sh_error *err);
 /* *done false: the key is not enrolled. */
-sh_status coord_child_permit(coord_step *s, const sh_hash *key, bool permit, bool *done);
-/* Brings c->drifting up to date; *began: there are more than before. */
-sh_status coord_child_checkin(coord_step *s, const sh_hash *key, const sh_msg_checkin *was,
-                              const sh_msg_checkin *now, bool *began);
-uint32_t coord_child_drifting(const coord_child *child, const sh_msg_checkin *checkin);
-sh_status coord_children_count(sh_coord *c, sh_txn *txn, sh_error *err);
+sh_status coord_relay_permit(coord_step *s, const sh_hash *key, bool permit, bool *done);
+/* How many nodes that drift the check-in stands for: those behind it, when the key is a relay's. */
+sh_status coord_drifting(sh_txn *txn, const sh_hash *key, const sh_msg_checkin *checkin,
+                         uint32_t *n, sh_error *err);
+sh_status coord_relays_count(sh_coord *c, sh_txn *txn, sh_error *err);
 uint32_t coord_parts_of(const sh_update_meta *meta); /* 1: a node's own */
 /* The i-th; of a node's own update it is the update itself. */
 sh_update_part coord_part_at(const sh_update_id *id, const sh_update_meta *meta, uint32_t i);
@@ -296,6 +334,26 @@ sh_status coord_parts_mark(coord_step *s, const sh_update_meta *meta);
  * COORD_WEIGHT_FACTOR_MAX times the (lower) median of all parts of the updates. */
 sh_status coord_parts_cap(coord_step *s, const sh_update_id *ids, size_t n, uint64_t *cap);
 uint64_t coord_parts_samples(const sh_update_id *id, const sh_update_meta *meta, uint64_t cap);
+
+/* ---- coordinator_relay.c: of a relay only, but for open and close ---- */
+/* In a new store, and in one that was begun in the same way: nothing is opened when this is no
+ * relay. */
+sh_status coord_relay_open(coord_step *s, bool is_new);
+void coord_relay_close(sh_coord *c);
+/* It was a backup: the original may have sent under its epoch. Before open. */
+sh_status coord_relay_forget_epoch(coord_step *s);
+sh_status coord_relay_event(coord_step *s, const sh_coord_event *event);
+/* At the end of every step: begins what is due, sends, sets the timer. */
+sh_status coord_relay_end(coord_step *s);
+sh_status coord_relay_advance(coord_step *s);
+sh_status coord_relay_stacked(coord_step *s, const sh_coord_job_result *result);
+void coord_relay_job(const sh_coord *c, sh_coord_job *job);
+void coord_relay_plan(const coord_step *s, sh_msg_plan *plan);
+void coord_relay_status(const sh_coord *c, sh_coord_status *out);
+/* Calls fn for the release that is fetched, and for each update that is owed. */
+sh_status coord_relay_blobs(coord_step *s,
+                            sh_status (*fn)(coord_step *s, sh_buf *out, const sh_blob *blob),
+                            sh_buf *out);
 
 /* ---- coordinator_canary.c ---- */
 sh_status coord_canary_begin(coord_step *s);
@@ -324,28 +382,8 @@ sh_status coord_restored(coord_step *s, uint64_t made_ms);
 /* A node reports an active version that this store has never issued: it was set back without a
  * mark. The next version will be above it. */
 sh_status coord_lift(coord_step *s, uint64_t version);
+/* A release that a parent signed becomes the current one; its chunks are in the store. */
+sh_status coord_adopt(coord_step *s, sh_bytes manifest, uint64_t candidate, const char *verdict);
 void coord_release_release(coord_release *release);
-
-/* ---- coordinator_codec.c: bytes of rows, little-endian, bounds-checked; `bad` is sticky ---- */
-typedef struct {
-    const uint8_t *p, *end;
-    bool bad;
-} coord_reader;
-typedef struct {
-    sh_buf buf; /* released by the owner */
-    bool bad;
-} coord_writer;
-void coord_writer_init(coord_writer *w);
-void coord_put_uint(coord_writer *w, uint64_t x, unsigned bytes);
-void coord_put_f64(coord_writer *w, double x);
-void coord_put_bytes(coord_writer *w, const void *bytes, size_t n);
-void coord_put_hash(coord_writer *w, const sh_hash *h);
-void coord_put_text(coord_writer *w, const char *text); /* length byte, bytes */
-coord_reader coord_reader_of(sh_slice value);
-uint64_t coord_get_uint(coord_reader *r, unsigned bytes);
-double coord_get_f64(coord_reader *r);
-void coord_get_bytes(coord_reader *r, void *out, size_t n);
-sh_hash coord_get_hash(coord_reader *r);
-void coord_get_text(coord_reader *r, char *out, size_t out_bytes);
 
 #endif

@@ -1,8 +1,7 @@
 /*
  * Updates that stand for several: which keys may send them, and that no part counts twice.
  *
- * META "r" + key (32) -> version 1, nodes 4, nodes drifting 4: this key is a relay's, and what its
- * last check-in said of the nodes behind it.
+ * META "r" + key (32) -> version 1: this enrolled key is a relay's.
  *
  * A node that moves from one aggregator to another sends again what it had no answer to, and the
  * two ways may meet here. A part is therefore marked in SH_COORD_T_PART, by its own node, epoch and
@@ -29,54 +28,28 @@ static void relay_key(uint8_t out[RELAY_KEY_BYTES], const sh_hash *key)
     memcpy(out + 1, key->b, sizeof key->b);
 }
 
-sh_status coord_child_get(sh_txn *txn, const sh_hash *key, coord_child *child, sh_error *err)
+sh_status coord_is_relay(sh_txn *txn, const sh_hash *key, bool *is, sh_error *err)
 {
     uint8_t name[RELAY_KEY_BYTES];
     sh_slice value;
     relay_key(name, key);
     sh_status status = sh_txn_get(txn, SH_COORD_T_META, name, sizeof name, &value);
-    coord_child out = {0};
-    if (status == SH_ERR_NOT_FOUND) {
-        *child = out;
-        return SH_OK;
-    }
-    SH_TRY(status);
-    coord_reader r = coord_reader_of(value);
-    bool good = coord_get_uint(&r, 1) == RELAY_ROW_VERSION;
-    out.relay = true;
-    out.nodes = (uint32_t)coord_get_uint(&r, 4);
-    out.nodes_drifting = (uint32_t)coord_get_uint(&r, 4);
-    if (!good || r.bad || r.p != r.end)
-        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: the row of a relay cannot be read");
-    *child = out;
+    if (status != SH_OK && status != SH_ERR_NOT_FOUND)
+        return sh_fail(err, status, "coordinator: the row of a relay cannot be read");
+    *is = status == SH_OK;
     return SH_OK;
 }
 
-static sh_status child_put(coord_step *s, const sh_hash *key, const coord_child *child)
+sh_status coord_drifting(sh_txn *txn, const sh_hash *key, const sh_msg_checkin *checkin,
+                         uint32_t *n, sh_error *err)
 {
-    uint8_t name[RELAY_KEY_BYTES];
-    coord_writer w;
-    relay_key(name, key);
-    if (!child->relay)
-        return sh_txn_del(s->txn, SH_COORD_T_META, name, sizeof name, s->err);
-    coord_writer_init(&w);
-    coord_put_uint(&w, RELAY_ROW_VERSION, 1);
-    coord_put_uint(&w, child->nodes, 4);
-    coord_put_uint(&w, child->nodes_drifting, 4);
-    sh_status status = w.bad
-                           ? sh_fail(s->err, SH_ERR_NO_MEMORY, "coordinator: no memory for a row")
-                           : sh_txn_put(s->txn, SH_COORD_T_META, name, sizeof name, w.buf.data,
-                                        w.buf.len, s->err);
-    sh_buf_release(&w.buf);
-    return status;
+    bool relay = false;
+    SH_TRY(coord_is_relay(txn, key, &relay, err));
+    *n = relay ? SH_MIN(checkin->nodes_drifting, checkin->nodes) : checkin->drifting;
+    return SH_OK;
 }
 
-uint32_t coord_child_drifting(const coord_child *child, const sh_msg_checkin *checkin)
-{
-    return child->relay ? child->nodes_drifting : checkin->drifting;
-}
-
-sh_status coord_children_count(sh_coord *c, sh_txn *txn, sh_error *err)
+sh_status coord_relays_count(sh_coord *c, sh_txn *txn, sh_error *err)
 {
     sh_cursor *cursor = NULL;
     sh_slice key, value;
@@ -91,43 +64,31 @@ sh_status coord_children_count(sh_coord *c, sh_txn *txn, sh_error *err)
     return status == SH_ERR_NOT_FOUND ? SH_OK : status;
 }
 
-sh_status coord_child_permit(coord_step *s, const sh_hash *key, bool permit, bool *done)
+sh_status coord_relay_permit(coord_step *s, const sh_hash *key, bool permit, bool *done)
 {
     sh_coord *c = s->c;
-    coord_node node;
-    coord_child child;
+    const uint8_t value[] = {RELAY_ROW_VERSION};
+    uint8_t name[RELAY_KEY_BYTES];
+    uint32_t before = 0, after = 0;
+    sh_node_row node;
+    bool is = false;
     sh_status status = coord_node_get(s->txn, key, &node, s->err);
-    if (status == SH_ERR_NOT_FOUND || (status == SH_OK && node.row.revoked)) {
-        *done = false;
+    *done = status == SH_OK && !node.revoked;
+    if (!*done)
+        return status == SH_ERR_NOT_FOUND ? SH_OK : status;
+    SH_TRY(coord_is_relay(s->txn, key, &is, s->err));
+    if (is == permit)
         return SH_OK;
-    }
-    SH_TRY(status);
-    SH_TRY(coord_child_get(s->txn, key, &child, s->err));
-    if (child.relay == permit)
-        return SH_OK;
-    c->drifting -= coord_child_drifting(&child, &node.row.checkin);
-    child = (coord_child){.relay = permit};
-    c->drifting += coord_child_drifting(&child, &node.row.checkin);
-    c->relays += permit ? 1u : (uint32_t)-1;
-    return child_put(s, key, &child);
-}
-
-sh_status coord_child_checkin(coord_step *s, const sh_hash *key, const sh_msg_checkin *was,
-                              const sh_msg_checkin *now, bool *began)
-{
-    sh_coord *c = s->c;
-    coord_child child;
-    SH_TRY(coord_child_get(s->txn, key, &child, s->err));
-    uint32_t before = coord_child_drifting(&child, was);
-    if (child.relay) {
-        child.nodes = now->nodes;
-        child.nodes_drifting = SH_MIN(now->nodes_drifting, now->nodes);
-        SH_TRY(child_put(s, key, &child));
-    }
-    uint32_t after = coord_child_drifting(&child, now);
+    relay_key(name, key);
+    SH_TRY(coord_drifting(s->txn, key, &node.checkin, &before, s->err));
+    if (permit)
+        SH_TRY(sh_txn_put(s->txn, SH_COORD_T_META, name, sizeof name, value, sizeof value, s->err));
+    else
+        SH_TRY(sh_txn_del(s->txn, SH_COORD_T_META, name, sizeof name, s->err));
+    SH_TRY(coord_drifting(s->txn, key, &node.checkin, &after, s->err));
     c->drifting += after;
     c->drifting -= before;
-    *began = after > before;
+    c->relays += permit ? 1u : (uint32_t)-1;
     return SH_OK;
 }
 
@@ -162,8 +123,7 @@ static sh_status is_marked(coord_step *s, const sh_update_part *part, bool *mark
     sh_msg_item item = item_of(part);
     sh_inbox_verdict verdict = SH_INBOX_DUPLICATE;
     if (part->seq <= SH_SEQ_MAX)
-        SH_TRY(
-            sh_inbox_check(s->txn, SH_COORD_T_PART, &part->node, &item, &verdict, s->err));
+        SH_TRY(sh_inbox_check(s->txn, SH_COORD_T_PART, &part->node, &item, &verdict, s->err));
     *marked = verdict == SH_INBOX_DUPLICATE;
     return SH_OK;
 }
@@ -182,10 +142,10 @@ static sh_status has_row(coord_step *s, const sh_update_part *part, bool *has)
 sh_status coord_parts_reason(coord_step *s, const sh_update_id *id, const sh_update_meta *meta,
                              sh_reason *reason)
 {
-    coord_child child;
+    bool relay = false;
     if (meta->parts.n > 0) {
-        SH_TRY(coord_child_get(s->txn, &id->node, &child, s->err));
-        if (!child.relay) {
+        SH_TRY(coord_is_relay(s->txn, &id->node, &relay, s->err));
+        if (!relay) {
             *reason = SH_REASON_RELAY;
             return SH_OK;
         }
@@ -211,8 +171,8 @@ static sh_status mark(coord_step *s, const sh_update_part *part)
     sh_msg_ack ack;
     SH_TRY(sh_inbox_check(s->txn, SH_COORD_T_PART, &part->node, &item, &verdict, s->err));
     if (verdict == SH_INBOX_AHEAD) {
-        SH_TRY(sh_inbox_get_ack(s->txn, SH_COORD_T_PART, &part->node, part->epoch,
-                                SH_CLASS_UPDATE, &ack, s->err));
+        SH_TRY(sh_inbox_get_ack(s->txn, SH_COORD_T_PART, &part->node, part->epoch, SH_CLASS_UPDATE,
+                                &ack, s->err));
         sh_msg_item below = item;
         below.kind = SH_ITEM_TOMBSTONE;
         below.seq = ack.high_water + 1;

@@ -344,7 +344,7 @@ sh_status coord_end_round(coord_step *s)
 }
 
 bool coord_take_verdicts(coord_candidate *candidate, const sh_coord_job_result *result,
-                          uint32_t *good)
+                         uint32_t *good)
 {
     if (result->n_inputs != candidate->n_inputs)
         return false;
@@ -601,7 +601,8 @@ sh_status coord_begin_rounds(coord_step *s)
 {
     sh_coord *c = s->c;
     coord_state *state = &c->state;
-    if (c->relay != NULL || state->rounds_begun || state->closing || c->drifting < c->options.drifting_min)
+    if (c->relay != NULL || state->rounds_begun || state->closing ||
+        c->drifting < c->options.drifting_min)
         return SH_OK;
     state->rounds_begun = true;
     state->round = 1;

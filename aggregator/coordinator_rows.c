@@ -1,10 +1,8 @@
 /*
- * Rows of the tables NODE, UPDATE, RELEASE, EVALUATION and AUDIT, and the readers that reports use.
+ * Rows of the tables UPDATE, RELEASE, EVALUATION and AUDIT, and the readers that reports use.
  *
  * Integers little-endian; each value but an evaluation begins with a version byte: ROW_VERSION, or
  * 1 where ROW_VERSION_2 is written, which is read without what 2 added.
- * NODE     key -> version, revoked, enrolled_ms 8, last_ms 8, n_epochs 1, epochs 8 each, the last
- *          check-in's numbers, agent, kernel, from version 2 on name (length byte, text)
  * UPDATE   id 48 -> version, verdict, reason, 0, candidate 8, version 8, norm f64, cosine f64,
  *          sh_update_meta as it was sent (nothing when it was not readable)
  * RELEASE  'c' + candidate 8 (big-endian) -> the decided candidate; from version 2 on what canary
@@ -22,14 +20,13 @@
 #include "aggregator/coordinator_internal.h"
 
 #define ROW_VERSION         1
-#define ROW_VERSION_2       2 /* of NODE and candidates */
+#define ROW_VERSION_2       2 /* of candidates */
 #define UPDATE_HEADER_BYTES 36
 #define AUDIT_HEADER_BYTES  41
 #define TAG_CANDIDATE       'c'
 #define TAG_VERSION         'v'
 
-static sh_status put_writer(sh_txn *txn, unsigned table, sh_slice key, coord_writer *w,
-                            sh_error *err)
+sh_status coord_row_put(sh_txn *txn, unsigned table, sh_slice key, coord_writer *w, sh_error *err)
 {
     sh_status status;
     if (w->bad)
@@ -41,7 +38,7 @@ static sh_status put_writer(sh_txn *txn, unsigned table, sh_slice key, coord_wri
     return status;
 }
 
-static sh_status corrupt(sh_error *err, unsigned table)
+sh_status coord_row_corrupt(sh_error *err, unsigned table)
 {
     return sh_fail(err, SH_ERR_CORRUPT,
                    "coordinator: a row of table %s does not have this program's form",
@@ -79,94 +76,6 @@ int coord_id_compare(const void *a, const void *b)
     return x->seq < y->seq ? -1 : x->seq > y->seq;
 }
 
-/* ---- NODE ---- */
-
-sh_status coord_node_put(sh_txn *txn, const coord_node *node, sh_error *err)
-{
-    const sh_node_row *row = &node->row;
-    const sh_msg_checkin *in = &row->checkin;
-    coord_writer w;
-    coord_writer_init(&w);
-    coord_put_uint(&w, ROW_VERSION_2, 1);
-    coord_put_uint(&w, row->revoked, 1);
-    coord_put_uint(&w, row->enrolled_ms, 8);
-    coord_put_uint(&w, row->last_ms, 8);
-    coord_put_uint(&w, row->n_epochs, 1);
-    for (uint32_t i = 0; i < row->n_epochs; i++)
-        coord_put_uint(&w, node->epochs[i], 8);
-    const uint64_t numbers[] = {in->epoch,
-                                in->now_ms,
-                                in->active_version,
-                                in->confirmed_version,
-                                in->installing_version,
-                                in->training_round,
-                                in->examples,
-                                in->example_tokens,
-                                in->outbox_items,
-                                in->outbox_bytes,
-                                in->inferences,
-                                in->windows,
-                                in->drifting};
-    for (size_t i = 0; i < SH_COUNT(numbers); i++)
-        coord_put_uint(&w, numbers[i], 8);
-    for (int i = 0; i < SH_CLASSES; i++)
-        coord_put_uint(&w, in->dropped[i], 8);
-    coord_put_text(&w, row->agent);
-    coord_put_text(&w, row->kernel);
-    coord_put_text(&w, row->name);
-    return put_writer(txn, SH_COORD_T_NODE, (sh_slice){row->key.b, 32}, &w, err);
-}
-
-static sh_status node_decode(sh_slice key, sh_slice value, coord_node *node, sh_error *err)
-{
-    coord_node out = {0};
-    sh_node_row *row = &out.row;
-    sh_msg_checkin *in = &row->checkin;
-    coord_reader r = coord_reader_of(value);
-    uint64_t version = coord_get_uint(&r, 1);
-    bool good = version >= 1 && version <= ROW_VERSION_2 && key.n == 32;
-    if (good)
-        memcpy(row->key.b, key.data, 32);
-    row->revoked = coord_get_uint(&r, 1) != 0;
-    row->enrolled_ms = coord_get_uint(&r, 8);
-    row->last_ms = coord_get_uint(&r, 8);
-    row->n_epochs = (uint32_t)coord_get_uint(&r, 1);
-    if (!good || row->n_epochs > COORD_EPOCHS_MAX)
-        return corrupt(err, SH_COORD_T_NODE);
-    for (uint32_t i = 0; i < row->n_epochs; i++)
-        out.epochs[i] = coord_get_uint(&r, 8);
-    in->epoch = coord_get_uint(&r, 8);
-    in->now_ms = coord_get_uint(&r, 8);
-    in->active_version = coord_get_uint(&r, 8);
-    in->confirmed_version = coord_get_uint(&r, 8);
-    in->installing_version = coord_get_uint(&r, 8);
-    in->training_round = (uint32_t)coord_get_uint(&r, 8);
-    in->examples = coord_get_uint(&r, 8);
-    in->example_tokens = coord_get_uint(&r, 8);
-    in->outbox_items = coord_get_uint(&r, 8);
-    in->outbox_bytes = coord_get_uint(&r, 8);
-    in->inferences = coord_get_uint(&r, 8);
-    in->windows = coord_get_uint(&r, 8);
-    in->drifting = coord_get_uint(&r, 8) != 0;
-    for (int i = 0; i < SH_CLASSES; i++)
-        in->dropped[i] = coord_get_uint(&r, 8);
-    coord_get_text(&r, row->agent, sizeof row->agent);
-    coord_get_text(&r, row->kernel, sizeof row->kernel);
-    if (version >= 2)
-        coord_get_text(&r, row->name, sizeof row->name);
-    if (r.bad || r.p != r.end)
-        return corrupt(err, SH_COORD_T_NODE);
-    *node = out;
-    return SH_OK;
-}
-
-sh_status coord_node_get(sh_txn *txn, const sh_hash *key, coord_node *node, sh_error *err)
-{
-    sh_slice value;
-    SH_TRY(sh_txn_get(txn, SH_COORD_T_NODE, key->b, 32, &value));
-    return node_decode((sh_slice){key->b, 32}, value, node, err);
-}
-
 /* ---- UPDATE ---- */
 
 static void update_header(uint8_t h[UPDATE_HEADER_BYTES], const sh_update_row *row)
@@ -193,7 +102,7 @@ sh_status coord_update_put(sh_txn *txn, const sh_update_row *row, sh_bytes meta_
     coord_writer_init(&w);
     coord_put_bytes(&w, header, sizeof header);
     coord_put_bytes(&w, meta_bytes.data, meta_bytes.n);
-    return put_writer(txn, SH_COORD_T_UPDATE, (sh_slice){key, sizeof key}, &w, err);
+    return coord_row_put(txn, SH_COORD_T_UPDATE, (sh_slice){key, sizeof key}, &w, err);
 }
 
 static sh_status update_decode(const sh_update_id *id, sh_slice value, sh_update_row *row,
@@ -209,12 +118,12 @@ static sh_status update_decode(const sh_update_id *id, sh_slice value, sh_update
     out.norm = coord_get_f64(&r);
     out.cosine = coord_get_f64(&r);
     if (!good || r.bad || verdict > SH_VERDICT_RELAYED || reason >= SH_REASONS)
-        return corrupt(err, SH_COORD_T_UPDATE);
+        return coord_row_corrupt(err, SH_COORD_T_UPDATE);
     out.verdict = (sh_verdict)verdict;
     out.reason = (sh_reason)reason;
     /* What could not be read when it came cannot be read now. */
     if (r.p != r.end && sh_update_meta_decode(r.p, (size_t)(r.end - r.p), &out.meta, NULL) != SH_OK)
-        return corrupt(err, SH_COORD_T_UPDATE);
+        return coord_row_corrupt(err, SH_COORD_T_UPDATE);
     *row = out;
     return SH_OK;
 }
@@ -238,13 +147,13 @@ sh_status coord_update_set(sh_txn *txn, const sh_update_row *row, sh_error *err)
     sh_slice value;
     sh_status status = sh_txn_get(txn, SH_COORD_T_UPDATE, key, sizeof key, &value);
     if (status != SH_OK || value.n < sizeof header)
-        return corrupt(err, SH_COORD_T_UPDATE);
+        return coord_row_corrupt(err, SH_COORD_T_UPDATE);
     update_header(header, row);
     coord_writer w;
     coord_writer_init(&w);
     coord_put_bytes(&w, header, sizeof header);
     coord_put_bytes(&w, (const uint8_t *)value.data + sizeof header, value.n - sizeof header);
-    return put_writer(txn, SH_COORD_T_UPDATE, (sh_slice){key, sizeof key}, &w, err);
+    return coord_row_put(txn, SH_COORD_T_UPDATE, (sh_slice){key, sizeof key}, &w, err);
 }
 
 /* ---- RELEASE ---- */
@@ -284,7 +193,7 @@ sh_status coord_candidate_row_put(sh_txn *txn, const sh_release_row *row, sh_err
     }
     uint8_t key[9];
     release_key(key, TAG_CANDIDATE, row->candidate);
-    return put_writer(txn, SH_COORD_T_RELEASE, (sh_slice){key, sizeof key}, &w, err);
+    return coord_row_put(txn, SH_COORD_T_RELEASE, (sh_slice){key, sizeof key}, &w, err);
 }
 
 static sh_status release_decode(uint64_t candidate, sh_slice value, sh_release_row *row,
@@ -320,7 +229,7 @@ static sh_status release_decode(uint64_t candidate, sh_slice value, sh_release_r
     }
     if (!good || r.bad || n_merged > SH_COORD_BUFFER_MAX ||
         (size_t)(r.end - r.p) != n_merged * COORD_ID_BYTES)
-        return corrupt(err, SH_COORD_T_RELEASE);
+        return coord_row_corrupt(err, SH_COORD_T_RELEASE);
     if (n_merged > 0) {
         out.merged = sh_calloc((size_t)n_merged, sizeof *out.merged);
         if (out.merged == NULL)
@@ -357,7 +266,7 @@ sh_status coord_manifest_put(sh_txn *txn, uint64_t version, uint64_t candidate, 
     coord_put_bytes(&w, manifest.data, manifest.n);
     uint8_t key[9];
     release_key(key, TAG_VERSION, version);
-    return put_writer(txn, SH_COORD_T_RELEASE, (sh_slice){key, sizeof key}, &w, err);
+    return coord_row_put(txn, SH_COORD_T_RELEASE, (sh_slice){key, sizeof key}, &w, err);
 }
 
 sh_status coord_manifest_get(sh_txn *txn, uint64_t version, uint64_t *candidate, sh_slice *manifest,
@@ -371,7 +280,7 @@ sh_status coord_manifest_get(sh_txn *txn, uint64_t version, uint64_t *candidate,
     bool good = coord_get_uint(&r, 1) == ROW_VERSION;
     uint64_t number = coord_get_uint(&r, 8);
     if (!good || r.bad)
-        return corrupt(err, SH_COORD_T_RELEASE);
+        return coord_row_corrupt(err, SH_COORD_T_RELEASE);
     *candidate = number;
     *manifest = (sh_slice){r.p, (size_t)(r.end - r.p)};
     return SH_OK;
@@ -485,7 +394,7 @@ sh_status coord_audit(coord_step *s, const char *format, ...)
     sh_hash head = sh_blake2b(w.buf.data, w.buf.len);
     uint8_t key[8];
     sh_key_put_u64(key, state->audit_seq + 1);
-    SH_TRY(put_writer(s->txn, SH_COORD_T_AUDIT, (sh_slice){key, sizeof key}, &w, s->err));
+    SH_TRY(coord_row_put(s->txn, SH_COORD_T_AUDIT, (sh_slice){key, sizeof key}, &w, s->err));
     state->audit_seq++;
     state->audit_head = head;
     s->c->dirty = true;
@@ -494,10 +403,9 @@ sh_status coord_audit(coord_step *s, const char *format, ...)
 
 /* ---- readers ---- */
 
-/* Calls fn(arg, key, value) for each row of a table; SH_OK at the end. */
-static sh_status each_row(sh_txn *txn, unsigned table,
-                          sh_status (*fn)(void *arg, sh_slice key, sh_slice value), void *arg,
-                          sh_error *err)
+sh_status coord_each_row(sh_txn *txn, unsigned table,
+                         sh_status (*fn)(void *arg, sh_slice key, sh_slice value), void *arg,
+                         sh_error *err)
 {
     sh_cursor *cursor = NULL;
     SH_TRY(sh_cursor_open(txn, table, &cursor, err));
@@ -518,7 +426,6 @@ typedef struct {
     void *arg;
     sh_status (*update)(void *arg, const sh_update_row *row);
     sh_status (*candidate)(void *arg, const sh_release_row *row);
-    sh_status (*node)(void *arg, const sh_node_row *row);
     sh_status (*item)(void *arg, const sh_update_id *id, sh_bytes payload);
     sh_status (*audit)(void *arg, uint64_t seq, uint64_t at_ms, const char *text);
     unsigned table;
@@ -533,7 +440,7 @@ static sh_status read_update(void *arg, sh_slice key, sh_slice value)
     sh_update_id id;
     sh_update_row row;
     if (!coord_id_get(key, &id))
-        return corrupt(r->err, SH_COORD_T_UPDATE);
+        return coord_row_corrupt(r->err, SH_COORD_T_UPDATE);
     SH_TRY(update_decode(&id, value, &row, r->err));
     return r->update(r->arg, &row);
 }
@@ -542,7 +449,7 @@ sh_status sh_coord_each_update(sh_txn *txn, sh_status (*fn)(void *arg, const sh_
                                void *arg, sh_error *err)
 {
     reader r = {.arg = arg, .update = fn, .err = err};
-    return each_row(txn, SH_COORD_T_UPDATE, read_update, &r, err);
+    return coord_each_row(txn, SH_COORD_T_UPDATE, read_update, &r, err);
 }
 
 static sh_status read_candidate(void *arg, sh_slice key, sh_slice value)
@@ -550,7 +457,7 @@ static sh_status read_candidate(void *arg, sh_slice key, sh_slice value)
     reader *r = arg;
     const uint8_t *k = key.data;
     if (key.n != 9 || (k[0] != TAG_CANDIDATE && k[0] != TAG_VERSION))
-        return corrupt(r->err, SH_COORD_T_RELEASE);
+        return coord_row_corrupt(r->err, SH_COORD_T_RELEASE);
     if (k[0] == TAG_VERSION)
         return SH_OK;
     sh_release_row row;
@@ -565,22 +472,7 @@ sh_status sh_coord_each_candidate(sh_txn *txn,
                                   sh_error *err)
 {
     reader r = {.arg = arg, .candidate = fn, .err = err};
-    return each_row(txn, SH_COORD_T_RELEASE, read_candidate, &r, err);
-}
-
-static sh_status read_node(void *arg, sh_slice key, sh_slice value)
-{
-    reader *r = arg;
-    coord_node node;
-    SH_TRY(node_decode(key, value, &node, r->err));
-    return r->node(r->arg, &node.row);
-}
-
-sh_status sh_coord_each_node(sh_txn *txn, sh_status (*fn)(void *arg, const sh_node_row *row),
-                             void *arg, sh_error *err)
-{
-    reader r = {.arg = arg, .node = fn, .err = err};
-    return each_row(txn, SH_COORD_T_NODE, read_node, &r, err);
+    return coord_each_row(txn, SH_COORD_T_RELEASE, read_candidate, &r, err);
 }
 
 static sh_status read_item(void *arg, sh_slice key, sh_slice value)
@@ -588,7 +480,7 @@ static sh_status read_item(void *arg, sh_slice key, sh_slice value)
     reader *r = arg;
     sh_update_id id;
     if (!coord_id_get(key, &id))
-        return corrupt(r->err, r->table);
+        return coord_row_corrupt(r->err, r->table);
     return r->item(r->arg, &id, (sh_bytes){value.data, value.n});
 }
 
@@ -598,7 +490,7 @@ sh_status sh_coord_each_item(sh_txn *txn, unsigned table,
 {
     SH_ASSERT(table == SH_COORD_T_ALARM || table == SH_COORD_T_WINDOW);
     reader r = {.arg = arg, .item = fn, .table = table, .err = err};
-    return each_row(txn, table, read_item, &r, err);
+    return coord_each_row(txn, table, read_item, &r, err);
 }
 
 static sh_status read_audit(void *arg, sh_slice key, sh_slice value)
@@ -627,7 +519,7 @@ sh_status sh_coord_each_audit(sh_txn *txn,
                               void *arg, sh_error *err)
 {
     reader r = {.arg = arg, .audit = fn, .err = err};
-    SH_TRY(each_row(txn, SH_COORD_T_AUDIT, read_audit, &r, err));
+    SH_TRY(coord_each_row(txn, SH_COORD_T_AUDIT, read_audit, &r, err));
     /* The head in the state tells a log that was cut at its end from a whole one. */
     sh_coord c = {0};
     bool found = false;

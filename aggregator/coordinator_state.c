@@ -1,11 +1,11 @@
 /*
  * Rows of META. All integers little-endian.
  *   "schema"     version of the whole store, 4; absent: it is empty, or of version 1
- *   "state"      magic "SHCO", version 2, the fields of coord_state in the order of
+ *   "state"      magic "SHCO", version 3, the fields of coord_state in the order of
  *                coord_state_save, the first 8 bytes of BLAKE2b-256 of all that
- *   "candidate"  magic "SHCA", version 2, the candidate in progress with its inputs, checksum as
+ *   "candidate"  magic "SHCA", version 3, the candidate in progress with its inputs, checksum as
  *                above; absent when nothing is merged, gated or evaluated
- *   "backup"     magic "SHCB", version 2, time 8, checksum: this store is a copy
+ *   "backup"     magic "SHCB", version 3, time 8, checksum: this store is a copy
  *   "w" + id     payload of an update item whose chunks are on their way up
  */
 #include <stdlib.h>
@@ -16,7 +16,7 @@
 #define STATE_MAGIC     0x4f434853u /* "SHCO" */
 #define CANDIDATE_MAGIC 0x41434853u /* "SHCA" */
 #define BACKUP_MAGIC    0x42434853u /* "SHCB" */
-#define META_VERSION    2 /* of 1, which ends before the fields that 2 added, rows are read */
+#define META_VERSION    3 /* rows of 1 and 2, which end before the fields added since, are read */
 #define CHECKSUM_BYTES  8
 
 static const char state_key[] = "state";
@@ -100,6 +100,8 @@ sh_status coord_state_save(sh_coord *c, sh_txn *txn, sh_error *err)
     coord_put_uint(&w, s->restored, 1);
     coord_put_uint(&w, s->lifts, 4);
     coord_put_uint(&w, s->candidates_inconclusive, 8);
+    coord_put_uint(&w, s->restores, 4);
+    coord_put_uint(&w, s->clones, 8);
     SH_TRY(save(txn, state_key, &w, err));
     c->dirty = false;
     return SH_OK;
@@ -238,6 +240,17 @@ static sh_status candidate_load(sh_coord *c, sh_txn *txn, sh_error *err)
     return SH_OK;
 }
 
+/* What version 3 added. */
+static void read_state_3(coord_reader *r, coord_state *s, unsigned version)
+{
+    if (version < 3) {
+        s->restores = s->restored;
+        return;
+    }
+    s->restores = (uint32_t)coord_get_uint(r, 4);
+    s->clones = coord_get_uint(r, 8);
+}
+
 /* What version 2 added; a store of version 1 has all versions from 1 on, without gaps. */
 static void read_state_2(coord_reader *r, coord_state *s, unsigned version)
 {
@@ -291,6 +304,7 @@ sh_status coord_state_load(sh_coord *c, sh_txn *txn, bool *found, sh_error *err)
     s.audit_seq = coord_get_uint(&r, 8);
     s.audit_head = coord_get_hash(&r);
     read_state_2(&r, &s, version);
+    read_state_3(&r, &s, version);
     if (r.bad || r.p != r.end)
         return sh_fail(err, SH_ERR_CORRUPT, "coordinator: row \"state\" is cut short");
     s.phase = (coord_phase)phase;

@@ -2,6 +2,9 @@
 #include <stdlib.h>
 
 #include "aggregator/job_internal.h"
+#include "shared/base/file.h"
+
+_Static_assert(SH_COORD_STACK_RANK_MAX == SH_ADAPTER_RANK_MAX, "a stack is an adapter");
 
 /* The good sources as one adapter's bytes. */
 static sh_status make_stack(const sh_merge_job *o, const sh_model *model,

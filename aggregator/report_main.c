@@ -47,7 +47,7 @@ static sh_status survey_store(const char *dir, const sh_survey_options *options,
     char path[SH_PATH_BYTES];
     sh_store *store = NULL;
     sh_store_options o = {
-        .tables = sh_coord_tables, .n_tables = SH_COORD_TABLES, .read_only = true};
+        .tables = sh_coord_tables, .n_tables = SH_COORD_TABLES_REPORT, .read_only = true};
     SH_TRY(sh_path_join(path, sizeof(path), dir, "store", err));
     /* The simulator's aggregator has no folder of its own around its store. */
     SH_TRY(sh_store_open_lmdb(sh_file_exists(path) ? path : dir, &o, &store, err));

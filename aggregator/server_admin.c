@@ -124,6 +124,9 @@ static sh_status on_enrol(call *c)
         return sh_fail(c->err, SH_ERR_USAGE, "a node's name has at most %d bytes",
                        SH_NODE_NAME_MAX);
     SH_TRY(command(c, &e, "no more nodes can be enrolled; revoke some first"));
+    e.command = SH_COMMAND_RELAY;
+    e.number = json_is_true(json_object_get(c->request, "relay"));
+    SH_TRY(command(c, &e, "the key is not enrolled"));
     SH_TRY(server_keys_set(&c->s->allowed, &e.node, false, c->err));
     set_hash(c->reply, "key", &e.node);
     return SH_OK;
@@ -252,6 +255,25 @@ static json_t *updates_of(const sh_coord_status *now)
     return updates;
 }
 
+static json_t *parent_of(const sh_server *s, const sh_coord_status *now)
+{
+    json_t *parent = json_object();
+    char hex[17];
+    sh_json_set(parent, "endpoint", json_string(s->settings.upstream));
+    sh_json_set(parent, "state",
+                json_string(now->parent_welcome ? "welcome"
+                            : s->parent_refused ? "refused"
+                            : now->parent_up    ? "up"
+                                                : "down"));
+    set_hash(parent, "key", &s->parent_keys.public_key);
+    snprintf(hex, sizeof hex, "%016llx", (unsigned long long)now->parent_epoch);
+    sh_json_set(parent, "epoch", json_string(hex));
+    set_uint(parent, "updates", now->relayed);
+    set_uint(parent, "owed", now->relay_owed);
+    set_uint(parent, "taking", now->taking);
+    return parent;
+}
+
 static sh_status on_status(call *c)
 {
     sh_server *s = c->s;
@@ -293,7 +315,12 @@ static sh_status on_status(call *c)
     sh_json_set(r, "closed", json_boolean(now.closed));
     sh_json_set(r, "server_scale", sh_json_number((double)now.server_scale));
     set_uint(r, "bad_messages", now.bad_messages);
+    set_uint(r, "clones", now.clones);
     sh_json_set(r, "updates", updates_of(&now));
+    set_uint(r, "parts", now.parts);
+    set_uint(r, "relays", now.relays);
+    if (now.relay)
+        sh_json_set(r, "parent", parent_of(s, &now));
     return SH_OK;
 }
 
@@ -353,6 +380,12 @@ static sh_status add_node(void *arg, const sh_node_row *row)
     set_uint(r, "enrolled_ms", row->enrolled_ms);
     set_uint(r, "last_ms", row->last_ms);
     set_uint(r, "epochs", row->n_epochs);
+    set_uint(r, "clones", row->n_clones);
+    set_hash(r, "current_key", &row->current_key);
+    set_uint(r, "rotations", row->n_rotations);
+    sh_json_set(r, "device_class", json_string(row->device_class));
+    set_uint(r, "cores", row->cores);
+    set_uint(r, "memory_bytes", row->memory_bytes);
     sh_json_set(r, "agent", json_string(row->agent));
     sh_json_set(r, "kernel", json_string(row->kernel));
     set_uint(r, "version", in->active_version);

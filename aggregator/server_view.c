@@ -107,6 +107,7 @@ void server_view_refresh(sh_server *s)
         read_tables(s);
     v->at_ms = wall;
     v->started_ms = s->started_ms;
+    v->upstream = s->settings.upstream;
     v->up = s->coord != NULL && sh_clock_mono_ms() >= s->hold_until_ms;
     if (s->coord != NULL)
         v->coord = sh_coord_get_status(s->coord);
@@ -224,6 +225,9 @@ static void put_all(const server_view *v, sh_buf *out)
          (double)v->handshakes_refused},
         {"shoal_aggregator_bad_messages_total", "counter", "Messages that broke the protocol.",
          (double)c->bad_messages},
+        {"shoal_aggregator_clones_total", "counter",
+         "Second senders of an epoch (copied or restored node stores) that got a new one.",
+         (double)c->clones},
         {"shoal_aggregator_commits_total", "counter", "Transactions that were committed.",
          (double)v->counters.commits},
         {"shoal_aggregator_failed_steps_total", "counter", "Transactions that were taken back.",
@@ -237,6 +241,14 @@ static void put_all(const server_view *v, sh_buf *out)
     };
     for (size_t i = 0; i < SH_COUNT(ones); i++)
         sh_metric_one(out, ones[i].name, ones[i].type, ones[i].help, ones[i].value);
+    if (c->relay) {
+        sh_metric_one(out, "shoal_aggregator_parent_up", "gauge",
+                      "1: the parent of this relay has let it in.", c->parent_welcome);
+        sh_metric_one(out, "shoal_aggregator_relayed_total", "counter",
+                      "Updates made for the parent.", (double)c->relayed);
+        sh_metric_one(out, "shoal_aggregator_relay_owed", "gauge",
+                      "Of these, not yet acknowledged.", (double)c->relay_owed);
+    }
     put_nodes(v, out);
     put_updates(v, out);
     put_messages(v, out);

@@ -22,6 +22,8 @@ typedef struct {
     int64_t gate_tokens, objects_kept;
     int64_t canary_nodes_min, canary_tokens_min, canary_ms_max;
     double canary_share;
+    const char *upstream;
+    int64_t upstream_retry_min_ms, upstream_retry_max_ms, relay_wait_ms;
 } sh_aggregator_settings;
 
 /* The table begins with this many options that a configuration file has no use for. */

@@ -33,44 +33,11 @@ void node_note(node_step *s, sh_node_note note, uint64_t number)
     action->number = number;
 }
 
-bool node_may_send(const node_step *s)
-{
-    /* one place is the timer's */
-    return s->n->link != LINK_DOWN && s->actions->n < SH_NODE_ACTIONS_MAX - 1;
-}
-
-sh_status node_send(node_step *s, const sh_msg *msg)
-{
-    SH_ASSERT(node_may_send(s));
-    sh_buf bytes;
-    sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
-    sh_msg mine = *msg;
-    mine.version = s->n->version;
-    sh_status status = sh_msg_encode(&mine, &bytes, s->err);
-    if (status != SH_OK) {
-        sh_buf_release(&bytes);
-        return status;
-    }
-    node_act(s, SH_NODE_SEND)->message = bytes;
-    return SH_OK;
-}
-
-void node_retry_arm(node_step *s, node_retry *retry)
-{
-    const sh_node_options *o = &s->n->options;
-    uint64_t limit = o->retry_min_ms;
-    for (uint32_t i = 0; i < retry->attempt && limit < o->retry_max_ms; i++)
-        limit *= 2;
-    limit = SH_MIN(limit, o->retry_max_ms);
-    retry->attempt++;
-    retry->due_ms = s->now_ms + o->retry_min_ms + sh_rng_below(&s->n->rng, limit + 1);
-}
-
 /* Asks for the next TIMER where that has changed. */
 static void set_timer(node_step *s)
 {
     sh_node *n = s->n;
-    uint64_t due = SH_MIN(node_sync_due(n), node_monitor_due(n));
+    uint64_t due = SH_MIN(sh_link_due(&n->link), node_monitor_due(n));
     due = SH_MIN(due, SH_MIN(n->take_retry_ms, n->retain_ms));
     if (n->state.erasing)
         due = s->now_ms;
@@ -93,11 +60,11 @@ static sh_status finish(node_step *s)
 static sh_status check_options(const sh_node_options *o, sh_error *err)
 {
     if (o->retry_min_ms == 0 || o->retry_max_ms < o->retry_min_ms ||
-        o->retry_max_ms > NODE_RETURN_MAX_MS)
+        o->retry_max_ms > SH_LINK_RETURN_MAX_MS)
         return sh_fail(err, SH_ERR_USAGE,
                        "node: retry from %llu to %llu ms, it must be 1 <= least <= most <= %u",
                        (unsigned long long)o->retry_min_ms, (unsigned long long)o->retry_max_ms,
-                       NODE_RETURN_MAX_MS);
+                       SH_LINK_RETURN_MAX_MS);
     if (o->records_max == 0 || o->windows_max == 0 || o->feedback_tokens_max == 0)
         return sh_fail(err, SH_ERR_USAGE, "node: a ring of size 0 holds nothing");
     if (o->agent == NULL || o->kernel == NULL)
@@ -114,6 +81,7 @@ static sh_status make_new(node_step *s, sh_bytes genesis)
         SH_OK)
         return sh_fail_in(s->err, "genesis manifest");
     n->state = (node_state){
+        .epoch = n->link.epoch,
         .next_job = 1,
         .record_first = 1,
         .record_next = 1,
@@ -124,9 +92,6 @@ static sh_status make_new(node_step *s, sh_bytes genesis)
         .confirmed_version = manifest.version,
         .slots[0] = {manifest.version, manifest.model.sha256, manifest.model.bytes},
     };
-    while (n->state.epoch == 0)
-        n->state.epoch = sh_rng_u64(&n->rng);
-    SH_TRY(node_epoch_save(s));
     SH_TRY(node_manifest_put(s, node_meta_slot0, genesis));
     n->options.monitor.origin = n->state.epoch;
     SH_TRY(sh_monitor_create(&n->options.monitor, &n->monitor, s->err));
@@ -139,6 +104,7 @@ static sh_status load_or_make(node_step *s, sh_bytes genesis)
 {
     sh_node *n = s->n;
     SH_TRY(node_schema_open(s));
+    SH_TRY(node_link_open(s));
     sh_status status = node_state_load(s->txn, &n->state, s->err);
     if (status == SH_ERR_NOT_FOUND)
         return make_new(s, genesis);
@@ -161,13 +127,8 @@ sh_status sh_node_create(const sh_node_options *options, sh_bytes genesis_manife
     n->rng = *rng;
     n->armed_ms = n->take_retry_ms = NODE_NEVER;
     n->retain_ms = now_ms; /* looks once what has become too old */
-    n->version = SH_WIRE_VERSION;
-    n->enrol.due_ms = n->checkin.due_ms = n->want.due_ms = NODE_NEVER;
-    n->want_size = SH_WIRE_WANT_MAX;
     node_step s = {n, txn, actions, now_ms, err};
-    sh_outbox outbox = {.table = SH_NODE_T_OUTBOX, .meta_table = SH_NODE_T_META};
     sh_status status = SH_OK;
-    SH_GOTO(sh_outbox_get_counts(&outbox, txn, &n->counts, err));
     SH_GOTO(load_or_make(&s, genesis_manifest));
     SH_GOTO(node_slots_lost(&s, genesis_manifest));
     sh_node_action *activate = node_act(&s, SH_NODE_ACTIVATE);
@@ -278,15 +239,15 @@ sh_node_status sh_node_get_status(const sh_node *node)
         .bad_messages = st->bad_messages,
         .last_sync_ms = st->last_sync_ms,
         .last_completion = st->last_completion,
-        .link_up = node->link != LINK_DOWN,
+        .link_up = node->link.state != SH_LINK_DOWN,
         .drifting = st->drifting,
         .erasing = st->erasing,
-        .welcome = node->link == LINK_WELCOME,
+        .welcome = node->link.state == SH_LINK_WELCOME,
     };
     for (int c = 0; c < SH_CLASSES; c++) {
-        status.outbox_items += node->counts.items[c];
-        status.outbox_bytes += node->counts.bytes[c];
-        status.dropped[c] = node->counts.dropped[c];
+        status.outbox_items += node->link.counts.items[c];
+        status.outbox_bytes += node->link.counts.bytes[c];
+        status.dropped[c] = node->link.counts.dropped[c];
     }
     for (int m = 0; m < SH_METRICS; m++)
         status.log_evalue[m] = sh_monitor_log_evalue(node->monitor, (sh_metric)m);

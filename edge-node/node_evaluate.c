@@ -144,8 +144,10 @@ sh_status node_evaluate_advance(node_step *s)
     SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &plan.model, one, 1, &missing, s->err));
     if (missing == 0)
         status = start_job(s, &plan, &hashes);
-    else if (n->link != LINK_DOWN && n->want.due_ms == NODE_NEVER)
-        n->want = (node_retry){.due_ms = s->now_ms};
+    else if (n->link.want.due_ms == NODE_NEVER) {
+        sh_link_step link = node_link(s);
+        sh_link_want(&link);
+    }
 cleanup:
     sh_buf_release(&hashes);
     return status;

@@ -7,7 +7,7 @@
  *   node_rating.c   COMPLETION rows, and feedback by the id of one
  *   node_erase.c    what leaves by age, and what a user wrote
  *   node_monitor.c  inference records, windows, alarms, feedback
- *   node_sync.c     messages, check-in, outbox, chunks up
+ *   node_sync.c     what the link (shared/sync/link.h) asks: check-in, outbox, chunks
  *   node_release.c  manifests, chunks down, install, smoke, activate, confirm, fall back
  *   node_slots.c    releases whose files are gone
  *   node_train.c    training plans and what training made
@@ -20,19 +20,13 @@
 #define SH_EDGE_NODE_INTERNAL_H
 
 #include "edge-node/node.h"
-#include "shared/sync/sync.h"
+#include "shared/sync/link.h"
 
-#define NODE_NEVER           UINT64_MAX
+#define NODE_NEVER           SH_LINK_NEVER
 #define NODE_SLOTS           2
-#define NODE_REFUSED_MAX     16u /* refused versions that are remembered */
-#define NODE_JOB_TRIES_MAX   3u  /* of one installation, of one round's training */
-#define NODE_IN_FLIGHT_MAX   16u /* items sent and not acknowledged */
-#define NODE_SERVE_MAX       (2 * SH_WIRE_WANT_MAX) /* chunks asked of us and not yet sent */
-#define NODE_SERVE_STEP_MAX  16u                    /* chunks sent a step: 1 MiB */
-#define NODE_WANT_MIN        8u  /* chunks asked for at a time, after the peer sent fewer */
-#define NODE_NOTES_MAX       24u /* actions from which on notes are left out */
-#define NODE_RETURN_MIN_MS   100u
-#define NODE_RETURN_MAX_MS   (7u * 24 * 3600 * 1000)
+#define NODE_REFUSED_MAX     16u  /* refused versions that are remembered */
+#define NODE_JOB_TRIES_MAX   3u   /* of one installation, of one round's training */
+#define NODE_NOTES_MAX       24u  /* actions from which on notes are left out */
 #define NODE_MONITOR_SAVE    64u  /* inferences between two saves of the monitor */
 #define NODE_HEALTHY_NLL_MAX 50.0 /* nats a token: e^50 is past any vocabulary */
 #define NODE_CONTEXT_FACTOR  4u   /* all feedback tokens : target tokens */
@@ -83,46 +77,15 @@ typedef struct {
     uint32_t evaluate_tries;
 } node_state;
 
-typedef struct {
-    uint64_t due_ms; /* NODE_NEVER: nothing is to be sent */
-    uint32_t attempt;
-} node_retry;
-
-typedef enum {
-    LINK_DOWN,
-    LINK_TRYING /* enrolment sent, the rest goes on */,
-    LINK_WELCOME,
-    LINK_REJECTED
-} node_link;
-
-typedef struct {
-    bool used;
-    uint8_t cls;
-    uint64_t seq;
-    node_retry retry;
-} node_in_flight;
-
 struct sh_node {
     sh_node_options options;
     sh_rng rng;
     node_state state;
     sh_monitor *monitor;
     bool dirty, monitor_dirty;
-    sh_outbox_counts counts;
 
-    node_link link;
+    sh_link link;
     uint64_t armed_ms; /* of the last SET_TIMER */
-    uint64_t hold_ms;  /* the aggregator asked for quiet until then */
-    node_retry enrol, checkin, want;
-    node_in_flight in_flight[NODE_IN_FLIGHT_MAX];
-    uint64_t send_from[SH_CLASSES]; /* lower sequences were sent since the link came up */
-    uint8_t serve[NODE_SERVE_MAX * sizeof(sh_hash)];
-    uint32_t n_serve;
-    uint8_t asked[SH_WIRE_WANT_MAX * sizeof(sh_hash)];
-    uint32_t n_asked, asked_got, want_size;
-
-    uint32_t version;            /* of the protocol, that this link speaks */
-    node_retry bury[SH_CLASSES]; /* tombstones for what the aggregator forgot; see node_on_ack */
 
     uint64_t retain_ms;    /* when a row may be too old */
     uint64_t evaluate_job; /* id of the running EVALUATE; 0: none */
@@ -146,10 +109,6 @@ typedef struct {
 /* ---- node.c ---- */
 sh_node_action *node_act(node_step *s, sh_node_action_kind kind); /* NULL: the list is full */
 void node_note(node_step *s, sh_node_note note, uint64_t number);
-sh_status node_send(node_step *s, const sh_msg *msg);
-bool node_may_send(const node_step *s); /* there is a link and room in the list */
-/* Sets the time of the next try: retry_min, which an answer may take, and full jitter. */
-void node_retry_arm(node_step *s, node_retry *retry);
 static inline const node_release *node_active(const sh_node *n)
 {
     return &n->state.slots[n->state.active_slot];
@@ -159,7 +118,6 @@ static inline const node_release *node_active(const sh_node *n)
 sh_status node_state_load(sh_txn *txn, node_state *state, sh_error *err); /* SH_ERR_NOT_FOUND */
 sh_status node_state_save(node_step *s);
 sh_status node_monitor_load(node_step *s);
-sh_status node_epoch_save(node_step *s);
 extern const char node_meta_take[], node_meta_slot0[], node_meta_slot1[];
 sh_status node_manifest_put(node_step *s, const char *key, sh_bytes manifest);
 sh_status node_manifest_del(node_step *s, const char *key);
@@ -234,7 +192,8 @@ void node_monitor_release(node_step *s); /* the active release has changed */
 sh_status node_on_message(node_step *s, sh_bytes message);
 void node_on_link(node_step *s, bool up);
 sh_status node_pump(node_step *s);
-uint64_t node_sync_due(const sh_node *n);
+sh_link_step node_link(node_step *s);
+sh_status node_link_open(node_step *s);
 void node_checkin_soon(node_step *s);
 sh_status node_outbox_put(node_step *s, sh_class cls, sh_item_kind kind, sh_bytes payload);
 /* Deletes those chunks of blob that neither `keep` (may be NULL) nor the release being taken nor
@@ -244,8 +203,8 @@ sh_status node_chunks_delete(node_step *s, const sh_blob *blob, uint64_t except,
 
 /* ---- node_release.c ---- */
 sh_status node_on_manifest(node_step *s, sh_bytes manifest);
-sh_status node_on_chunk(node_step *s, const sh_msg_chunk *chunk);
-sh_status node_want(node_step *s);
+/* Chunks that the release being taken lacks, or else the candidate; see sh_link_callbacks. */
+sh_status node_missing(node_step *s, uint8_t *hashes, uint32_t max, uint32_t *n);
 sh_status node_take_advance(node_step *s);
 sh_status node_take_done(node_step *s, const sh_node_job_result *result);
 sh_status node_activate(node_step *s);

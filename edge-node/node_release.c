@@ -8,7 +8,6 @@
 #include "edge-node/node_internal.h"
 
 #include <math.h>
-#include <string.h>
 
 #define HASH_BYTES sizeof(sh_hash)
 
@@ -29,10 +28,10 @@ static void remember_refused(node_step *s, uint64_t version)
     node_note(s, SH_NOTE_RELEASE_REFUSED, version);
 }
 
-static void stop_asking(sh_node *n)
+static void stop_asking(node_step *s)
 {
-    n->want.due_ms = NODE_NEVER;
-    n->n_asked = n->asked_got = 0;
+    sh_link_step link = node_link(s);
+    sh_link_want_stop(&link);
 }
 
 /* Forgets the release being taken and those of its chunks that `next` (may be NULL) and owed
@@ -50,7 +49,7 @@ static sh_status take_drop(node_step *s, const sh_blob *next)
     n->take_job = 0;
     n->take_retry_ms = NODE_NEVER;
     n->dirty = true;
-    stop_asking(n);
+    stop_asking(s);
     SH_GOTO(node_chunks_delete(s, &manifest.model, 0, next));
     SH_GOTO(node_manifest_del(s, node_meta_take));
 cleanup:
@@ -95,71 +94,35 @@ sh_status node_on_manifest(node_step *s, sh_bytes bytes)
     st->take_tries = 0;
     st->taking = (node_release){version, manifest.model.sha256, manifest.model.bytes};
     n->dirty = true;
-    if (n->link != LINK_DOWN)
-        n->want = (node_retry){.due_ms = s->now_ms};
+    sh_link_step link = node_link(s);
+    sh_link_want(&link);
     return node_take_advance(s); /* every chunk may be here already */
 }
 
 /* ---- chunks down ---- */
 
-sh_status node_want(node_step *s)
+sh_status node_missing(node_step *s, uint8_t *hashes, uint32_t max, uint32_t *missing)
 {
     sh_node *n = s->n;
     sh_buf bytes = {0};
     sh_status status = SH_OK;
-    /* Asked again with something missing: the peer sends so many at a time, or some were lost. */
-    if (n->n_asked > 0 && n->asked_got > 0)
-        n->want_size = SH_MAX(n->asked_got, NODE_WANT_MIN);
-    if (n->asked_got > 0)
-        n->want.attempt = 0;
-    n->asked_got = 0;
-    n->n_asked = 0;
+    *missing = 0;
     if (n->state.take == TAKE_DOWNLOAD) {
         sh_manifest manifest;
         SH_GOTO(node_manifest_take(s, &bytes, &manifest));
-        SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &manifest.model, n->asked, n->want_size,
-                                &n->n_asked, s->err));
+        SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &manifest.model, hashes, max, missing,
+                                s->err));
     }
-    if (n->n_asked == 0 && n->evaluate && n->evaluate_job == 0) {
+    if (*missing == 0 && n->evaluate && n->evaluate_job == 0) {
         sh_evaluate_plan plan;
         sh_buf_release(&bytes);
         SH_GOTO(node_candidate_load(s, &bytes, &plan));
-        SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &plan.model, n->asked, n->want_size,
-                                &n->n_asked, s->err));
+        SH_GOTO(
+            sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &plan.model, hashes, max, missing, s->err));
     }
-    if (n->n_asked == 0) { /* a whole release waits for the active one's confirmation */
-        stop_asking(n);
-        goto cleanup;
-    }
-    sh_msg msg = {.type = SH_MSG_WANT, .want = {n->n_asked, n->asked}};
-    node_retry_arm(s, &n->want);
-    status = node_send(s, &msg);
-cleanup:
+cleanup: /* a whole release waits for the active one's confirmation: nothing is missing */
     sh_buf_release(&bytes);
     return status;
-}
-
-sh_status node_on_chunk(node_step *s, const sh_msg_chunk *chunk)
-{
-    sh_node *n = s->n;
-    for (uint32_t i = 0; i < n->n_asked; i++) {
-        uint8_t *asked = n->asked + i * HASH_BYTES;
-        if (memcmp(asked, chunk->hash.b, HASH_BYTES) != 0)
-            continue;
-        sh_error local = {0};
-        sh_status status = sh_chunk_put(s->txn, SH_NODE_T_CHUNK, chunk, &local);
-        if (status != SH_OK && status != SH_ERR_CORRUPT && s->err != NULL)
-            *s->err = local;
-        SH_TRY(status);
-        memmove(asked, n->asked + --n->n_asked * HASH_BYTES, HASH_BYTES);
-        n->asked_got++;
-        if (n->n_asked > 0)
-            return SH_OK;
-        n->want = (node_retry){.due_ms = s->now_ms}; /* the next ones */
-        SH_TRY(node_take_advance(s));
-        return node_evaluate_advance(s);
-    }
-    return SH_OK; /* not asked for, or come twice */
 }
 
 /* ---- jobs ---- */
@@ -213,7 +176,7 @@ sh_status node_take_advance(node_step *s)
             goto cleanup;
         st->take = TAKE_INSTALL;
         n->dirty = true;
-        stop_asking(n);
+        stop_asking(s);
     }
     status = start_job(s, SH_JOB_INSTALL, &manifest.model);
 cleanup:
@@ -249,8 +212,9 @@ sh_status node_take_done(node_step *s, const sh_node_job_result *result)
         st->take_tries++;
         if (is_final(result->status) || st->take_tries >= NODE_JOB_TRIES_MAX)
             return refuse_taking(s);
-        node_retry again = {.attempt = st->take_tries};
-        node_retry_arm(s, &again);
+        sh_retry again = {.attempt = st->take_tries};
+        sh_link_step link = node_link(s);
+        sh_link_arm(&link, &again);
         n->take_retry_ms = again.due_ms;
         return SH_OK;
     }

@@ -20,7 +20,6 @@
 #define CANDIDATE_HEAD    57
 
 static const char meta_state[] = "state";
-static const char meta_epoch[] = "epoch";
 static const char meta_monitor[] = "monitor";
 static const char meta_candidate[] = "candidate";
 const char node_meta_take[] = "take";
@@ -241,24 +240,11 @@ sh_status node_monitor_load(node_step *s)
     return SH_OK;
 }
 
-sh_status node_epoch_save(node_step *s)
-{
-    uint8_t value[8];
-    sh_key_put_u64(value, s->n->state.epoch);
-    return sh_txn_put(s->txn, SH_NODE_T_META, meta_epoch, sizeof(meta_epoch) - 1, value,
-                      sizeof(value), s->err);
-}
-
 sh_status sh_node_stored_epoch(sh_txn *txn, uint64_t *epoch, sh_error *err)
 {
-    sh_slice value;
-    sh_status status = sh_txn_get(txn, SH_NODE_T_META, meta_epoch, sizeof(meta_epoch) - 1, &value);
-    if (status != SH_OK)
-        return sh_fail(err, status, "no node was made in this store");
-    if (value.n != 8)
-        return sh_fail(err, SH_ERR_CORRUPT, "node epoch: %zu bytes, not 8", value.n);
-    *epoch = sh_key_get_u64(value.data);
-    return SH_OK;
+    sh_status status = sh_link_stored_epoch(txn, SH_NODE_T_META, epoch, err);
+    return status == SH_ERR_NOT_FOUND ? sh_fail(err, status, "no node was made in this store")
+                                      : status;
 }
 
 sh_status node_manifest_put(node_step *s, const char *key, sh_bytes manifest)

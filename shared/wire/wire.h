@@ -24,12 +24,12 @@
 #define SH_WIRE_ITEM_MAX     (256u << 10)
 #define SH_WIRE_MANIFEST_MAX (160u << 10)
 #define SH_WIRE_FORMAT_MAX   15
-#define SH_WIRE_WANT_MAX     64u /* chunks asked for in one WANT */
-#define SH_ACK_BITMAP_WORDS  16u /* 1,024 sequences above the high-water mark */
-#define SH_WIRE_LEASES_MAX   8u  /* in one ENROL */
-#define SH_WIRE_TOKEN_MAX    64u /* bytes of a token */
-#define SH_WIRE_CLASS_MAX    31  /* bytes of a device class's name */
-#define SH_WIRE_TIME_MAX     96u /* bytes of a signed time */
+#define SH_WIRE_WANT_MAX     64u   /* chunks asked for in one WANT */
+#define SH_ACK_BITMAP_WORDS  16u   /* 1,024 sequences above the high-water mark */
+#define SH_WIRE_LEASES_MAX   8u    /* in one ENROL */
+#define SH_WIRE_TOKEN_MAX    64u   /* bytes of a token */
+#define SH_WIRE_CLASS_MAX    31    /* bytes of a device class's name */
+#define SH_WIRE_TIME_MAX     96u   /* bytes of a signed time */
 #define SH_UPDATE_PARTS_MAX  1024u /* updates that a relay merges into one */
 
 typedef enum {
@@ -120,9 +120,9 @@ typedef struct {
     bool drifting; /* an alarm stands */
     /* from version 3 on */
     uint64_t disk_free, store_bytes, store_bytes_max;
-    uint64_t refused_full;  /* inferences and items that a full store did not take */
-    uint32_t stores_lost;   /* environments set aside as corrupt */
-    uint32_t conditions;    /* SH_CONDITION_ bits */
+    uint64_t refused_full; /* inferences and items that a full store did not take */
+    uint32_t stores_lost;  /* environments set aside as corrupt */
+    uint32_t conditions;   /* SH_CONDITION_ bits */
     uint64_t bytes_up_day, bytes_down_day;
     uint32_t nodes, nodes_drifting; /* behind a relay; a node: 0 */
 } sh_msg_checkin;
@@ -240,8 +240,8 @@ typedef struct { /* one node's update: what the aggregator needs to know before 
     sh_bytes parts; /* of a relay: n * SH_UPDATE_PART_BYTES, see sh_update_part_put; empty: the
                        sender trained it itself */
 } sh_update_meta;
-/* One node's update that a relay merged: who made it, as the relay knows it. Sorted by (node, epoch,
- * seq), each once; samples sum up to the update's. */
+/* One node's update that a relay merged: who made it, as the relay knows it. Sorted by (node,
+ * epoch, seq), each once; samples sum up to the update's. */
 typedef struct {
     sh_hash node;
     uint64_t epoch, seq, samples;

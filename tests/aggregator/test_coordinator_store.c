@@ -72,16 +72,15 @@ static uint64_t audit_length(sh_store *store)
 /* store-v1.txt: dumped by version 1. Three nodes began to drift; release 2, a refused candidate,
  * release 3 with one of its updates refused; one key revoked; then three updates in a candidate
  * that is at the gate, one that waits beside it, one whose chunk is still to come. */
-static void load_v1(rig *r, const char *dir)
+static void load(rig *r, const char *dir, const char *dump)
 {
     sh_store_options options = {.tables = sh_coord_tables, .n_tables = SH_COORD_TABLES};
     sh_error err = {0};
     rig_init(r, dir);
-    r->now_ms = 20000;
+    r->now_ms = 30000;
     r->options.drifting_min = 2;
     if (sh_store_open_lmdb(dir, &options, &r->store, &err) != SH_OK ||
-        dump_read(r->store, sh_coord_tables, SH_COORD_TABLES,
-                  SHOAL_SOURCE_DIR "/tests/aggregator/store-v1.txt", &err) != SH_OK)
+        dump_read(r->store, sh_coord_tables, SH_COORD_TABLES, dump, &err) != SH_OK)
         fail_msg("%s", err.text);
 }
 
@@ -150,6 +149,7 @@ static void expect_v1_life(rig *r)
     assert_string_equal(row.agent, "shoal-node 0.1");
     assert_string_equal(row.name, "");
     assert_int_equal(row.n_epochs, 2);
+    assert_int_equal(rig_count(r, SH_COORD_T_EPOCH), 7);
     assert_int_equal(row.checkin.active_version, 2);
     assert_true(node_of(r, 5).revoked);
     bool found;
@@ -180,7 +180,7 @@ static void test_a_store_of_version_1_goes_on(void **state)
     sh_error err = {0};
     assert_non_null(r);
     assert_non_null(actions);
-    load_v1(r, dir);
+    load(r, dir, SHOAL_SOURCE_DIR "/tests/aggregator/store-v1.txt");
     uint64_t audited = audit_length(r->store); /* readers take it as it is */
     assert_int_equal(audited, 11);
     if (create(r, actions, &err) != SH_OK)
@@ -222,6 +222,99 @@ static void test_a_store_of_version_1_goes_on(void **state)
     remove_store(dir);
 }
 
+/* store-v2.txt: dumped by version 2. Six nodes, node 0 with a name, node 3 with three stores, node
+ * 5 revoked; release 2, which two canary nodes scored; then a backup that was restored, which made
+ * release 21, and two updates that wait. */
+static void expect_v2_life(rig *r)
+{
+    sh_coord_status s = rig_status(r);
+    assert_int_equal(s.version, 21);
+    assert_int_equal(s.releases, 2);
+    assert_int_equal(s.enrolled, 5);
+    assert_int_equal(s.drifting, 1);
+    assert_int_equal(s.buffered, 2);
+    assert_int_equal(s.clones, 0);
+    assert_int_equal(rig_count(r, SH_COORD_T_EPOCH), 8);
+    assert_int_equal(rig_count(r, SH_COORD_T_ACCESS), 0);
+    sh_node_row row = node_of(r, 3), kitchen = node_of(r, 0);
+    sh_hash key = rig_key(3);
+    assert_int_equal(row.n_epochs, 3);
+    assert_string_equal(row.agent, "shoal-node 0.2");
+    assert_true(sh_hash_equal(&row.current_key, &key));
+    assert_string_equal(kitchen.name, "kitchen");
+    assert_int_equal(kitchen.checkin.active_version, 1);
+    assert_true(node_of(r, 2).checkin.drifting && !kitchen.checkin.drifting);
+    assert_true(node_of(r, 5).revoked);
+}
+
+/* The answer to an ENROL with these leases: whether the node has to take a new epoch. */
+static bool renews(rig *r, unsigned node, uint64_t epoch, const char *leases)
+{
+    uint8_t hashes[SH_WIRE_LEASES_MAX * 32] = {0};
+    uint32_t n = (uint32_t)strlen(leases);
+    for (uint32_t i = 0; i < n; i++)
+        hashes[i * 32] = (uint8_t)leases[i];
+    sh_msg msg = {.type = SH_MSG_ENROL,
+                  .enrol = {.epoch = epoch,
+                            .agent = "a",
+                            .kernel = "k",
+                            .device_class = "",
+                            .leases = {.n = n, .hashes = hashes}}};
+    assert_true(rig_send(r, node, &msg));
+    assert_true(rig_take(r, node, &msg));
+    assert_int_equal(msg.type, SH_MSG_WELCOME);
+    assert_true(msg.welcome.accepted);
+    return msg.welcome.renew;
+}
+
+static void test_a_store_of_version_2_goes_on(void **state)
+{
+    (void)state;
+    char dir[] = "/tmp/shoal-coordinator-XXXXXX";
+    assert_non_null(mkdtemp(dir));
+    rig *r = calloc(1, sizeof *r);
+    sh_coord_actions *actions = calloc(1, sizeof *actions);
+    sh_error err = {0};
+    assert_non_null(r);
+    assert_non_null(actions);
+    load(r, dir, SHOAL_SOURCE_DIR "/tests/aggregator/store-v2.txt");
+    uint64_t audited = audit_length(r->store);
+    assert_int_equal(node_of(r, 3).n_epochs, 3); /* readers take it as it is */
+    for (int i = 0; i < 2; i++) {                /* the second time there is nothing to migrate */
+        if (create(r, actions, &err) != SH_OK)
+            fail_msg("%s", err.text);
+        expect_v2_life(r);
+        assert_int_equal(audit_length(r->store), audited + 1);
+        assert_int_equal(actions->n, 0);
+        if (i == 0)
+            sh_coord_destroy(&r->coord);
+    }
+    /* The epochs that it had are known, and none has a lease: whoever comes first has it. */
+    rig_item(r, 3,
+             &(sh_msg_item){.epoch = 1001,
+                            .cls = SH_CLASS_WINDOW,
+                            .seq = 2,
+                            .last_seq = 2,
+                            .kind = SH_ITEM_WINDOW,
+                            .payload = {"window", 6}});
+    rig_drop_mail(r);
+    assert_int_equal(rig_count(r, SH_COORD_T_EPOCH), 8);
+    assert_false(renews(r, 3, 1001, "b"));
+    assert_true(renews(r, 3, 1001, "c"));
+    assert_int_equal(rig_count(r, SH_COORD_T_EPOCH), 8);
+    assert_int_equal(node_of(r, 3).n_epochs, 3);
+    rig_update u = rig_make(r, 2, 2);
+    assert_true(rig_offer(r, 2, &u));
+    assert_int_equal(r->job.kind, SH_COORD_MERGE);
+    sh_coord_destroy(&r->coord);
+    sh_store_close(&r->store);
+    rig_drop_mail(r);
+    free(r->job.inputs);
+    free(actions);
+    free(r);
+    remove_store(dir);
+}
+
 static void put_schema(rig *r, const void *bytes, size_t n)
 {
     sh_txn *txn = NULL;
@@ -238,14 +331,14 @@ static void test_a_newer_store_is_refused(void **state)
     sh_error err = {0};
     assert_non_null(actions);
     sh_coord_destroy(&r->coord);
-    put_schema(r, "\3\0\0\0", 4);
+    put_schema(r, "\4\0\0\0", 4);
     assert_int_equal(create(r, actions, &err), SH_ERR_UNSUPPORTED);
-    assert_non_null(strstr(err.text, "schema 3"));
+    assert_non_null(strstr(err.text, "schema 4"));
     put_schema(r, "\1\0\0\0", 4);
     assert_int_equal(create(r, actions, &err), SH_ERR_CORRUPT);
     put_schema(r, "\2\0", 2);
     assert_int_equal(create(r, actions, &err), SH_ERR_CORRUPT);
-    put_schema(r, "\2\0\0\0", 4);
+    put_schema(r, "\3\0\0\0", 4);
     assert_int_equal(create(r, actions, &err), SH_OK);
     sh_coord_actions_clear(actions);
     free(actions);
@@ -328,6 +421,76 @@ static void test_answers_are_in_the_askers_version(void **state)
     assert_true(rig_take(r, 0, &msg));
     assert_string_equal(msg.error.code, "unsupported");
     assert_int_equal(msg.version, SH_WIRE_VERSION);
+    finish(r);
+}
+
+/* ---- leases ---- */
+
+static void test_an_epoch_has_one_sender(void **state)
+{
+    (void)state;
+    rig *r = setup();
+    assert_false(renews(r, 0, 5, "a"));   /* the first start */
+    assert_false(renews(r, 0, 5, "a"));   /* another connection */
+    assert_false(renews(r, 0, 5, "ba"));  /* the second start */
+    assert_false(renews(r, 0, 5, "dcb")); /* the fourth, the third never got through */
+    /* A copy that was made before the third start: its newest welcomed lease is b. */
+    uint64_t audited = audit_length(r->store);
+    assert_true(renews(r, 0, 5, "xb"));
+    assert_true(renews(r, 0, 5, "yxb"));
+    assert_true(renews(r, 0, 5, "yxb"));
+    assert_false(renews(r, 0, 6, "y")); /* it took a new epoch */
+    assert_false(renews(r, 0, 5, "d")); /* and the first sender never noticed */
+    assert_false(renews(r, 0, 5, ""));  /* one that does not take part is not checked */
+    assert_false(renews(r, 0, 5, "d"));
+    assert_false(renews(r, 1, 5, "x")); /* another node's epoch of the same number */
+    assert_int_equal(rig_status(r).clones, 3);
+    assert_int_equal(r->notes[SH_CNOTE_CLONED], 3);
+    assert_int_equal(audit_length(r->store), audited + 2); /* the 1st and the 2nd, not the 3rd */
+    assert_int_equal(node_of(r, 0).n_clones, 3);
+    assert_int_equal(node_of(r, 0).n_epochs, 3); /* rig_enrol's, 5, 6 */
+    assert_int_equal(node_of(r, 1).n_clones, 0);
+    rig_reboot(r);
+    assert_int_equal(rig_status(r).clones, 3);
+    assert_true(renews(r, 0, 5, "xb"));
+    assert_false(renews(r, 0, 5, "d"));
+    finish(r);
+}
+
+/* A restored backup has leases of the past: nodes that went on since are no copies. */
+static void test_leases_across_a_restore(void **state)
+{
+    (void)state;
+    rig *r = setup();
+    assert_false(renews(r, 0, 5, "a"));
+    assert_false(renews(r, 1, 5, "a"));
+    sh_store *backup = rig_backup(r);
+    assert_false(renews(r, 0, 5, "ba"));
+    assert_false(renews(r, 0, 5, "cb"));
+    rig_restore(r, backup);
+    assert_false(renews(r, 0, 5, "dc")); /* a is long forgotten */
+    assert_true(renews(r, 0, 5, "xb"));  /* from here on it is checked again */
+    assert_false(renews(r, 0, 5, "d"));
+    assert_false(renews(r, 1, 5, "ba"));
+    assert_true(renews(r, 1, 5, "a"));
+    rig_restore(r, backup); /* a second time, the same copy */
+    assert_false(renews(r, 0, 5, "ed"));
+    assert_true(renews(r, 0, 5, "x"));
+    sh_store_close(&backup);
+    finish(r);
+}
+
+/* Nodes that speak version 2 have no leases, and are told nothing of renewals. */
+static void test_leases_and_older_nodes(void **state)
+{
+    (void)state;
+    rig *r = setup();
+    assert_false(renews(r, 0, 5, "a"));
+    r->wire = 2;
+    assert_false(renews(r, 0, 5, "x")); /* not in that version: left out */
+    r->wire = 0;
+    assert_false(renews(r, 0, 5, "a"));
+    assert_int_equal(rig_status(r).clones, 0);
     finish(r);
 }
 
@@ -784,7 +947,11 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_store_of_version_1_goes_on),
+        cmocka_unit_test(test_a_store_of_version_2_goes_on),
         cmocka_unit_test(test_a_newer_store_is_refused),
+        cmocka_unit_test(test_an_epoch_has_one_sender),
+        cmocka_unit_test(test_leases_across_a_restore),
+        cmocka_unit_test(test_leases_and_older_nodes),
         cmocka_unit_test(test_nodes_have_names),
         cmocka_unit_test(test_drift_is_noted_as_it_begins),
         cmocka_unit_test(test_answers_are_in_the_askers_version),

@@ -1,6 +1,6 @@
 /*
- * Manifests: the input as it is, and as the bytes that the right key signed. What is accepted
- * signs to the same bytes (Ed25519 is deterministic).
+ * What the release key signs, manifests and times: the input as it is, and as the bytes that the
+ * right key signed. What is accepted signs to the same bytes (Ed25519 is deterministic).
  */
 #include <string.h>
 
@@ -8,9 +8,26 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
+static void try_time(const uint8_t *data, size_t size, const sh_sign_public_key *pk,
+                     const sh_sign_secret_key *sk)
+{
+    uint64_t now_ms = 0;
+    sh_error err = {0};
+    if (sh_time_verify((sh_bytes){data, size}, pk, &now_ms, &err) != SH_OK) {
+        SH_ASSERT(err.text[0]);
+        return;
+    }
+    sh_buf again;
+    sh_buf_init(&again, SH_WIRE_TIME_MAX);
+    SH_ASSERT(sh_time_sign(now_ms, sk, &again, NULL) == SH_OK);
+    SH_ASSERT(again.len == size && memcmp(again.data, data, size) == 0);
+    sh_buf_release(&again);
+}
+
 static void try(const uint8_t *data, size_t size, const sh_sign_public_key *pk,
                 const sh_sign_secret_key *sk)
 {
+    try_time(data, size, pk, sk);
     sh_manifest manifest;
     sh_error err = {0};
     if (sh_manifest_verify(data, size, pk, &manifest, &err) != SH_OK) {

@@ -1,7 +1,7 @@
 /*
  * Messages: any bytes end in a status; what is accepted encodes to the same bytes. The input is
  * tried as it is, and, because nobody guesses a hash, as a type and a body in a right envelope, of
- * version 1, or 2 when the type's highest bit is set.
+ * version 1, or 2 when the type's highest bit is set, or 3 when the one below it is.
  */
 #include <string.h>
 
@@ -32,7 +32,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         return 0;
     sh_buf wrapped;
     sh_buf_init(&wrapped, SH_WIRE_MESSAGE_MAX);
-    sample_wrap(data[0] & 0x80 ? 2 : 1, data[0] & 0x7f, data + 1, size - 1, &wrapped);
+    unsigned version = data[0] & 0x40 ? 3 : data[0] & 0x80 ? 2 : 1;
+    sample_wrap(version, data[0] & 0x3f, data + 1, size - 1, &wrapped);
     try(wrapped.data, wrapped.len);
     sh_buf_release(&wrapped);
     return 0;

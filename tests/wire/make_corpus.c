@@ -24,16 +24,17 @@ static void save(const char *corpus, const char *name, const void *bytes, size_t
     }
 }
 
-/* The message, and its type (with the highest bit: version 2) and body alone, which the fuzzer can
- * change. */
+/* The message, and its type (with the highest bit: version 2; with the next: version 3) and body
+ * alone, which the fuzzer can change. */
 static void save_message(const char *name, const sh_msg *msg, sh_buf *buf)
 {
+    static const uint8_t bits[] = {0, 0x80, 0x40};
     char body[64];
     sh_buf_clear(buf);
     SH_ASSERT(sh_msg_encode(msg, buf, NULL) == SH_OK);
     save("wire_msg", name, buf->data, buf->len);
     size_t head = buf->len - 23 > 0xff ? 24 : 23;
-    buf->data[head - 1] = (uint8_t)(msg->type | (msg->version == 2 ? 0x80 : 0));
+    buf->data[head - 1] = (uint8_t)(msg->type | bits[msg->version - 1]);
     snprintf(body, sizeof(body), "%s-body", name);
     save("wire_msg", body, buf->data + head - 1, buf->len - head + 1);
 }
@@ -62,6 +63,57 @@ static void messages_2(sh_rng *rng, sample *s, sh_buf *buf)
             snprintf(name, sizeof(name), "%s-%d-v2", sh_msg_type_name(types[t]), i);
             save_message(name, &s->msg, buf);
         }
+}
+
+/* Those whose body version 3 changed. */
+static void messages_3(sh_rng *rng, sample *s, sh_buf *buf)
+{
+    static const sh_msg_type types[] = {SH_MSG_ENROL, SH_MSG_WELCOME, SH_MSG_CHECKIN, SH_MSG_PLAN,
+                                        SH_MSG_ROTATE};
+    for (size_t t = 0; t < SH_COUNT(types); t++)
+        for (int i = 0; i < 4; i++) {
+            char name[48];
+            sample_msg(rng, types[t], SIZE_MAX_SMALL, s);
+            sample_msg_2(rng, s);
+            sample_msg_3(rng, s);
+            snprintf(name, sizeof(name), "%s-%d-v3", sh_msg_type_name(types[t]), i);
+            save_message(name, &s->msg, buf);
+        }
+}
+
+static void relayed(sh_buf *buf)
+{
+    for (uint32_t i = 0; i < 4; i++) {
+        static sample_payloads p;
+        char name[64];
+        sh_rng rng;
+        sh_rng_init(&rng, i, 0, 11);
+        sample_payload(&rng, &p);
+        sample_relayed(i, 1 + 3 * i, &p);
+        sh_buf_clear(buf);
+        SH_ASSERT(sh_update_meta_encode(&p.update, buf, NULL) == SH_OK);
+        snprintf(name, sizeof(name), "update-%u-v2", (unsigned)i);
+        save("wire_payload", name, buf->data, buf->len);
+    }
+}
+
+/* Stamps, for the fuzzer of what is signed: whole, and what the right key is to sign. */
+static void times(sh_buf *buf)
+{
+    static const uint8_t seed[32] = {7};
+    static const uint64_t at_ms[] = {0, 1767225600000, UINT64_MAX};
+    sh_sign_public_key pk;
+    sh_sign_secret_key sk;
+    sh_sign_keypair(seed, &pk, &sk);
+    for (size_t i = 0; i < SH_COUNT(at_ms); i++) {
+        char name[64];
+        sh_buf_clear(buf);
+        SH_ASSERT(sh_time_sign(at_ms[i], &sk, buf, NULL) == SH_OK);
+        snprintf(name, sizeof(name), "time-%zu", i);
+        save("wire_manifest", name, buf->data, buf->len);
+        snprintf(name, sizeof(name), "time-%zu-unsigned", i);
+        save("wire_manifest", name, buf->data, buf->len - sizeof(sh_signature));
+    }
 }
 
 static void payloads(sh_rng *rng, sh_buf *buf)
@@ -110,6 +162,9 @@ int main(int argc, char **argv)
     messages(&rng, &s, &buf);
     payloads(&rng, &buf);
     messages_2(&rng, &s, &buf);
+    messages_3(&rng, &s, &buf);
+    relayed(&buf);
+    times(&buf);
     sh_buf_release(&buf);
     return 0;
 }

@@ -36,11 +36,12 @@ static double real(sh_rng *rng)
     return ldexp(sh_rng_unit(rng) - 0.5, (int)sh_rng_below(rng, 200) - 100);
 }
 
-static const char *text(sh_rng *rng, char *out)
+static const char *text(sh_rng *rng, size_t max, char *out)
 {
     static const char *const pieces[] = {"a", "Z",  " ", "~",   "é",
                                          "ß", "漢", "🐟", "0.1", "\xc2\xa0"};
     size_t want = sh_rng_below(rng, 4) ? sh_rng_below(rng, 40) : SH_WIRE_TEXT_MAX;
+    want = SH_MIN(want, max);
     size_t n = 0;
     for (;;) {
         const char *piece = pieces[sh_rng_below(rng, SH_COUNT(pieces))];
@@ -132,14 +133,14 @@ void sample_msg(sh_rng *rng, sh_msg_type type, size_t size_max, sample *out)
     switch (type) {
     case SH_MSG_ENROL:
         m->enrol.epoch = number(rng, UINT64_MAX);
-        m->enrol.agent = text(rng, out->text[0]);
-        m->enrol.kernel = text(rng, out->text[1]);
+        m->enrol.agent = text(rng, SH_WIRE_TEXT_MAX, out->text[0]);
+        m->enrol.kernel = text(rng, SH_WIRE_TEXT_MAX, out->text[1]);
         m->enrol.cores = (uint32_t)number(rng, UINT32_MAX);
         m->enrol.memory_bytes = number(rng, UINT64_MAX);
         break;
     case SH_MSG_WELCOME:
         m->welcome.accepted = sh_rng_below(rng, 2) == 1;
-        m->welcome.text = text(rng, out->text[0]);
+        m->welcome.text = text(rng, SH_WIRE_TEXT_MAX, out->text[0]);
         break;
     case SH_MSG_CHECKIN:
         sample_checkin(rng, &m->checkin);
@@ -170,10 +171,11 @@ void sample_msg(sh_rng *rng, sh_msg_type type, size_t size_max, sample *out)
         fill(rng, out->bytes, m->chunk.bytes.n);
         break;
     case SH_MSG_ERROR:
-        m->error = (sh_msg_error){text(rng, out->text[0]), text(rng, out->text[1]),
-                                  number(rng, UINT64_MAX)};
+        m->error =
+            (sh_msg_error){text(rng, SH_WIRE_TEXT_MAX, out->text[0]),
+                           text(rng, SH_WIRE_TEXT_MAX, out->text[1]), number(rng, UINT64_MAX)};
         break;
-    case SH_MSG_ROTATE: /* version 1 has none */
+    case SH_MSG_ROTATE: /* version 1 has none: sample_msg_3 fills it */
         break;
     }
 }
@@ -197,6 +199,60 @@ void sample_msg_2(sh_rng *rng, sample *out)
                                               number(rng, UINT64_MAX), blob(rng, out->hashes)};
     if (m->type == SH_MSG_ITEM && m->item.kind == SH_ITEM_WINDOW && sh_rng_below(rng, 2))
         m->item.kind = SH_ITEM_EVALUATION;
+}
+
+static sh_bytes bin(sh_rng *rng, size_t max, uint8_t *out)
+{
+    sh_bytes b = {out, sh_rng_below(rng, 3) ? sh_rng_below(rng, max + 1) : max};
+    fill(rng, out, b.n);
+    return b;
+}
+
+static void sample_checkin_3(sh_rng *rng, sh_msg_checkin *c)
+{
+    c->disk_free = number(rng, UINT64_MAX);
+    c->store_bytes = number(rng, UINT64_MAX);
+    c->store_bytes_max = number(rng, UINT64_MAX);
+    c->refused_full = number(rng, UINT64_MAX);
+    c->stores_lost = (uint32_t)number(rng, UINT32_MAX);
+    c->conditions = (uint32_t)number(rng, SH_CONDITIONS_ALL);
+    c->bytes_up_day = number(rng, UINT64_MAX);
+    c->bytes_down_day = number(rng, UINT64_MAX);
+    c->nodes = (uint32_t)number(rng, UINT32_MAX);
+    c->nodes_drifting = (uint32_t)number(rng, UINT32_MAX);
+}
+
+void sample_msg_3(sh_rng *rng, sample *out)
+{
+    sh_msg *m = &out->msg;
+    m->version = 3;
+    switch (m->type) {
+    case SH_MSG_ENROL:
+        m->enrol.device_class = text(rng, SH_WIRE_CLASS_MAX, out->text[2]);
+        m->enrol.disk_bytes = number(rng, UINT64_MAX);
+        m->enrol.slots = (uint32_t)number(rng, UINT32_MAX);
+        m->enrol.token = bin(rng, SH_WIRE_TOKEN_MAX, out->bytes);
+        m->enrol.leases.n = (uint32_t)sh_rng_below(rng, SH_WIRE_LEASES_MAX + 1);
+        m->enrol.leases.hashes = out->hashes;
+        fill(rng, out->hashes, (size_t)m->enrol.leases.n * 32);
+        break;
+    case SH_MSG_WELCOME:
+        m->welcome.renew = sh_rng_below(rng, 2) == 1;
+        m->welcome.retry_after_ms = number(rng, UINT64_MAX);
+        break;
+    case SH_MSG_CHECKIN:
+        sample_checkin_3(rng, &m->checkin);
+        break;
+    case SH_MSG_PLAN:
+        m->plan.time = bin(rng, SH_WIRE_TIME_MAX, out->time);
+        break;
+    case SH_MSG_ROTATE:
+        m->rotate.key = hash(rng);
+        m->rotate.token = bin(rng, SH_WIRE_TOKEN_MAX, out->bytes);
+        break;
+    default: /* as in version 2 */
+        break;
+    }
 }
 
 /* With numbers of its own: those of the others are recorded in the corpus. */
@@ -256,6 +312,27 @@ void sample_payload(sh_rng *rng, sample_payloads *out)
     out->update.blob.n_chunks = out->manifest.model.n_chunks;
     out->update.blob.bytes = out->manifest.model.bytes;
     sample_evaluation(version, &out->evaluation);
+}
+
+/* As a relay passes it on: in sorted parts. */
+void sample_relayed(uint64_t seed, uint32_t n, sample_payloads *out)
+{
+    sh_rng own;
+    sh_rng_init(&own, seed, 0, 10);
+    SH_ASSERT(n > 0 && n <= SAMPLE_PARTS);
+    sh_update_part part = {.node = hash(&own)};
+    out->update.samples = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        /* Here of the same epoch, there of the same node, there of another. */
+        uint64_t next = i == 0 ? 0 : sh_rng_below(&own, 3);
+        part.node.b[0] = (uint8_t)((i == 0 ? part.node.b[0] % 64 : part.node.b[0]) + (next == 2));
+        part.epoch = next == 2 ? number(&own, 1000) : part.epoch + (next == 1);
+        part.seq = next == 0 ? part.seq + 1 : 1 + number(&own, 1000);
+        part.samples = 1 + number(&own, 1 << 20);
+        out->update.samples += part.samples;
+        sh_update_part_put(out->parts + (size_t)i * SH_UPDATE_PART_BYTES, &part);
+    }
+    out->update.parts = (sh_bytes){out->parts, (size_t)n * SH_UPDATE_PART_BYTES};
 }
 
 void sample_wrap(uint64_t version, uint8_t type, const void *body, size_t n, sh_buf *out)

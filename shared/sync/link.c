@@ -1,0 +1,549 @@
+#include "shared/sync/link.h"
+
+#include <string.h>
+
+#define HASH_BYTES sizeof(sh_hash)
+
+static sh_outbox outbox_of(const sh_link_step *s)
+{
+    sh_outbox outbox = s->link->options.outbox;
+    outbox.arg = s->arg;
+    return outbox;
+}
+
+void sh_link_arm(const sh_link_step *s, sh_retry *retry)
+{
+    const sh_link_options *o = &s->link->options;
+    uint64_t limit = o->retry_min_ms;
+    for (uint32_t i = 0; i < retry->attempt && limit < o->retry_max_ms; i++)
+        limit *= 2;
+    limit = SH_MIN(limit, o->retry_max_ms);
+    retry->attempt++;
+    retry->due_ms = s->now_ms + o->retry_min_ms + sh_rng_below(s->rng, limit + 1);
+}
+
+/* ---- open, up, down ---- */
+
+sh_status sh_link_stored_epoch(sh_txn *txn, unsigned meta_table, uint64_t *epoch, sh_error *err)
+{
+    sh_slice value;
+    sh_status status =
+        sh_txn_get(txn, meta_table, SH_LINK_META_EPOCH, sizeof(SH_LINK_META_EPOCH) - 1, &value);
+    if (status == SH_ERR_NOT_FOUND)
+        return status;
+    if (status != SH_OK)
+        return sh_fail(err, status, "link: the epoch cannot be read");
+    if (value.n != 8)
+        return sh_fail(err, SH_ERR_CORRUPT, "link: an epoch of %zu bytes, not 8", value.n);
+    *epoch = sh_key_get_u64(value.data);
+    return SH_OK;
+}
+
+static sh_status load_or_draw_epoch(const sh_link_step *s)
+{
+    sh_link *l = s->link;
+    unsigned meta = l->options.outbox.meta_table;
+    sh_status status = sh_link_stored_epoch(s->txn, meta, &l->epoch, s->err);
+    if (status != SH_ERR_NOT_FOUND)
+        return status;
+    uint8_t value[8];
+    while (l->epoch == 0)
+        l->epoch = sh_rng_u64(s->rng);
+    sh_key_put_u64(value, l->epoch);
+    return sh_txn_put(s->txn, meta, SH_LINK_META_EPOCH, sizeof(SH_LINK_META_EPOCH) - 1, value,
+                      sizeof(value), s->err);
+}
+
+static sh_status load_counts(const sh_link_step *s)
+{
+    sh_outbox outbox = outbox_of(s);
+    return sh_outbox_get_counts(&outbox, s->txn, &s->link->counts, s->err);
+}
+
+/* Everything owed goes out again. */
+static void forget_flight(sh_link *l)
+{
+    memset(l->in_flight, 0, sizeof(l->in_flight));
+    memset(l->send_from, 0, sizeof(l->send_from));
+}
+
+static void set_state(const sh_link_step *s, sh_link_state state)
+{
+    sh_link *l = s->link;
+    l->state = state;
+    uint64_t due = state == SH_LINK_DOWN ? SH_LINK_NEVER : s->now_ms;
+    l->enrol = l->checkin = (sh_retry){.due_ms = due};
+    l->want = (sh_retry){.due_ms = SH_LINK_NEVER};
+    l->version = SH_WIRE_VERSION;
+    memset(l->bury, 0, sizeof(l->bury));
+    forget_flight(l);
+    l->n_serve = l->n_asked = l->asked_got = 0;
+    l->want_size = SH_WIRE_WANT_MAX;
+    l->hold_ms = 0;
+}
+
+sh_status sh_link_open(const sh_link_step *s, const sh_link_options *options)
+{
+    *s->link = (sh_link){.options = *options};
+    set_state(s, SH_LINK_DOWN);
+    SH_TRY(load_counts(s));
+    return load_or_draw_epoch(s);
+}
+
+void sh_link_up(const sh_link_step *s)
+{
+    set_state(s, SH_LINK_TRYING);
+}
+
+void sh_link_down(const sh_link_step *s)
+{
+    set_state(s, SH_LINK_DOWN);
+}
+
+void sh_link_checkin_soon(const sh_link_step *s)
+{
+    if (s->link->state != SH_LINK_DOWN)
+        s->link->checkin = (sh_retry){.due_ms = s->now_ms};
+}
+
+sh_status sh_link_put(const sh_link_step *s, sh_class cls, sh_item_kind kind, sh_bytes payload,
+                      uint64_t *seq)
+{
+    sh_outbox outbox = outbox_of(s);
+    uint64_t put;
+    SH_TRY(sh_outbox_put(&outbox, s->txn, cls, kind, payload, &put, s->err));
+    SH_ASSERT(put == s->link->counts.next_seq[cls]);
+    if (seq != NULL)
+        *seq = put;
+    /* A tombstone that a quota put here has the sequence of the oldest item, which is in flight or
+     * not sent yet: it goes out as that one would have. */
+    return load_counts(s);
+}
+
+/* ---- what goes out ---- */
+
+static bool may_send(const sh_link_step *s)
+{
+    return s->link->state != SH_LINK_DOWN && s->link->options.callbacks->may_send(s->arg);
+}
+
+static sh_status send_msg(const sh_link_step *s, const sh_msg *msg)
+{
+    sh_buf bytes;
+    sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
+    sh_msg mine = *msg;
+    mine.version = s->link->version;
+    sh_status status = sh_msg_encode(&mine, &bytes, s->err);
+    if (status == SH_OK)
+        s->link->options.callbacks->send(s->arg, &bytes);
+    sh_buf_release(&bytes);
+    return status;
+}
+
+static sh_status send_enrol(const sh_link_step *s)
+{
+    sh_link *l = s->link;
+    sh_msg msg = {.type = SH_MSG_ENROL, .enrol = l->options.enrol};
+    msg.enrol.epoch = l->epoch;
+    sh_link_arm(s, &l->enrol);
+    return send_msg(s, &msg);
+}
+
+static sh_status send_checkin(const sh_link_step *s)
+{
+    sh_link *l = s->link;
+    sh_msg msg = {.type = SH_MSG_CHECKIN};
+    sh_msg_checkin *c = &msg.checkin;
+    *c = (sh_msg_checkin){.epoch = l->epoch, .now_ms = s->now_ms};
+    for (int cls = 0; cls < SH_CLASSES; cls++) {
+        c->outbox_items += l->counts.items[cls];
+        c->outbox_bytes += l->counts.bytes[cls];
+        c->dropped[cls] = l->counts.dropped[cls];
+    }
+    SH_TRY(l->options.callbacks->fill_checkin(s->arg, c));
+    sh_link_arm(s, &l->checkin);
+    return send_msg(s, &msg);
+}
+
+static sh_status send_item(const sh_link_step *s, sh_in_flight *f, const sh_msg_item *item)
+{
+    sh_msg msg = {.type = SH_MSG_ITEM, .item = *item};
+    msg.item.epoch = s->link->epoch;
+    sh_link_arm(s, &f->retry);
+    return send_msg(s, &msg);
+}
+
+static bool is_in_flight(const sh_link *l, uint8_t cls, uint64_t seq)
+{
+    for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++)
+        if (l->in_flight[i].used && l->in_flight[i].cls == cls && l->in_flight[i].seq == seq)
+            return true;
+    return false;
+}
+
+static sh_status resend_items(const sh_link_step *s, const sh_outbox *outbox)
+{
+    for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX && may_send(s); i++) {
+        sh_in_flight *f = &s->link->in_flight[i];
+        sh_msg_item item;
+        if (!f->used || f->retry.due_ms > s->now_ms)
+            continue;
+        sh_status status = sh_outbox_next(outbox, s->txn, f->cls, f->seq, &item);
+        if (status != SH_OK && status != SH_ERR_NOT_FOUND)
+            return sh_fail(s->err, status, "outbox: cannot be read");
+        if (status == SH_ERR_NOT_FOUND || item.seq != f->seq)
+            f->used = false; /* a tombstone has taken its place */
+        else
+            SH_TRY(send_item(s, f, &item));
+    }
+    return SH_OK;
+}
+
+static sh_in_flight *free_flight(sh_link *l)
+{
+    for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++)
+        if (!l->in_flight[i].used)
+            return &l->in_flight[i];
+    return NULL;
+}
+
+static sh_status send_items(const sh_link_step *s)
+{
+    sh_link *l = s->link;
+    sh_outbox outbox = outbox_of(s);
+    SH_TRY(resend_items(s, &outbox));
+    for (unsigned cls = 0; cls < SH_CLASSES; cls++) {
+        while (l->counts.items[cls] > 0 && l->send_from[cls] < l->counts.next_seq[cls]) {
+            sh_in_flight *f = free_flight(l);
+            sh_msg_item item;
+            if (f == NULL || !may_send(s))
+                return SH_OK;
+            sh_status status =
+                sh_outbox_next(&outbox, s->txn, (sh_class)cls, l->send_from[cls], &item);
+            if (status == SH_ERR_NOT_FOUND) {
+                l->send_from[cls] = l->counts.next_seq[cls];
+                break;
+            }
+            if (status != SH_OK)
+                return sh_fail(s->err, status, "outbox: cannot be read");
+            l->send_from[cls] = item.seq + 1;
+            bool unknown = l->version < 2 && item.kind == SH_ITEM_EVALUATION;
+            if (unknown || is_in_flight(l, item.cls, item.seq))
+                continue; /* the other has no such kind: it stays owed */
+            *f = (sh_in_flight){.used = true, .cls = item.cls, .seq = item.seq};
+            SH_TRY(send_item(s, f, &item));
+        }
+    }
+    return SH_OK;
+}
+
+static sh_status serve_chunks(const sh_link_step *s)
+{
+    sh_link *l = s->link;
+    uint32_t done = 0;
+    for (unsigned sent = 0; done < l->n_serve && sent < SH_LINK_SERVE_STEP_MAX && may_send(s);
+         done++) {
+        sh_msg msg = {.type = SH_MSG_CHUNK};
+        sh_slice bytes;
+        memcpy(msg.chunk.hash.b, l->serve + done * HASH_BYTES, HASH_BYTES);
+        sh_status status =
+            sh_txn_get(s->txn, l->options.chunk_table, msg.chunk.hash.b, HASH_BYTES, &bytes);
+        if (status == SH_ERR_NOT_FOUND)
+            continue; /* its update was acknowledged or dropped since */
+        if (status != SH_OK)
+            return sh_fail(s->err, status, "chunk table: cannot be read");
+        msg.chunk.bytes = (sh_bytes){bytes.data, bytes.n};
+        SH_TRY(send_msg(s, &msg));
+        sent++;
+    }
+    l->n_serve -= done;
+    memmove(l->serve, l->serve + done * HASH_BYTES, l->n_serve * HASH_BYTES);
+    return SH_OK;
+}
+
+/* There is an item that was not sent since the link came up, and room for it. */
+static bool items_wait(const sh_link *l)
+{
+    unsigned used = 0;
+    for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++)
+        used += l->in_flight[i].used;
+    for (unsigned cls = 0; cls < SH_CLASSES && used < SH_LINK_IN_FLIGHT_MAX; cls++)
+        if (l->counts.items[cls] > 0 && l->send_from[cls] < l->counts.next_seq[cls])
+            return true;
+    return false;
+}
+
+/* ---- chunks down ---- */
+
+void sh_link_want(const sh_link_step *s)
+{
+    if (s->link->state != SH_LINK_DOWN)
+        s->link->want = (sh_retry){.due_ms = s->now_ms};
+}
+
+void sh_link_want_stop(const sh_link_step *s)
+{
+    sh_link *l = s->link;
+    l->want.due_ms = SH_LINK_NEVER;
+    l->n_asked = l->asked_got = 0;
+}
+
+static sh_status send_want(const sh_link_step *s)
+{
+    sh_link *l = s->link;
+    /* Asked again with something missing: the peer sends so many at a time, or some were lost. */
+    if (l->n_asked > 0 && l->asked_got > 0)
+        l->want_size = SH_MAX(l->asked_got, SH_LINK_WANT_MIN);
+    if (l->asked_got > 0)
+        l->want.attempt = 0;
+    l->asked_got = l->n_asked = 0;
+    SH_TRY(l->options.callbacks->missing(s->arg, l->asked, l->want_size, &l->n_asked));
+    if (l->n_asked == 0) {
+        sh_link_want_stop(s);
+        return SH_OK;
+    }
+    sh_msg msg = {.type = SH_MSG_WANT, .want = {l->n_asked, l->asked}};
+    sh_link_arm(s, &l->want);
+    return send_msg(s, &msg);
+}
+
+static sh_status on_chunk(const sh_link_step *s, const sh_msg_chunk *chunk)
+{
+    sh_link *l = s->link;
+    for (uint32_t i = 0; i < l->n_asked; i++) {
+        uint8_t *asked = l->asked + i * HASH_BYTES;
+        if (memcmp(asked, chunk->hash.b, HASH_BYTES) != 0)
+            continue;
+        sh_error local = {0};
+        sh_status status = sh_chunk_put(s->txn, l->options.chunk_table, chunk, &local);
+        if (status == SH_ERR_CORRUPT)
+            return sh_link_refuse(s, status, "the chunk is not what it says");
+        if (status != SH_OK && s->err != NULL)
+            *s->err = local;
+        SH_TRY(status);
+        memmove(asked, l->asked + --l->n_asked * HASH_BYTES, HASH_BYTES);
+        l->asked_got++;
+        if (l->n_asked > 0)
+            return SH_OK;
+        l->want = (sh_retry){.due_ms = s->now_ms}; /* the next ones */
+        return l->options.callbacks->on_chunks(s->arg);
+    }
+    return SH_OK; /* not asked for, or come twice */
+}
+
+/* ---- pump ---- */
+
+sh_status sh_link_pump(const sh_link_step *s)
+{
+    sh_link *l = s->link;
+    if (l->state == SH_LINK_DOWN || l->hold_ms > s->now_ms)
+        return SH_OK;
+    if (l->enrol.due_ms <= s->now_ms && may_send(s))
+        SH_TRY(send_enrol(s));
+    if (l->state == SH_LINK_REJECTED)
+        return SH_OK;
+    if (l->checkin.due_ms <= s->now_ms && may_send(s))
+        SH_TRY(send_checkin(s));
+    SH_TRY(send_items(s));
+    SH_TRY(serve_chunks(s));
+    if (l->want.due_ms <= s->now_ms && may_send(s))
+        SH_TRY(send_want(s));
+    return SH_OK;
+}
+
+uint64_t sh_link_due(const sh_link *l)
+{
+    if (l->state == SH_LINK_DOWN)
+        return SH_LINK_NEVER;
+    uint64_t due = l->enrol.due_ms;
+    if (l->state != SH_LINK_REJECTED) {
+        due = SH_MIN(due, l->checkin.due_ms);
+        due = SH_MIN(due, l->want.due_ms);
+        for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++)
+            if (l->in_flight[i].used)
+                due = SH_MIN(due, l->in_flight[i].retry.due_ms);
+        if (l->n_serve > 0 || items_wait(l))
+            due = 0;
+    }
+    return SH_MAX(due, l->hold_ms);
+}
+
+/* ---- what comes in ---- */
+
+sh_status sh_link_refuse(const sh_link_step *s, sh_status code, const char *text)
+{
+    sh_msg msg = {.type = SH_MSG_ERROR};
+    msg.error = (sh_msg_error){.code = sh_status_name(code), .text = text};
+    s->link->options.callbacks->on_refused(s->arg);
+    return may_send(s) ? send_msg(s, &msg) : SH_OK;
+}
+
+static sh_status on_acked(void *arg, const sh_msg_item *item)
+{
+    const sh_link_step *s = arg;
+    sh_link *l = s->link;
+    for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++)
+        if (l->in_flight[i].cls == item->cls && l->in_flight[i].seq == item->seq)
+            l->in_flight[i].used = false;
+    return l->options.callbacks->on_acked(s->arg, item);
+}
+
+/* The first sequence above the high-water mark that the bitmap has; SH_SEQ_MAX + 1: none. */
+static uint64_t first_marked(const sh_msg_ack *ack)
+{
+    for (unsigned w = 0; w < SH_ACK_BITMAP_WORDS; w++)
+        for (unsigned bit = 0; bit < 64 && ack->bitmap[w] != 0; bit++)
+            if (ack->bitmap[w] >> bit & 1)
+                return ack->high_water + 1 + 64 * w + bit;
+    return SH_SEQ_MAX + 1;
+}
+
+/* A restored aggregator may have forgotten what it acknowledged, and the sender has it no more: a
+ * tombstone lets the high-water mark pass. An old acknowledgement looks the same; then it is a
+ * duplicate there, and changes nothing. */
+static sh_status bury_gap(const sh_link_step *s, const sh_outbox *outbox, const sh_msg_ack *ack)
+{
+    sh_link *l = s->link;
+    sh_retry *retry = &l->bury[ack->cls];
+    sh_msg_item owed;
+    uint64_t end = l->counts.next_seq[ack->cls];
+    sh_status status = sh_outbox_next(outbox, s->txn, ack->cls, 0, &owed);
+    if (status != SH_OK && status != SH_ERR_NOT_FOUND)
+        return sh_fail(s->err, status, "outbox: cannot be read");
+    if (status == SH_OK)
+        end = owed.seq;
+    end = SH_MIN(end, first_marked(ack));
+    if (end <= ack->high_water + 1) {
+        *retry = (sh_retry){0};
+        return SH_OK;
+    }
+    if (retry->due_ms > s->now_ms || !may_send(s))
+        return SH_OK; /* the next acknowledgement shows it again */
+    sh_msg msg = {.type = SH_MSG_ITEM};
+    msg.item = (sh_msg_item){
+        .epoch = l->epoch,
+        .cls = ack->cls,
+        .seq = ack->high_water + 1,
+        .kind = SH_ITEM_TOMBSTONE,
+        .last_seq = end - 1,
+    };
+    sh_link_arm(s, retry);
+    return send_msg(s, &msg);
+}
+
+static sh_status on_ack(const sh_link_step *s, const sh_msg_ack *ack)
+{
+    sh_outbox outbox = outbox_of(s);
+    if (ack->epoch != s->link->epoch)
+        return sh_link_refuse(s, SH_ERR_MISMATCH, "acknowledgement of another epoch");
+    sh_link_step mine = *s;
+    sh_error local = {0};
+    sh_status status = sh_outbox_ack(&outbox, s->txn, ack, on_acked, &mine, &local);
+    if (status == SH_ERR_INVALID && ack->cls < SH_CLASSES)
+        return sh_link_refuse(s, status, "acknowledgement of what was never sent");
+    if (status == SH_ERR_INVALID)
+        return sh_link_refuse(s, status, "acknowledgement of an unknown class");
+    if (status != SH_OK) {
+        if (local.code != SH_OK && s->err != NULL)
+            *s->err = local;
+        return status;
+    }
+    SH_TRY(load_counts(s));
+    return bury_gap(s, &outbox, ack);
+}
+
+static void on_want(const sh_link_step *s, const sh_hash_list *want)
+{
+    sh_link *l = s->link;
+    for (uint32_t i = 0; i < want->n && l->n_serve < SH_LINK_SERVE_MAX; i++) {
+        const uint8_t *hash = want->hashes + i * HASH_BYTES;
+        bool queued = false;
+        for (uint32_t k = 0; k < l->n_serve && !queued; k++)
+            queued = memcmp(l->serve + k * HASH_BYTES, hash, HASH_BYTES) == 0;
+        if (!queued)
+            memcpy(l->serve + l->n_serve++ * HASH_BYTES, hash, HASH_BYTES);
+    } /* what finds no room is asked for again */
+}
+
+static void on_welcome(const sh_link_step *s, const sh_msg_welcome *welcome)
+{
+    sh_link *l = s->link;
+    if (l->state == SH_LINK_DOWN)
+        return; /* late: the next link enrols anew */
+    if (!welcome->accepted) {
+        l->state = SH_LINK_REJECTED;
+        l->options.callbacks->on_rejected(s->arg);
+        if (l->enrol.due_ms == SH_LINK_NEVER)
+            sh_link_arm(s, &l->enrol);
+        return;
+    }
+    l->state = SH_LINK_WELCOME;
+    l->enrol = (sh_retry){.due_ms = SH_LINK_NEVER};
+}
+
+static sh_status on_plan(const sh_link_step *s, const sh_msg_plan *plan)
+{
+    sh_link *l = s->link;
+    if (l->state != SH_LINK_DOWN) {
+        uint64_t wait = SH_MAX(plan->return_after_ms, (uint64_t)SH_LINK_RETURN_MIN_MS);
+        l->checkin =
+            (sh_retry){.due_ms = s->now_ms + SH_MIN(wait, (uint64_t)SH_LINK_RETURN_MAX_MS)};
+    }
+    return l->options.callbacks->on_plan(s->arg, plan);
+}
+
+/* The other does not speak our version, but this one. */
+static void speak(const sh_link_step *s, uint32_t version)
+{
+    sh_link *l = s->link;
+    l->version = version;
+    l->enrol = l->checkin = (sh_retry){.due_ms = s->now_ms};
+    if (l->want.due_ms != SH_LINK_NEVER)
+        l->want = (sh_retry){.due_ms = s->now_ms};
+    forget_flight(l);
+}
+
+static void on_error(const sh_link_step *s, const sh_msg *msg)
+{
+    sh_link *l = s->link;
+    const sh_msg_error *error = &msg->error;
+    if (l->state == SH_LINK_DOWN)
+        return;
+    if (msg->version < l->version && strcmp(error->code, sh_status_name(SH_ERR_UNSUPPORTED)) == 0)
+        speak(s, msg->version);
+    uint64_t quiet = SH_MIN(error->retry_after_ms, l->options.retry_max_ms);
+    if (quiet > 0)
+        l->hold_ms = s->now_ms + quiet;
+    if (strcmp(error->code, sh_status_name(SH_ERR_AUTH)) == 0 && l->enrol.due_ms == SH_LINK_NEVER)
+        sh_link_arm(s, &l->enrol); /* it does not know us: enrol again */
+}
+
+sh_status sh_link_receive(const sh_link_step *s, sh_bytes message)
+{
+    sh_msg msg;
+    sh_error local = {0};
+    sh_status status = sh_msg_decode(message.data, message.n, &msg, &local);
+    if (status == SH_ERR_NO_MEMORY)
+        return sh_fail(s->err, status, "%s", local.text);
+    if (status != SH_OK)
+        return sh_link_refuse(s, status, "the message cannot be read");
+    switch (msg.type) {
+    case SH_MSG_WELCOME:
+        on_welcome(s, &msg.welcome);
+        return SH_OK;
+    case SH_MSG_PLAN:
+        return on_plan(s, &msg.plan);
+    case SH_MSG_ACK:
+        return on_ack(s, &msg.ack);
+    case SH_MSG_WANT:
+        on_want(s, &msg.want);
+        return SH_OK;
+    case SH_MSG_CHUNK:
+        return on_chunk(s, &msg.chunk);
+    case SH_MSG_ERROR:
+        on_error(s, &msg);
+        return SH_OK;
+    default:
+        return sh_link_refuse(s, SH_ERR_INVALID, "a node does not take this message");
+    }
+}
