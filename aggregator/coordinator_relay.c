@@ -612,8 +612,7 @@ sh_status coord_relay_advance(coord_step *s)
     if (r->since_ms == 0)
         r->since_ms = s->now_ms;
     bool due = c->state.closing || r->flush || s->now_ms >= r->since_ms + c->options.relay_wait_ms;
-    /* A parent of version 2 cannot read an update with parts: it waits for a newer one. */
-    if ((!due && c->parts < c->options.buffer) || r->link.version < 3 ||
+    if ((!due && c->parts < c->options.buffer) ||
         r->link.counts.items[SH_CLASS_UPDATE] >= COORD_OWED_MAX)
         return SH_OK;
     base_group group;

@@ -11,7 +11,7 @@
 
 #include "tests/aggregator/rig.h"
 
-#define RELAY       40 /* number of the relay among the root's nodes; the next relay's is one more */
+#define RELAY       40 /* number of the first relay among the root's nodes */
 #define STACK_BYTES 130000u
 #define ROUNDS_MAX  200
 
@@ -569,6 +569,47 @@ static void test_a_restored_relay_counts_nothing_twice(void **state)
     finish(t);
 }
 
+static unsigned items_up(rig *r)
+{
+    unsigned n = 0;
+    for (size_t i = 0; i < r->n_up; i++) {
+        sh_msg msg;
+        sh_error err = {0};
+        ok(sh_msg_decode(r->up[i].data, r->up[i].len, &msg, &err), &err);
+        n += msg.type == SH_MSG_ITEM;
+    }
+    return n;
+}
+
+/* It could not read whose updates they are, and would refuse them for good. */
+static void test_an_older_parent_gets_no_parts(void **state)
+{
+    (void)state;
+    tiers *t = make(1);
+    rig *r = &t->relay[0];
+    sh_msg error = {.version = 2,
+                    .type = SH_MSG_ERROR,
+                    .error = {.code = sh_status_name(SH_ERR_UNSUPPORTED), .text = "version 2"}};
+    sh_buf bytes;
+    sh_error err = {0};
+    sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
+    ok(sh_msg_encode(&error, &bytes, &err), &err);
+    for (int older = 1; older >= 0; older--) {
+        event(r, SH_COORD_PARENT_UP); /* begins with our version */
+        sh_coord_event e = {.kind = SH_COORD_PARENT_MESSAGE, .message = {bytes.data, bytes.len}};
+        if (older)
+            (void)rig_step(r, &e);
+        if (older) {
+            offer(r, 0, 3, 1);
+            assert_true(end_stack(r, SH_OK, NULL));
+        }
+        assert_int_equal(items_up(r), older ? 0 : 1);
+        assert_int_equal(rig_status(r).relay_owed, 1);
+    }
+    sh_buf_release(&bytes);
+    finish(t);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -583,6 +624,7 @@ int main(void)
         cmocka_unit_test(test_an_absent_parent_fills_the_buffer),
         cmocka_unit_test(test_crashes_lose_nothing_and_double_nothing),
         cmocka_unit_test(test_a_restored_relay_counts_nothing_twice),
+        cmocka_unit_test(test_an_older_parent_gets_no_parts),
     };
     sh_error err = {0};
     if (sh_crypto_init(&err) != SH_OK)
