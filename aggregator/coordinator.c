@@ -167,6 +167,9 @@ static sh_status check_options(const sh_coord_options *o, sh_error *err)
         return sh_fail(
             err, SH_ERR_INVALID, "coordinator: a relay's retries of %llu to %llu ms are no range",
             (unsigned long long)o->relay_retry_min_ms, (unsigned long long)o->relay_retry_max_ms);
+    if (!(o->load_share >= 0 && o->load_share <= 1))
+        return sh_fail(err, SH_ERR_INVALID, "coordinator: a load share of %g is not in [0, 1]",
+                       o->load_share);
     if (isnan(o->gate_overall_max) || isnan(o->gate_slice_max))
         return sh_fail(err, SH_ERR_INVALID, "coordinator: the gate's limits are not numbers");
     if (o->canary_nodes_min > COORD_EVALUATIONS_MAX)
@@ -184,18 +187,21 @@ static sh_status check_options(const sh_coord_options *o, sh_error *err)
 typedef struct {
     sh_coord *c;
     sh_txn *txn;
+    uint64_t now_ms;
     sh_error *err;
 } loading;
 
 static sh_status load_node(void *arg, const sh_node_row *row)
 {
     const loading *l = arg;
+    sh_coord *c = l->c;
     uint32_t drifting = 0;
     if (row->revoked)
         return SH_OK;
+    coord_admit_load(c, row->last_ms, l->now_ms);
     SH_TRY(coord_drifting(l->txn, &row->key, &row->checkin, &drifting, l->err));
-    l->c->enrolled++;
-    l->c->drifting += drifting;
+    c->enrolled++;
+    c->drifting += drifting;
     return SH_OK;
 }
 
@@ -210,12 +216,15 @@ static sh_status load_update(void *arg, const sh_update_row *row)
         return sh_fail(l->err, SH_ERR_NO_MEMORY, "coordinator: no memory for the buffer");
     c->parts += coord_parts_of(&row->meta);
     c->pending[c->n_pending++] = row->id; /* rows come in the order of their keys */
-    return SH_OK;
+    return coord_chunks_hold(c, row->meta.blob.chunk_hashes, row->meta.blob.n_chunks, l->err);
 }
 
-static sh_status load_all(sh_coord *c, sh_txn *txn, const sh_genesis *genesis, sh_error *err)
+static sh_status load_all(coord_step *s, const sh_genesis *genesis)
 {
-    loading l = {.c = c, .txn = txn, .err = err};
+    sh_coord *c = s->c;
+    sh_txn *txn = s->txn;
+    sh_error *err = s->err;
+    loading l = {.c = c, .txn = txn, .now_ms = s->now_ms, .err = err};
     SH_TRY(coord_releases_load(c, txn, err));
     if (genesis != NULL) {
         sh_release_row row;
@@ -227,7 +236,7 @@ static sh_status load_all(sh_coord *c, sh_txn *txn, const sh_genesis *genesis, s
                            "coordinator: the store began with another model "
                            "than this genesis release");
     }
-    SH_TRY(coord_waiting_load(c, txn, err));
+    SH_TRY(coord_waiting_load(c, txn, s->now_ms, err));
     SH_TRY(coord_relays_count(c, txn, err));
     c->n_evaluations = (uint32_t)sh_txn_count(txn, SH_COORD_T_EVALUATION);
     SH_TRY(sh_coord_each_node(txn, load_node, &l, err));
@@ -285,7 +294,7 @@ static sh_status begin(coord_step *s, const sh_genesis *genesis)
     SH_TRY(coord_schema_get(s->txn, &schema, s->err));
     SH_TRY(coord_state_load(c, s->txn, &found, s->err));
     if (found) {
-        SH_TRY(load_all(c, s->txn, genesis, s->err));
+        SH_TRY(load_all(s, genesis));
         if (schema < COORD_SCHEMA)
             SH_TRY(migrate(s, schema));
         check_times(s);
@@ -337,9 +346,9 @@ void sh_coord_destroy(sh_coord **coord)
     coord_candidate_release(&c->candidate);
     for (size_t i = 0; i < COORD_RELEASES_KEPT; i++)
         coord_release_release(&c->kept[i]);
-    for (size_t i = 0; i < c->n_waiting; i++)
-        free(c->waiting[i].payload);
-    free(c->waiting);
+    coord_waiting_release(c);
+    coord_chunks_release(&c->chunks);
+    coord_admit_release(&c->admission);
     free(c->pending);
     free(c);
     *coord = NULL;
@@ -419,6 +428,11 @@ sh_coord_status sh_coord_get_status(const sh_coord *c)
                               .server_scale = state->server_scale,
                               .bad_messages = state->bad_messages,
                               .clones = state->clones,
+                              .waiting = (uint32_t)c->n_waiting,
+                              .asked_bytes = c->asked_bytes,
+                              .chunk_names = c->chunks.n,
+                              .told_later = c->admission.told,
+                              .return_ms = coord_admit_return_ms(c),
                               .parts = c->parts,
                               .relays = c->relays};
     memcpy(status.updates_refused, state->updates_refused, sizeof status.updates_refused);

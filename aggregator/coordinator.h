@@ -68,6 +68,15 @@ typedef struct {
                               train again; its updates stay in the buffer. 0: never */
     uint64_t checkin_ms;   /* when nodes come back, with jitter */
     uint64_t chunk_budget; /* chunks a node gets a message: flow control */
+    /* Admission: what is over a limit is answered with ERROR limit and the time to come back at,
+     * each node another one; see docs/protocol.md. */
+    uint32_t checkins_per_s;     /* enrolments and check-ins that are taken in; 0: no limit */
+    uint32_t items_per_s;        /* items; 0: no limit */
+    uint64_t served_bytes_per_s; /* of chunks of releases; 0: no limit */
+    uint64_t asked_bytes_max;    /* of updates' chunks that nodes were asked for and that have not
+                                    come yet; 0: 64 MiB */
+    double load_share; /* of checkins_per_s, in (0, 1]: nodes are told to come back ever later, so
+                          that their check-ins stay below it; 0: 0.5 */
     /* Federated evaluation, after the operator's suites have passed a candidate: the same limits
      * (gate_overall_max, gate_slice_max) over the sums that canary nodes send. Fewer nodes or
      * tokens than the minimum when the time is up is inconclusive: no release, and the updates wait
@@ -288,8 +297,13 @@ typedef struct {
     uint32_t drifting;    /* enrolled nodes whose last check-in reported drift */
     float server_scale;
     uint64_t bad_messages;
-    uint64_t clones; /* ENROLs of a second sender of an epoch: a copied or restored node store */
-    uint64_t parts;  /* nodes' updates that the buffered ones stand for */
+    uint64_t clones;  /* ENROLs of a second sender of an epoch: a copied or restored node store */
+    uint32_t waiting; /* updates whose chunks are on their way up */
+    uint64_t asked_bytes; /* of them, asked for and not yet come */
+    uint64_t chunk_names; /* that the store's chunks and those on their way have */
+    uint64_t told_later;  /* answers "later" in this life */
+    uint64_t return_ms;   /* what a plan says now, before jitter */
+    uint64_t parts;       /* nodes' updates that the buffered ones stand for */
     uint32_t relays;
     bool relay;
     /* of a relay */

@@ -1,10 +1,12 @@
 /*
- * Chunks: updates on their way up, releases on their way down, and which chunks are alive.
+ * Chunks: updates on their way up, releases on their way down.
  *
  * An update whose chunks are not all here waits, in META and in memory; a node is asked for what is
  * missing, a bounded number of chunks at a time, and sends the item again when it hears nothing,
- * which asks again. Only wanted chunks are put. A chunk is deleted when no kept release, no
- * undecided update and no waiting one has it: nodes may name each other's chunks.
+ * which asks again. Only chunks that were asked for are put, each as it comes: what a connection
+ * holds of an update is one chunk. All that is asked for and has not come yet is at most
+ * asked_bytes_max; an update beyond it is told to come later, unless another's node has been silent
+ * for COORD_ASKED_MS and loses its place. Nodes may name each other's chunks.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -21,149 +23,159 @@ static sh_status no_memory(coord_step *s)
     return sh_fail(s->err, SH_ERR_NO_MEMORY, "coordinator: no memory for chunk names");
 }
 
-static sh_status add_names(coord_step *s, sh_buf *out, const sh_blob *blob)
+static const uint8_t *name_of(const sh_blob *blob, uint32_t i)
 {
-    if (blob->n_chunks == 0)
-        return SH_OK;
-    if (sh_buf_append(out, blob->chunk_hashes, blob->n_chunks * sizeof(sh_hash)) != SH_OK)
-        return no_memory(s);
-    return SH_OK;
+    return blob->chunk_hashes + (size_t)i * sizeof(sh_hash);
 }
 
-/* The sorted names of all chunks that somebody needs. */
-static sh_status live_names(coord_step *s, sh_buf *out)
+/* ---- the waiting ---- */
+
+static void line_remove(coord_line *line, coord_waiting *w)
+{
+    *(w->before != NULL ? &w->before->after : &line->first) = w->after;
+    *(w->after != NULL ? &w->after->before : &line->last) = w->before;
+    w->before = w->after = NULL;
+}
+
+static void line_append(coord_line *line, coord_waiting *w)
+{
+    w->before = line->last;
+    *(line->last != NULL ? &line->last->after : &line->first) = w;
+    line->last = w;
+}
+
+/* Where id is, or belongs. */
+static size_t place_of(const sh_coord *c, const sh_update_id *id)
+{
+    size_t low = 0, high = c->n_waiting;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (coord_id_compare(&c->waiting[middle]->id, id) < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static coord_waiting *waiting_find(const sh_coord *c, const sh_update_id *id)
+{
+    size_t at = place_of(c, id);
+    bool there = at < c->n_waiting && coord_id_compare(&c->waiting[at]->id, id) == 0;
+    return there ? c->waiting[at] : NULL;
+}
+
+/* The first of a node's, which stand together; *n how many there are. */
+static coord_waiting **waiting_of(const sh_coord *c, const sh_hash *node, size_t *n)
+{
+    size_t at = place_of(c, &(sh_update_id){.node = *node});
+    *n = 0;
+    while (at + *n < c->n_waiting && sh_hash_equal(&c->waiting[at + *n]->id.node, node))
+        ++*n;
+    return c->waiting + at;
+}
+
+/* What was asked for is not expected any more. */
+static void stop_asking(sh_coord *c, coord_waiting *w)
+{
+    if (w->asked_bytes == 0)
+        return;
+    c->asked_bytes -= w->asked_bytes;
+    w->asked_bytes = 0;
+    w->n_asked = 0;
+    line_remove(&c->asking, w);
+    line_append(&c->idle, w);
+}
+
+static void waiting_free(coord_waiting *w)
+{
+    free(w->payload);
+    free(w);
+}
+
+void coord_waiting_release(sh_coord *c)
+{
+    for (size_t i = 0; i < c->n_waiting; i++)
+        waiting_free(c->waiting[i]);
+    free(c->waiting);
+    c->waiting = NULL;
+    c->n_waiting = 0;
+}
+
+/* Takes it off the list and its row out of META, and drops its chunks. */
+static sh_status waiting_remove(coord_step *s, coord_waiting *w)
 {
     sh_coord *c = s->c;
-    for (size_t i = 0; i < COORD_RELEASES_KEPT; i++)
-        SH_TRY(add_names(s, out, &c->kept[i].manifest.model));
-    sh_blob candidate = {.n_chunks = c->candidate.n_chunks, .chunk_hashes = c->candidate.chunks};
-    SH_TRY(add_names(s, out, &candidate));
-    for (size_t i = 0; i < c->n_waiting; i++)
-        SH_TRY(add_names(s, out, &c->waiting[i].meta.blob));
-    for (size_t i = 0; i < c->n_pending; i++) {
-        sh_update_row row;
-        SH_TRY(coord_update_get(s->txn, &c->pending[i], &row, s->err));
-        SH_TRY(add_names(s, out, &row.meta.blob));
-    }
-    if (c->relay != NULL)
-        SH_TRY(coord_relay_blobs(s, add_names, out));
-    if (out->len > 0)
-        qsort(out->data, out->len / sizeof(sh_hash), sizeof(sh_hash), hash_compare);
-    return SH_OK;
-}
-
-sh_status coord_chunks_drop(coord_step *s, const uint8_t *hashes, size_t n)
-{
-    sh_buf live, dead;
-    sh_buf_init(&live, SIZE_MAX);
-    sh_buf_init(&dead, SIZE_MAX);
-    sh_status status = live_names(s, &live);
-    for (size_t i = 0; i < n && status == SH_OK; i++) {
-        const uint8_t *hash = hashes + i * sizeof(sh_hash);
-        if (live.len > 0 && bsearch(hash, live.data, live.len / sizeof(sh_hash), sizeof(sh_hash),
-                                    hash_compare) != NULL)
-            continue;
-        if (sh_buf_append(&dead, hash, sizeof(sh_hash)) != SH_OK)
-            status = no_memory(s);
-    }
-    if (status == SH_OK && dead.len > 0) {
-        sh_blob blob = {.n_chunks = (uint32_t)(dead.len / sizeof(sh_hash)),
-                        .chunk_hashes = dead.data};
-        status = sh_blob_delete(s->txn, SH_COORD_T_CHUNK, &blob, NULL, 0, s->err);
-    }
-    sh_buf_release(&live);
-    sh_buf_release(&dead);
-    return status;
-}
-
-sh_status coord_candidate_drop_chunks(coord_step *s)
-{
-    coord_candidate *candidate = &s->c->candidate;
-    uint8_t *chunks = candidate->chunks;
-    uint32_t n = candidate->n_chunks;
-    candidate->chunks = NULL;
-    candidate->n_chunks = 0;
-    sh_status status = n == 0 ? SH_OK : coord_chunks_drop(s, chunks, n);
-    free(chunks);
-    return status;
-}
-
-sh_status coord_candidate_put_chunks(coord_step *s, sh_bytes bytes, const sh_hash *sha256)
-{
-    sh_blob blob;
-    uint8_t *chunks = NULL;
-    SH_TRY(coord_candidate_drop_chunks(s));
-    SH_TRY(sh_blob_describe(bytes.data, bytes.n, &blob, &chunks, s->err));
-    sh_status status = SH_OK;
-    if (!sh_hash_equal(&blob.sha256, sha256))
-        status = sh_fail(s->err, SH_ERR_MISMATCH, "the bytes are not the candidate's");
+    size_t at = place_of(c, &w->id);
+    SH_ASSERT(at < c->n_waiting && c->waiting[at] == w);
+    stop_asking(c, w);
+    line_remove(&c->idle, w);
+    memmove(&c->waiting[at], &c->waiting[at + 1], (c->n_waiting - at - 1) * sizeof w);
+    c->n_waiting--;
+    c->waiting_bytes -= w->payload_n;
+    sh_status status = coord_waiting_delete(s, &w->id);
     if (status == SH_OK)
-        status = sh_blob_put(s->txn, SH_COORD_T_CHUNK, bytes.data, bytes.n, s->err);
+        status = coord_chunks_drop(s, w->meta.blob.chunk_hashes, w->meta.blob.n_chunks);
+    waiting_free(w);
+    return status;
+}
+
+sh_status coord_waiting_restore(sh_coord *c, const sh_update_id *id, sh_slice payload,
+                                uint64_t now_ms, sh_error *err)
+{
+    static const char cannot[] = "coordinator: no memory for an update on its way";
+    if (sh_array_reserve((void **)&c->waiting, &c->waiting_cap, c->n_waiting + 1,
+                         sizeof(coord_waiting *), COORD_WAITING_MAX) != SH_OK)
+        return sh_fail(err, SH_ERR_NO_MEMORY, cannot);
+    coord_waiting *w = sh_calloc(1, sizeof *w);
+    uint8_t *bytes = sh_calloc(SH_MAX(payload.n, (size_t)1), 1);
+    sh_status status = SH_OK;
+    if (w == NULL || bytes == NULL)
+        status = sh_fail(err, SH_ERR_NO_MEMORY, cannot);
+    if (status == SH_OK) {
+        memcpy(bytes, payload.data, payload.n);
+        if (sh_update_meta_decode(bytes, payload.n, &w->meta, NULL) != SH_OK)
+            status =
+                sh_fail(err, SH_ERR_CORRUPT, "coordinator: an update on its way has no good row");
+    }
+    if (status == SH_OK)
+        status = coord_chunks_hold(c, w->meta.blob.chunk_hashes, w->meta.blob.n_chunks, err);
     if (status != SH_OK) {
-        free(chunks);
+        free(w);
+        free(bytes);
         return status;
     }
-    s->c->candidate.chunks = chunks;
-    s->c->candidate.n_chunks = blob.n_chunks;
+    w->id = *id;
+    w->payload = bytes;
+    w->payload_n = payload.n;
+    w->active_ms = now_ms;
+    size_t at = place_of(c, id);
+    memmove(&c->waiting[at + 1], &c->waiting[at], (c->n_waiting - at) * sizeof(coord_waiting *));
+    c->waiting[at] = w;
+    c->n_waiting++;
+    c->waiting_bytes += payload.n;
+    line_append(&c->idle, w);
     return SH_OK;
-}
-
-/* ---- the waiting list ---- */
-
-static coord_waiting *waiting_find(sh_coord *c, const sh_update_id *id)
-{
-    for (size_t i = 0; i < c->n_waiting; i++)
-        if (coord_id_compare(&c->waiting[i].id, id) == 0)
-            return &c->waiting[i];
-    return NULL;
-}
-
-/* Takes entry i off the list and its row out of META; its names go to `names` (may be NULL). */
-static sh_status waiting_remove(coord_step *s, size_t i, sh_buf *names)
-{
-    sh_coord *c = s->c;
-    coord_waiting w = c->waiting[i];
-    memmove(&c->waiting[i], &c->waiting[i + 1], (c->n_waiting - i - 1) * sizeof w);
-    c->n_waiting--;
-    sh_status status = coord_waiting_delete(s, &w.id);
-    if (status == SH_OK && names != NULL)
-        status = add_names(s, names, &w.meta.blob);
-    free(w.payload);
-    return status;
-}
-
-static sh_status drop_names(coord_step *s, sh_buf *names, sh_status status)
-{
-    if (status == SH_OK && names->len > 0)
-        status = coord_chunks_drop(s, names->data, names->len / sizeof(sh_hash));
-    sh_buf_release(names);
-    return status;
 }
 
 sh_status coord_waiting_forget(coord_step *s, const sh_hash *node, uint64_t epoch, uint64_t first,
                                uint64_t last)
 {
-    sh_coord *c = s->c;
-    sh_status status = SH_OK;
-    sh_buf names;
-    sh_buf_init(&names, SIZE_MAX);
-    for (size_t i = c->n_waiting; i-- > 0 && status == SH_OK;) {
-        const sh_update_id *id = &c->waiting[i].id;
-        if (sh_hash_equal(&id->node, node) && id->epoch == epoch && id->seq >= first &&
-            id->seq <= last)
-            status = waiting_remove(s, i, &names);
+    size_t n;
+    coord_waiting **of_node = waiting_of(s->c, node, &n);
+    for (size_t i = n; i-- > 0;) {
+        const sh_update_id *id = &of_node[i]->id;
+        if (id->epoch == epoch && id->seq >= first && id->seq <= last)
+            SH_TRY(waiting_remove(s, of_node[i]));
     }
-    return drop_names(s, &names, status);
+    return SH_OK;
 }
 
 sh_status coord_waiting_refuse(coord_step *s, const sh_hash *node, sh_reason reason)
 {
     sh_coord *c = s->c;
-    sh_status status = SH_OK;
-    sh_buf names;
-    sh_buf_init(&names, SIZE_MAX);
-    for (size_t i = c->n_waiting; i-- > 0 && status == SH_OK;) {
-        const coord_waiting *w = &c->waiting[i];
+    for (size_t i = c->n_waiting; i-- > 0;) {
+        coord_waiting *w = c->waiting[i];
         if (node != NULL && !sh_hash_equal(&w->id.node, node))
             continue;
         sh_msg_item item = {.epoch = w->id.epoch,
@@ -171,62 +183,46 @@ sh_status coord_waiting_refuse(coord_step *s, const sh_hash *node, sh_reason rea
                             .seq = w->id.seq,
                             .kind = SH_ITEM_UPDATE,
                             .last_seq = w->id.seq};
-        status = coord_refuse(s, &w->id, (sh_bytes){w->payload, w->payload_n}, reason);
-        if (status == SH_OK)
-            status = coord_mark(s, &w->id.node, &item, false);
-        if (status == SH_OK)
-            status = waiting_remove(s, i, &names);
+        SH_TRY(coord_refuse(s, &w->id, (sh_bytes){w->payload, w->payload_n}, reason));
+        SH_TRY(coord_mark(s, &w->id.node, &item, false));
+        SH_TRY(waiting_remove(s, w));
     }
-    return drop_names(s, &names, status);
+    return SH_OK;
 }
 
-/* Makes room: a node has few places, and the oldest of all gives way when the list is full. */
-static sh_status waiting_make_room(coord_step *s, const sh_hash *node)
+/* Those whose nodes have been silent for too long are asked anew when they speak. */
+static void expire(coord_step *s)
 {
     sh_coord *c = s->c;
-    size_t own = 0, oldest = c->n_waiting, own_oldest = c->n_waiting;
-    for (size_t i = 0; i < c->n_waiting; i++) {
-        const coord_waiting *w = &c->waiting[i];
-        if (oldest == c->n_waiting || w->order < c->waiting[oldest].order)
-            oldest = i;
-        if (!sh_hash_equal(&w->id.node, node))
-            continue;
-        own++;
-        if (own_oldest == c->n_waiting || w->order < c->waiting[own_oldest].order)
-            own_oldest = i;
-    }
-    size_t victim = own >= COORD_WAITING_NODE_MAX       ? own_oldest
-                    : c->n_waiting >= COORD_WAITING_MAX ? oldest
-                                                        : c->n_waiting;
-    if (victim == c->n_waiting)
-        return SH_OK;
-    sh_buf names;
-    sh_buf_init(&names, SIZE_MAX);
-    return drop_names(s, &names, waiting_remove(s, victim, &names));
+    while (c->asking.first != NULL && c->asking.first->active_ms + COORD_ASKED_MS <= s->now_ms)
+        stop_asking(c, c->asking.first);
 }
 
-static sh_status waiting_add(coord_step *s, const sh_update_id *id, sh_bytes payload,
-                             coord_waiting **out)
+static bool list_is_full(const sh_coord *c, size_t payload_n)
+{
+    return c->n_waiting >= COORD_WAITING_MAX ||
+           c->waiting_bytes + payload_n > COORD_WAITING_BYTES_MAX;
+}
+
+/* Makes room on the list: a node has few places, of which its own oldest gives way, and of all the
+ * one that nothing was heard of for longest. *room false: all others are coming in. */
+static sh_status make_room(coord_step *s, const sh_update_id *id, size_t payload_n, bool *room)
 {
     sh_coord *c = s->c;
-    SH_TRY(waiting_make_room(s, &id->node));
-    if (sh_array_reserve((void **)&c->waiting, &c->waiting_cap, c->n_waiting + 1,
-                         sizeof *c->waiting, COORD_WAITING_MAX) != SH_OK)
-        return no_memory(s);
-    coord_waiting w = {.id = *id, .payload = sh_calloc(payload.n, 1), .payload_n = payload.n};
-    if (w.payload == NULL)
-        return no_memory(s);
-    memcpy(w.payload, payload.data, payload.n);
-    w.order = c->waiting_order++;
-    sh_status status = sh_update_meta_decode(w.payload, w.payload_n, &w.meta, s->err);
-    if (status == SH_OK)
-        status = coord_waiting_save(s, &w);
-    if (status != SH_OK) {
-        free(w.payload);
-        return status;
+    size_t n;
+    coord_waiting **own = waiting_of(c, &id->node, &n);
+    if (n >= COORD_WAITING_NODE_MAX) {
+        coord_waiting *oldest = own[0];
+        for (size_t i = 1; i < n; i++)
+            if (own[i]->active_ms < oldest->active_ms)
+                oldest = own[i];
+        SH_TRY(waiting_remove(s, oldest));
     }
-    c->waiting[c->n_waiting] = w;
-    *out = &c->waiting[c->n_waiting++];
+    if (list_is_full(c, payload_n))
+        expire(s);
+    while (list_is_full(c, payload_n) && c->idle.first != NULL)
+        SH_TRY(waiting_remove(s, c->idle.first));
+    *room = !list_is_full(c, payload_n);
     return SH_OK;
 }
 
@@ -245,27 +241,102 @@ static bool meta_is_sane(const coord_step *s, const sh_update_meta *meta)
            meta->blob.n_chunks == (meta->blob.bytes + SH_CHUNK_BYTES - 1) / SH_CHUNK_BYTES;
 }
 
+typedef struct {         /* the next chunks to ask for */
+    uint32_t first, end; /* before `first` none is missing; of [first, end) those in `index` are */
+    uint32_t n;
+    uint16_t index[SH_WIRE_WANT_MAX];
+    uint64_t bytes;
+} question;
+
+static sh_status find_missing(coord_step *s, const sh_blob *blob, uint32_t from, question *q)
+{
+    uint32_t max = (uint32_t)SH_MIN(s->c->options.chunk_budget, (uint64_t)SH_WIRE_WANT_MAX);
+    *q = (question){.first = blob->n_chunks, .end = from};
+    for (; q->end < blob->n_chunks && q->n < max; q->end++) {
+        const uint8_t *name = name_of(blob, q->end);
+        sh_slice there;
+        sh_status status = sh_txn_get(s->txn, SH_COORD_T_CHUNK, name, sizeof(sh_hash), &there);
+        if (status == SH_OK)
+            continue;
+        if (status != SH_ERR_NOT_FOUND)
+            return sh_fail(s->err, status, "coordinator: the chunks cannot be read");
+        bool twice = false; /* a blob may hold the same chunk twice */
+        for (uint32_t i = 0; i < q->n && !twice; i++)
+            twice = hash_compare(name_of(blob, q->index[i]), name) == 0;
+        if (twice)
+            continue;
+        q->first = SH_MIN(q->first, q->end);
+        q->index[q->n++] = (uint16_t)q->end;
+        q->bytes += SH_MIN(blob->bytes - (uint64_t)q->end * SH_CHUNK_BYTES, SH_CHUNK_BYTES);
+    }
+    return SH_OK;
+}
+
+static bool may_ask(coord_step *s, uint64_t bytes)
+{
+    sh_coord *c = s->c;
+    uint64_t most = c->options.asked_bytes_max;
+    if (most == 0)
+        most = COORD_ASKED_BYTES;
+    if (c->asked_bytes + bytes > most)
+        expire(s);
+    return c->asked_bytes == 0 || c->asked_bytes + bytes <= most;
+}
+
+/* The list's entry for id, which is new on it; NULL: no room, which its node has been told. */
+static sh_status waiting_enter(coord_step *s, const sh_update_id *id, sh_bytes payload,
+                               const question *q, uint32_t n_chunks, coord_waiting **out)
+{
+    sh_coord *c = s->c;
+    bool room = false;
+    *out = NULL;
+    SH_TRY(make_room(s, id, payload.n, &room));
+    if (!room || !may_ask(s, q->bytes) || !coord_chunks_have_room(c, n_chunks))
+        return coord_later(s, &id->node, COORD_RATE_UPLOAD, 0,
+                           "many updates are coming in: send this one again later");
+    SH_TRY(coord_waiting_restore(c, id, (sh_slice){payload.data, payload.n}, s->now_ms, s->err));
+    *out = waiting_find(c, id);
+    return coord_waiting_save(s, *out);
+}
+
 /* Asks for the first missing chunks; *whole when there are none. */
 static sh_status ask(coord_step *s, const sh_update_id *id, sh_bytes payload,
                      const sh_update_meta *meta, bool *whole)
 {
-    uint8_t hashes[SH_WIRE_WANT_MAX * sizeof(sh_hash)];
-    uint32_t max = (uint32_t)SH_MIN(s->c->options.chunk_budget, (uint64_t)SH_WIRE_WANT_MAX);
-    uint32_t n = 0;
-    SH_TRY(sh_blob_missing(s->txn, SH_COORD_T_CHUNK, &meta->blob, hashes, max, &n, s->err));
-    *whole = n == 0;
-    if (n == 0)
-        return SH_OK;
-    coord_waiting *w = waiting_find(s->c, id);
+    sh_coord *c = s->c;
+    uint8_t names[SH_WIRE_WANT_MAX * sizeof(sh_hash)];
+    question q;
+    coord_waiting *w = waiting_find(c, id);
     if (w != NULL && (w->payload_n != payload.n || memcmp(w->payload, payload.data, payload.n))) {
         /* The same identity with other content: a node's bug or a lie. The last word counts. */
-        SH_TRY(coord_waiting_forget(s, &id->node, id->epoch, id->seq, id->seq));
+        SH_TRY(waiting_remove(s, w));
         w = NULL;
     }
+    SH_TRY(find_missing(s, &meta->blob, w != NULL ? w->scanned : 0, &q));
+    *whole = q.n == 0;
+    if (*whole)
+        return SH_OK;
+    if (w != NULL)
+        stop_asking(c, w);
     if (w == NULL)
-        SH_TRY(waiting_add(s, id, payload, &w));
-    w->outstanding = n;
-    sh_msg msg = {.type = SH_MSG_WANT, .want = {.n = n, .hashes = hashes}};
+        SH_TRY(waiting_enter(s, id, payload, &q, meta->blob.n_chunks, &w));
+    else if (!may_ask(s, q.bytes))
+        return coord_later(s, &id->node, COORD_RATE_UPLOAD, 0,
+                           "many updates are coming in: send this one again later");
+    if (w == NULL)
+        return SH_OK;
+    w->scanned = q.first;
+    w->asked_end = q.end;
+    w->n_asked = q.n;
+    memcpy(w->asked, q.index, sizeof w->asked);
+    w->active_ms = s->now_ms;
+    w->asked_bytes = q.bytes;
+    c->asked_bytes += q.bytes;
+    line_remove(&c->idle, w);
+    line_append(&c->asking, w);
+    for (uint32_t i = 0; i < q.n; i++)
+        memcpy(names + i * sizeof(sh_hash), name_of(&w->meta.blob, q.index[i]), sizeof(sh_hash));
+    sh_msg msg = {.type = SH_MSG_WANT, .want = {.n = q.n, .hashes = names}};
     return coord_send(s, &id->node, &msg);
 }
 
@@ -297,65 +368,79 @@ sh_status coord_on_update(coord_step *s, const sh_update_id *id, sh_bytes payloa
         return coord_waiting_forget(s, &id->node, id->epoch, id->seq, id->seq);
     }
     if (c->n_pending >= SH_COORD_BUFFER_MAX)
-        return coord_send_error(s, &id->node, SH_ERR_FULL,
-                                "the buffer is full: send the update again later");
+        return coord_later(s, &id->node, COORD_RATE_UPLOAD, c->options.checkin_ms,
+                           "the buffer is full: send the update again later");
     bool whole = false;
     SH_TRY(ask(s, id, payload, &meta, &whole));
     if (!whole)
         return SH_OK;
     SH_TRY(coord_take(s, id, payload));
     SH_TRY(coord_mark(s, &id->node, &item, true));
-    /* Its chunks are the pending row's now, so forgetting deletes none of them. */
+    /* Its chunks are the pending row's as well, so forgetting deletes none of them. */
     SH_TRY(coord_waiting_forget(s, &id->node, id->epoch, id->seq, id->seq));
     return coord_advance(s);
+}
+
+/* The waiting update of this node that asked for the chunk; *at: where in what it asked for. */
+static coord_waiting *asked_for(const sh_coord *c, const sh_hash *node, const uint8_t *name,
+                                uint32_t *at)
+{
+    size_t n;
+    coord_waiting **of_node = waiting_of(c, node, &n);
+    for (size_t i = 0; i < n; i++)
+        for (uint32_t k = 0; k < of_node[i]->n_asked; k++)
+            if (hash_compare(name_of(&of_node[i]->meta.blob, of_node[i]->asked[k]), name) == 0) {
+                *at = k;
+                return of_node[i];
+            }
+    return NULL;
+}
+
+/* The next question, or the end: the payload is the list's, which both change: work on a copy. */
+static sh_status go_on(coord_step *s, coord_waiting *w)
+{
+    sh_update_id id = w->id;
+    size_t n = w->payload_n;
+    uint8_t *payload = sh_calloc(n, 1);
+    if (payload == NULL)
+        return no_memory(s);
+    memcpy(payload, w->payload, n);
+    w->scanned = w->asked_end;
+    sh_status status = coord_on_update(s, &id, (sh_bytes){payload, n});
+    free(payload);
+    return status;
 }
 
 sh_status coord_on_chunk(coord_step *s, const sh_hash *node, const sh_msg_chunk *chunk)
 {
     sh_coord *c = s->c;
-    coord_waiting *wanted = NULL;
-    for (size_t i = 0; i < c->n_waiting && wanted == NULL; i++) {
-        coord_waiting *w = &c->waiting[i];
-        if (!sh_hash_equal(&w->id.node, node))
-            continue;
-        for (uint32_t k = 0; k < w->meta.blob.n_chunks && wanted == NULL; k++)
-            if (hash_compare(w->meta.blob.chunk_hashes + k * sizeof(sh_hash), chunk->hash.b) == 0)
-                wanted = w;
+    uint32_t at = 0;
+    coord_waiting *w = asked_for(c, node, chunk->hash.b, &at);
+    if (w == NULL) /* late, or never asked for */
+        return SH_OK;
+    sh_slice there;
+    sh_status status = sh_txn_get(s->txn, SH_COORD_T_CHUNK, chunk->hash.b, sizeof(sh_hash), &there);
+    if (status != SH_OK && status != SH_ERR_NOT_FOUND)
+        return sh_fail(s->err, status, "coordinator: the chunks cannot be read");
+    if (status == SH_ERR_NOT_FOUND) { /* else another node has sent the same one */
+        status = sh_chunk_put(s->txn, SH_COORD_T_CHUNK, chunk, s->err);
+        if (status == SH_ERR_CORRUPT || status == SH_ERR_INVALID || status == SH_ERR_LIMIT)
+            return coord_bad_message(s, node, status, "the chunk does not match its hash");
+        SH_TRY(status);
     }
-    if (wanted == NULL) /* late, or never asked for */
-        return SH_OK;
-    uint32_t missing = 0;
-    sh_blob one = {.n_chunks = 1, .chunk_hashes = chunk->hash.b};
-    sh_hash name;
-    SH_TRY(sh_blob_missing(s->txn, SH_COORD_T_CHUNK, &one, name.b, 1, &missing, s->err));
-    if (missing == 0)
-        return SH_OK;
-    sh_status status = sh_chunk_put(s->txn, SH_COORD_T_CHUNK, chunk, s->err);
-    if (status == SH_ERR_CORRUPT || status == SH_ERR_INVALID || status == SH_ERR_LIMIT)
-        return coord_bad_message(s, node, status, "the chunk does not match its hash");
-    SH_TRY(status);
-    if (wanted->outstanding > 0)
-        wanted->outstanding--;
-    if (wanted->outstanding > 0)
-        return SH_OK;
-    /* All that was asked for is here: the update is whole, or the next chunks are wanted. The
-     * payload is the list's, which taking the update changes: work on a copy. */
-    sh_update_id id = wanted->id;
-    size_t n = wanted->payload_n;
-    uint8_t *payload = sh_calloc(n, 1);
-    if (payload == NULL)
-        return no_memory(s);
-    memcpy(payload, wanted->payload, n);
-    status = coord_on_update(s, &id, (sh_bytes){payload, n});
-    free(payload);
-    return status;
+    w->asked[at] = w->asked[--w->n_asked];
+    w->active_ms = s->now_ms;
+    line_remove(&c->asking, w);
+    line_append(&c->asking, w);
+    return w->n_asked > 0 ? SH_OK : go_on(s, w);
 }
 
 void coord_on_gone(sh_coord *c, const sh_hash *node)
 {
-    for (size_t i = 0; i < c->n_waiting; i++)
-        if (sh_hash_equal(&c->waiting[i].id.node, node))
-            c->waiting[i].outstanding = 0;
+    size_t n;
+    coord_waiting **of_node = waiting_of(c, node, &n);
+    for (size_t i = 0; i < n; i++)
+        stop_asking(c, of_node[i]);
 }
 
 /* ---- releases down ---- */

@@ -101,7 +101,7 @@ static sh_status send_plan(coord_step *s, const sh_hash *key, const sh_msg_check
     const coord_release *current = &c->kept[0];
     double jitter = 0.75 + 0.5 * sh_rng_unit(&c->rng);
     sh_msg msg = {.type = SH_MSG_PLAN};
-    msg.plan.return_after_ms = (uint64_t)((double)c->options.checkin_ms * jitter);
+    msg.plan.return_after_ms = (uint64_t)((double)coord_admit_return_ms(c) * jitter);
     msg.plan.train = c->options.train;
     msg.plan.train.train = training_is_on(c);
     msg.plan.train.round = c->state.round;
@@ -130,6 +130,7 @@ static sh_status on_checkin(coord_step *s, sh_node_row *node, const sh_msg_check
     c->drifting -= before;
     if (after > before)
         coord_note(s, SH_CNOTE_DRIFTING, &node->key, c->drifting);
+    coord_admit_seen(s, node->last_ms);
     node->checkin = *checkin;
     node->last_ms = s->now_ms;
     SH_TRY(coord_node_put(s->txn, node, s->err));
@@ -237,6 +238,10 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message)
         return coord_bad_message(s, key, status, why.text);
     }
     s->version = msg.version;
+    bool admitted = true;
+    SH_TRY(coord_admit(s, key, &msg, &admitted));
+    if (!admitted)
+        return SH_OK;
     if (msg.type == SH_MSG_ENROL)
         return on_enrol(s, key, &msg.enrol);
     sh_node_row node;

@@ -6,7 +6,9 @@
  *   coordinator_rows.c    UPDATE, RELEASE, AUDIT rows and the readers of them
  *   coordinator_node.c    NODE and EPOCH rows: who is who, and which sender an epoch belongs to
  *   coordinator_inbox.c   messages of nodes
- *   coordinator_blob.c    chunks up and down, and which chunks are alive
+ *   coordinator_admit.c   how much is taken in at a time; "later"
+ *   coordinator_blob.c    chunks up and down
+ *   coordinator_chunks.c  which chunks are alive
  *   coordinator_round.c   buffer, merge, gate, what becomes of a candidate
  *   coordinator_canary.c  federated evaluation
  *   coordinator_parts.c   updates that stand for several: relays below
@@ -27,6 +29,13 @@
 #define COORD_WAITING_MAX       1024u /* updates whose chunks are on their way up */
 #define COORD_WAITING_NODE_MAX  4u    /* of one node */
 #define COORD_EPOCHS_MAX        256u  /* stores that one node may have had */
+#define COORD_WAITING_BYTES_MAX (64u << 20) /* of their items, in memory */
+#define COORD_ASKED_BYTES       (64u << 20) /* default of asked_bytes_max */
+#define COORD_ASKED_MS          60000u /* a node that sends nothing for so long loses its place */
+#define COORD_CHUNKS_MAX        (1u << 20) /* names that are held; see coord_chunks_have_room */
+#define COORD_LATER_PLACES      8192u      /* nodes told to come later that are remembered */
+#define COORD_LATER_MIN_MS      100u       /* what they are told, at least and at most */
+#define COORD_LATER_MAX_MS      600000u
 #define COORD_RELEASES_KEPT     2u    /* releases whose chunks the store holds */
 #define COORD_NODE_ITEMS_MAX    1024u /* alarms, windows kept of one (node, epoch) */
 #define COORD_WINDOW_BYTES_MAX  8192u
@@ -75,14 +84,45 @@ typedef struct { /* META "candidate": what is being merged, gated or evaluated *
     uint64_t until_ms; /* when what nodes have said must do */
 } coord_candidate;
 
-typedef struct { /* an update whose chunks are not all here; META "w" + id -> item payload */
+/* An update whose chunks are not all here; META "w" + id -> item payload. */
+typedef struct coord_waiting {
     sh_update_id id;
     uint8_t *payload; /* owned */
     size_t payload_n;
-    sh_update_meta meta;  /* chunk_hashes in payload */
-    uint32_t outstanding; /* chunks asked for and not yet come */
-    uint64_t order;       /* of arrival: the oldest makes room */
+    sh_update_meta meta;              /* chunk_hashes in payload */
+    uint32_t scanned, asked_end;      /* chunks before `scanned` are here; see ask() */
+    uint16_t asked[SH_WIRE_WANT_MAX]; /* chunks asked for and not yet come, by index */
+    uint32_t n_asked;
+    uint64_t asked_bytes;                 /* of the whole question, until its last chunk has come */
+    uint64_t active_ms;                   /* its node's last sign */
+    struct coord_waiting *before, *after; /* in its line */
 } coord_waiting;
+typedef struct { /* by their last sign: the first has been silent for longest */
+    coord_waiting *first, *last;
+} coord_line;
+
+/* Of how many lists name a chunk; see coordinator_chunks.c. */
+typedef struct {
+    struct coord_chunk *places; /* [cap], a power of two; NULL at first */
+    size_t n, cap;
+    uint64_t seed;
+} coord_chunks;
+
+/* What is taken in a second of one kind, and when the next of those that were told to come later
+ * may come. */
+typedef struct {
+    double tokens;
+    uint64_t at_ms; /* of tokens; 0: never used */
+    double slot_ms; /* the last slot given */
+} coord_rate;
+enum { COORD_RATE_CHECKIN, COORD_RATE_ITEM, COORD_RATE_SERVED, COORD_RATE_UPLOAD, COORD_RATES };
+typedef struct {
+    coord_rate rates[COORD_RATES];
+    struct coord_later *later; /* [COORD_LATER_PLACES] by key; NULL: nobody was told yet */
+    uint64_t told;             /* "later", in this life */
+    /* Nodes that checked in: in this period and in the one before. */
+    uint64_t period_ms, seen, seen_before;
+} coord_admission;
 
 typedef struct {
     uint64_t version;
@@ -127,9 +167,13 @@ struct sh_coord {
     coord_release kept[COORD_RELEASES_KEPT]; /* [0] is the current release */
     sh_update_id *pending;                   /* sorted; complete, undecided */
     size_t n_pending, pending_cap;
-    coord_waiting *waiting;
+    coord_waiting **waiting; /* sorted by id; each is owned */
     size_t n_waiting, waiting_cap;
-    uint64_t waiting_order;
+    uint64_t waiting_bytes;  /* of payloads */
+    coord_line asking, idle; /* the waiting that were asked for chunks; the others */
+    uint64_t asked_bytes;    /* of those asking */
+    coord_chunks chunks;
+    coord_admission admission;
     uint64_t enrolled;
     uint64_t parts; /* nodes' updates that the pending ones stand for */
     uint32_t drifting;
@@ -193,7 +237,7 @@ sh_status coord_schema_put(sh_txn *txn, sh_error *err);
 sh_status coord_backup_mark_take(sh_txn *txn, uint64_t *made_ms, sh_error *err);
 sh_status coord_candidate_save(coord_step *s);
 sh_status coord_candidate_drop(coord_step *s);
-sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, sh_error *err);
+sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, uint64_t now_ms, sh_error *err);
 sh_status coord_waiting_save(coord_step *s, const coord_waiting *w);
 sh_status coord_waiting_delete(coord_step *s, const sh_update_id *id);
 void coord_candidate_release(coord_candidate *candidate);
@@ -276,12 +320,38 @@ sh_status coord_waiting_forget(coord_step *s, const sh_hash *node, uint64_t epoc
                                uint64_t last);
 /* Refuses the waiting updates of node (NULL: all); acknowledged when they come again. */
 sh_status coord_waiting_refuse(coord_step *s, const sh_hash *node, sh_reason reason);
-/* Deletes those of the n chunks (32-byte names) that no kept release, pending or waiting update
- * has. */
-sh_status coord_chunks_drop(coord_step *s, const uint8_t *hashes, size_t n);
+/* A list of the waiting, made from a row that create read. */
+sh_status coord_waiting_restore(sh_coord *c, const sh_update_id *id, sh_slice payload,
+                                uint64_t now_ms, sh_error *err);
+void coord_waiting_release(sh_coord *c);
+
+/* ---- coordinator_chunks.c ---- */
+/* Who keeps a list of n chunks (32-byte names) holds them, and drops them when it is gone: each
+ * name as often as it held it. What nobody holds any more is deleted. */
+sh_status coord_chunks_hold(sh_coord *c, const uint8_t *names, size_t n, sh_error *err);
+sh_status coord_chunks_drop(coord_step *s, const uint8_t *names, size_t n);
+/* Whether an update of n chunks may be held; those that are held already are not told apart. */
+bool coord_chunks_have_room(const sh_coord *c, uint32_t n);
+void coord_chunks_release(coord_chunks *chunks);
 /* Puts a candidate's bytes as chunks and notes their names; deletes those of the one before. */
 sh_status coord_candidate_put_chunks(coord_step *s, sh_bytes bytes, const sh_hash *sha256);
 sh_status coord_candidate_drop_chunks(coord_step *s);
+
+/* ---- coordinator_admit.c ---- */
+/* Whether the message is taken in now. False: it was answered with "later", or its sender was told
+ * so before and is not due yet. */
+sh_status coord_admit(coord_step *s, const sh_hash *node, const sh_msg *msg, bool *admitted);
+/* Tells a node to come back in its slot among those of the same rate, `after_ms` from now at the
+ * earliest. */
+sh_status coord_later(coord_step *s, const sh_hash *node, unsigned rate, uint64_t after_ms,
+                      const char *text);
+/* A node checked in, whose last check-in was at last_ms (0: none). */
+void coord_admit_seen(coord_step *s, uint64_t last_ms);
+void coord_admit_load(sh_coord *c, uint64_t last_ms, uint64_t now_ms);
+/* When nodes come back, before jitter: checkin_ms, or what keeps their check-ins below load_share
+ * of checkins_per_s. */
+uint64_t coord_admit_return_ms(const sh_coord *c);
+void coord_admit_release(coord_admission *admission);
 
 /* ---- coordinator_round.c ---- */
 sh_status coord_base_reason(coord_step *s, const sh_update_meta *meta, sh_reason *reason);
@@ -350,10 +420,6 @@ sh_status coord_relay_stacked(coord_step *s, const sh_coord_job_result *result);
 void coord_relay_job(const sh_coord *c, sh_coord_job *job);
 void coord_relay_plan(const coord_step *s, sh_msg_plan *plan);
 void coord_relay_status(const sh_coord *c, sh_coord_status *out);
-/* Calls fn for the release that is fetched, and for each update that is owed. */
-sh_status coord_relay_blobs(coord_step *s,
-                            sh_status (*fn)(coord_step *s, sh_buf *out, const sh_blob *blob),
-                            sh_buf *out);
 
 /* ---- coordinator_canary.c ---- */
 sh_status coord_canary_begin(coord_step *s);

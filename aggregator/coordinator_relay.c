@@ -43,7 +43,6 @@ struct coord_relay {
     uint64_t since_ms;  /* when the buffer began to fill; 0: it is empty */
     size_t inputs_max;  /* of the next stack */
     bool flush;         /* what a full stack left goes up without waiting */
-    uint64_t leaving;   /* sequence that is being acknowledged */
 };
 
 static sh_link_step link_step(coord_step *s)
@@ -145,7 +144,7 @@ static sh_status set_taking(coord_step *s, sh_bytes bytes)
     r->take = copy;
     r->take_n = bytes.n;
     r->taking = manifest;
-    return SH_OK;
+    return coord_chunks_hold(s->c, manifest.model.chunk_hashes, manifest.model.n_chunks, s->err);
 }
 
 /* Forgets the release that is being fetched; its chunks go. */
@@ -312,10 +311,7 @@ static sh_status on_acked(void *arg, const sh_msg_item *item)
     if (item->kind != SH_ITEM_UPDATE)
         return SH_OK;
     SH_TRY(sh_update_meta_decode(item->payload.data, item->payload.n, &meta, s->err));
-    s->c->relay->leaving = item->seq;
-    sh_status status = coord_chunks_drop(s, meta.blob.chunk_hashes, meta.blob.n_chunks);
-    s->c->relay->leaving = 0;
-    SH_TRY(status);
+    SH_TRY(coord_chunks_drop(s, meta.blob.chunk_hashes, meta.blob.n_chunks));
     coord_note(s, SH_CNOTE_RELAY_ACKED, NULL, item->seq);
     return coord_audit(s, "parent has update seq=%llu", (unsigned long long)item->seq);
 }
@@ -370,6 +366,25 @@ static sh_status load_taking(coord_step *s)
     return set_taking(s, (sh_bytes){value.data, value.n});
 }
 
+/* The chunks of what is owed stay until it is not. */
+static sh_status hold_owed(coord_step *s)
+{
+    const sh_outbox *outbox = &s->c->relay->link.options.outbox;
+    sh_msg_item item;
+    for (uint64_t from = 0;; from = item.last_seq + 1) {
+        sh_update_meta meta;
+        sh_status status = sh_outbox_next(outbox, s->txn, SH_CLASS_UPDATE, from, &item);
+        if (status == SH_ERR_NOT_FOUND)
+            return SH_OK;
+        if (status != SH_OK)
+            return sh_fail(s->err, status, "coordinator: the outbox cannot be read");
+        if (item.kind != SH_ITEM_UPDATE)
+            continue;
+        SH_TRY(sh_update_meta_decode(item.payload.data, item.payload.n, &meta, s->err));
+        SH_TRY(coord_chunks_hold(s->c, meta.blob.chunk_hashes, meta.blob.n_chunks, s->err));
+    }
+}
+
 static sh_status open_link(coord_step *s)
 {
     const sh_coord_options *o = &s->c->options;
@@ -413,7 +428,8 @@ sh_status coord_relay_open(coord_step *s, bool is_new)
     free(genesis.merged);
     c->relay->shapes = genesis.sha256;
     SH_TRY(load_taking(s));
-    return open_link(s);
+    SH_TRY(open_link(s));
+    return hold_owed(s);
 }
 
 void coord_relay_close(sh_coord *c)
@@ -494,31 +510,6 @@ void coord_relay_plan(const coord_step *s, sh_msg_plan *plan)
                         !c->state.paused && !c->state.closing;
     if (s->version >= 3)
         plan->time = (sh_bytes){r->time, r->time_n};
-}
-
-/* ---- chunks that are alive ---- */
-
-sh_status coord_relay_blobs(coord_step *s,
-                            sh_status (*fn)(coord_step *s, sh_buf *out, const sh_blob *blob),
-                            sh_buf *out)
-{
-    const coord_relay *r = s->c->relay;
-    sh_outbox outbox = r->link.options.outbox;
-    sh_msg_item item;
-    if (r->take != NULL)
-        SH_TRY(fn(s, out, &r->taking.model));
-    for (uint64_t from = 0;; from = item.last_seq + 1) {
-        sh_update_meta meta;
-        sh_status status = sh_outbox_next(&outbox, s->txn, SH_CLASS_UPDATE, from, &item);
-        if (status == SH_ERR_NOT_FOUND)
-            return SH_OK;
-        if (status != SH_OK)
-            return sh_fail(s->err, status, "coordinator: the outbox cannot be read");
-        if (item.kind != SH_ITEM_UPDATE || item.seq == r->leaving)
-            continue;
-        SH_TRY(sh_update_meta_decode(item.payload.data, item.payload.n, &meta, s->err));
-        SH_TRY(fn(s, out, &meta.blob));
-    }
 }
 
 /* ---- updates up ---- */
@@ -697,6 +688,7 @@ static sh_status put_up(coord_step *s, const sh_coord_job_result *result)
     SH_GOTO(sh_blob_put(s->txn, SH_COORD_T_CHUNK, bytes.data, bytes.n, s->err));
     SH_GOTO(sh_link_put(&link, SH_CLASS_UPDATE, SH_ITEM_UPDATE,
                         (sh_bytes){payload.data, payload.len}, &seq));
+    SH_GOTO(coord_chunks_hold(s->c, meta.blob.chunk_hashes, meta.blob.n_chunks, s->err));
     r->made++;
     SH_GOTO(save(s));
     SH_GOTO(coord_audit(s, "relayed seq=%llu candidate=%llu base=%llu parts=%zu samples=%llu",

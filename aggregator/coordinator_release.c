@@ -63,9 +63,13 @@ sh_status coord_releases_load(sh_coord *c, sh_txn *txn, sh_error *err)
     const uint64_t versions[] = {c->state.version, c->state.previous};
     _Static_assert(SH_COUNT(versions) == COORD_RELEASES_KEPT,
                    "the state names those that are kept");
-    for (size_t i = 0; i < COORD_RELEASES_KEPT; i++)
-        if (versions[i] != 0)
-            SH_TRY(release_load(c, txn, versions[i], &c->kept[i], err));
+    for (size_t i = 0; i < COORD_RELEASES_KEPT; i++) {
+        const sh_blob *model = &c->kept[i].manifest.model;
+        if (versions[i] == 0)
+            continue;
+        SH_TRY(release_load(c, txn, versions[i], &c->kept[i], err));
+        SH_TRY(coord_chunks_hold(c, model->chunk_hashes, model->n_chunks, err));
+    }
     return SH_OK;
 }
 
@@ -76,8 +80,9 @@ static sh_status keep(coord_step *s, coord_release *fresh)
     coord_release old = c->kept[COORD_RELEASES_KEPT - 1];
     memmove(&c->kept[1], &c->kept[0], (COORD_RELEASES_KEPT - 1) * sizeof c->kept[0]);
     c->kept[0] = *fresh;
-    sh_status status = SH_OK;
-    if (old.version != 0)
+    const sh_blob *model = &fresh->manifest.model;
+    sh_status status = coord_chunks_hold(c, model->chunk_hashes, model->n_chunks, s->err);
+    if (status == SH_OK && old.version != 0)
         status = coord_chunks_drop(s, old.manifest.model.chunk_hashes, old.manifest.model.n_chunks);
     coord_release_release(&old);
     return status;

@@ -76,10 +76,10 @@ sh_status coord_take(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes)
 {
     sh_coord *c = s->c;
     sh_update_row row = {.id = *id, .verdict = SH_VERDICT_PENDING};
-    sh_update_meta meta;
-    SH_TRY(sh_update_meta_decode(meta_bytes.data, meta_bytes.n, &meta, s->err));
+    SH_TRY(sh_update_meta_decode(meta_bytes.data, meta_bytes.n, &row.meta, s->err));
+    SH_TRY(coord_chunks_hold(c, row.meta.blob.chunk_hashes, row.meta.blob.n_chunks, s->err));
     SH_TRY(coord_update_put(s->txn, &row, meta_bytes, s->err));
-    SH_TRY(coord_parts_mark(s, &meta));
+    SH_TRY(coord_parts_mark(s, &row.meta));
     if (sh_array_reserve((void **)&c->pending, &c->pending_cap, c->n_pending + 1,
                          sizeof *c->pending, SH_COORD_BUFFER_MAX) != SH_OK)
         return no_memory(s);
@@ -89,7 +89,7 @@ sh_status coord_take(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes)
     memmove(&c->pending[at + 1], &c->pending[at], (c->n_pending - at) * sizeof *c->pending);
     c->pending[at] = *id;
     c->n_pending++;
-    c->parts += coord_parts_of(&meta);
+    c->parts += coord_parts_of(&row.meta);
     c->state.held = false;
     c->state.updates_in++;
     c->dirty = true;
@@ -126,7 +126,7 @@ static sh_status decide(coord_step *s, const sh_update_row *decision, sh_buf *na
     return SH_OK;
 }
 
-/* Deletes what was decided from the chunk table. */
+/* What was decided holds its chunks no more. */
 static sh_status drop(coord_step *s, sh_buf *names, sh_status status)
 {
     if (status == SH_OK && names->len > 0)

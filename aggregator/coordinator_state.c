@@ -237,7 +237,7 @@ static sh_status candidate_load(sh_coord *c, sh_txn *txn, sh_error *err)
         return sh_fail(err, status, "coordinator: row \"candidate\" cannot be read");
     }
     c->candidate = out;
-    return SH_OK;
+    return coord_chunks_hold(c, out.chunks, out.n_chunks, err);
 }
 
 /* What version 3 added. */
@@ -398,29 +398,9 @@ sh_status coord_waiting_delete(coord_step *s, const sh_update_id *id)
     return sh_txn_del(s->txn, SH_COORD_T_META, key, sizeof key, s->err);
 }
 
-static sh_status waiting_load_one(sh_coord *c, sh_slice key, sh_slice value, sh_error *err)
+sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, uint64_t now_ms, sh_error *err)
 {
-    coord_waiting w = {0};
-    if (!coord_id_get((sh_slice){(const uint8_t *)key.data + 1, key.n - 1}, &w.id) || value.n == 0)
-        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: an update on its way has no good key");
-    SH_TRY(sh_array_reserve((void **)&c->waiting, &c->waiting_cap, c->n_waiting + 1,
-                            sizeof *c->waiting, COORD_WAITING_MAX));
-    w.payload = sh_calloc(value.n, 1);
-    if (w.payload == NULL)
-        return sh_fail(err, SH_ERR_NO_MEMORY, "coordinator: no memory for an update on its way");
-    memcpy(w.payload, value.data, value.n);
-    w.payload_n = value.n;
-    w.order = c->waiting_order++;
-    if (sh_update_meta_decode(w.payload, w.payload_n, &w.meta, err) != SH_OK) {
-        free(w.payload);
-        return sh_fail(err, SH_ERR_CORRUPT, "coordinator: an update on its way has no good row");
-    }
-    c->waiting[c->n_waiting++] = w;
-    return SH_OK;
-}
-
-sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, sh_error *err)
-{
+    sh_update_id id;
     if (c->state.phase != PHASE_IDLE)
         SH_TRY(candidate_load(c, txn, err));
     sh_cursor *cursor = NULL;
@@ -428,7 +408,11 @@ sh_status coord_waiting_load(sh_coord *c, sh_txn *txn, sh_error *err)
     sh_slice key, value;
     sh_status status = sh_cursor_seek(cursor, "w", 1, &key, &value);
     while (status == SH_OK && ((const uint8_t *)key.data)[0] == 'w') {
-        status = waiting_load_one(c, key, value, err);
+        if (coord_id_get((sh_slice){(const uint8_t *)key.data + 1, key.n - 1}, &id))
+            status = coord_waiting_restore(c, &id, value, now_ms, err);
+        else
+            status =
+                sh_fail(err, SH_ERR_CORRUPT, "coordinator: an update on its way has no good key");
         if (status == SH_OK)
             status = sh_cursor_next(cursor, &key, &value);
     }

@@ -95,14 +95,20 @@ static sh_status open_sockets(sh_server *s, sh_error *err)
                                    .allow = server_keys_allow,
                                    .arg = &s->allowed,
                                    .connections_max = (uint32_t)s->settings.connections_max,
-                                   .message_max = SH_WIRE_MESSAGE_MAX};
+                                   .queue_max =
+                                       SERVER_PEER_OUT + 2 * (uint32_t)s->settings.chunk_budget,
+                                   .receive_queue_max = SERVER_PEER_IN,
+                                   .message_max = SH_WIRE_MESSAGE_MAX,
+                                   .receive_max = SERVER_PEER_IN_BYTES};
+    sh_net_options net = {.io_threads = (uint32_t)s->settings.io_threads};
     sh_http_options http = {.address = s->settings.http_address,
                             .port = (uint16_t)s->settings.http_port,
                             .routes = routes,
                             .n_routes = SH_COUNT(routes),
                             .arg = s,
                             .body_max = HTTP_BODY_MAX};
-    SH_TRY(sh_net_create(&s->net, err));
+    (void)sh_net_raise_descriptors(); /* each connection takes one */
+    SH_TRY(sh_net_create_with(&net, &s->net, err));
     SH_TRY(sh_net_server_create(s->net, &nodes, &s->nodes, err));
     SH_TRY(server_parent_open(s, err));
     SH_TRY(sh_admin_create(s->net, SH_ADMIN_ENDPOINT, &s->keys, &s->admin_keys.public_key,

@@ -24,7 +24,15 @@
 #define SERVER_GROUP_IN_BYTES  (1u << 20) /* of them */
 #define SERVER_GROUP_OUT_BYTES (8u << 20) /* answers that wait for the commit */
 #define SERVER_GROUP_MS        5u         /* from the first step to the commit */
-#define SERVER_TASKS_MAX       8u         /* jobs and backups that wait for the worker */
+/* What one node can make the process hold, beside what libzmq needs for a connection (net.h):
+ * SERVER_PEER_IN messages of SERVER_PEER_IN_BYTES that wait to be stepped and one that is being
+ * read, and the answers of two WANTs, which come one at a time. A node that keeps to the protocol
+ * sends items of that size only when it owes them, and of chunks no more than it was asked for,
+ * which is limit.asked-bytes over all nodes. */
+#define SERVER_PEER_IN       16u
+#define SERVER_PEER_IN_BYTES (SH_WIRE_ITEM_MAX + 4096u)
+#define SERVER_PEER_OUT      32u /* and twice chunk-budget */
+#define SERVER_TASKS_MAX     8u  /* jobs and backups that wait for the worker */
 
 typedef struct sh_server sh_server;
 /* Opens keys, store, sockets and the core. failpoints: of SHOAL_FAILPOINTS, NULL: none. */

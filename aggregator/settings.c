@@ -94,6 +94,19 @@ static const sh_option table[] = {
                "when nodes come back, with jitter"),
     SH_OPT_INT(T, chunk_budget, 0, "chunk-budget", "N", 16, 1, 64,
                "chunks that a node gets a message"),
+    SH_OPT_INT(T, io_threads, 0, "io-threads", "N", 1, 1, 16,
+               "threads that read, write and encrypt the connections' bytes"),
+    /* limits: over them a node is told to come later */
+    SH_OPT_INT(T, checkins_per_s, 0, "limit.checkins-per-second", "N", 1000, 0, 1e6,
+               "enrolments and check-ins of all nodes; 0: no limit"),
+    SH_OPT_REAL(T, load_share, 0, "limit.load-share", "X", 0.5, 0.01, 1,
+                "of it that check-ins may take: with more nodes each comes back later"),
+    SH_OPT_INT(T, items_per_s, 0, "limit.items-per-second", "N", 2000, 0, 1e6,
+               "updates, alarms and windows of all nodes; 0: no limit"),
+    SH_OPT_INT(T, served_bytes_per_s, 0, "limit.served-bytes-per-second", "BYTES", 134217728, 0,
+               1e12, "of releases, to all nodes; 0: no limit"),
+    SH_OPT_INT(T, asked_bytes_max, 0, "limit.asked-bytes", "BYTES", 67108864, 65536, 1e12,
+               "of updates, that nodes were asked for and that have not come yet"),
 };
 
 const sh_command sh_aggregator_command = {
@@ -195,6 +208,11 @@ sh_coord_options sh_aggregator_settings_coord(const sh_aggregator_settings *o)
                           .round_ms_max = (uint64_t)o->round_ms_max,
                           .checkin_ms = (uint64_t)o->checkin_ms,
                           .chunk_budget = (uint64_t)o->chunk_budget,
+                          .checkins_per_s = (uint32_t)o->checkins_per_s,
+                          .items_per_s = (uint32_t)o->items_per_s,
+                          .served_bytes_per_s = (uint64_t)o->served_bytes_per_s,
+                          .asked_bytes_max = (uint64_t)o->asked_bytes_max,
+                          .load_share = o->load_share,
                           .canary_nodes_min = (uint32_t)o->canary_nodes_min,
                           .canary_tokens_min = (uint64_t)o->canary_tokens_min,
                           .canary_share = o->canary_share,

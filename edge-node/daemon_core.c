@@ -94,6 +94,15 @@ static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
             d->erase.running = true;
         d->erase.rows = number;
         break;
+    case SH_NOTE_TRAIN_STOPPED:
+        sh_log(SH_LOG_INFO, "train_stopped", "round=%llu reason=policy", n);
+        break;
+    case SH_NOTE_CLOCK_SET:
+        sh_log(SH_LOG_WARN, "clock", "off_seconds=%llu set_by=aggregator", n);
+        break;
+    case SH_NOTE_BUDGET:
+        sh_log(SH_LOG_WARN, "budget", "state=used_up direction=%s", number == 0 ? "up" : "down");
+        break;
     case SH_NOTE_REJECTED:
         sh_log(SH_LOG_WARN, "link", "state=refused reason=key");
         d->net_refused = true;

@@ -38,7 +38,8 @@ static void set_timer(node_step *s)
 {
     sh_node *n = s->n;
     uint64_t due = SH_MIN(sh_link_due(&n->link), node_monitor_due(n));
-    due = SH_MIN(due, SH_MIN(n->take_retry_ms, n->retain_ms));
+    due = SH_MIN(due, SH_MIN(n->take_retry_ms, node_clock_steady(n, n->retain_ms)));
+    due = SH_MIN(due, SH_MIN(n->policy.due_ms, node_budget_due(n)));
     if (n->state.erasing)
         due = s->now_ms;
     if (due == NODE_NEVER || due == n->armed_ms)
@@ -54,6 +55,8 @@ static sh_status finish(node_step *s)
     SH_TRY(node_retain(s));
     SH_TRY(node_pump(s));
     set_timer(s);
+    SH_TRY(node_clock_save(s));
+    SH_TRY(node_budget_save(s));
     return node_state_save(s);
 }
 
@@ -126,10 +129,14 @@ sh_status sh_node_create(const sh_node_options *options, sh_bytes genesis_manife
     n->options = *options;
     n->rng = *rng;
     n->armed_ms = n->take_retry_ms = NODE_NEVER;
-    n->retain_ms = now_ms; /* looks once what has become too old */
-    node_step s = {n, txn, actions, now_ms, err};
+    node_step s = {.n = n, .txn = txn, .actions = actions, .now_ms = now_ms, .err = err};
     sh_status status = SH_OK;
+    SH_GOTO(node_clock_open(&s));
+    SH_GOTO(node_budget_open(&s));
+    node_policy_init(&s);
+    n->retain_ms = s.row_ms; /* looks once what has become too old */
     SH_GOTO(load_or_make(&s, genesis_manifest));
+    SH_GOTO(node_policy_update(&s, NULL));
     SH_GOTO(node_slots_lost(&s, genesis_manifest));
     sh_node_action *activate = node_act(&s, SH_NODE_ACTIVATE);
     activate->version = node_active(n)->version;
@@ -178,41 +185,47 @@ static sh_status on_job(node_step *s, const sh_node_job_result *result)
     return SH_OK; /* cancelled, and it did not notice in time */
 }
 
+static sh_status dispatch(node_step *s, const sh_node_event *event)
+{
+    switch (event->kind) {
+    case SH_NODE_TIMER:
+        return on_timer(s);
+    case SH_NODE_LINK_UP:
+        node_on_link(s, true);
+        return SH_OK;
+    case SH_NODE_LINK_DOWN:
+        node_on_link(s, false);
+        return SH_OK;
+    case SH_NODE_MESSAGE:
+        node_budget_count(s, false, event->message.n);
+        node_policy_gates(s->n);
+        return node_on_message(s, event->message);
+    case SH_NODE_INFERENCE:
+        return node_on_inference(s, &event->record, &event->completion);
+    case SH_NODE_FEEDBACK:
+        return node_on_feedback(s, &event->feedback);
+    case SH_NODE_RATING:
+        return node_on_rating(s, &event->rating);
+    case SH_NODE_ERASE:
+        return node_on_erase(s, event->user);
+    case SH_NODE_JOB_DONE:
+        return on_job(s, &event->result);
+    case SH_NODE_SIGNALS: /* node_policy_update has it */
+        return SH_OK;
+    }
+    return SH_OK;
+}
+
 sh_status sh_node_step(sh_node *node, const sh_node_event *event, sh_txn *txn,
                        sh_node_actions *actions, sh_error *err)
 {
     sh_node_actions_clear(actions);
-    node_step s = {node, txn, actions, event->now_ms, err};
-    sh_status status = SH_OK;
-    switch (event->kind) {
-    case SH_NODE_TIMER:
-        status = on_timer(&s);
-        break;
-    case SH_NODE_LINK_UP:
-        node_on_link(&s, true);
-        break;
-    case SH_NODE_LINK_DOWN:
-        node_on_link(&s, false);
-        break;
-    case SH_NODE_MESSAGE:
-        status = node_on_message(&s, event->message);
-        break;
-    case SH_NODE_INFERENCE:
-        status = node_on_inference(&s, &event->record, &event->completion);
-        break;
-    case SH_NODE_FEEDBACK:
-        status = node_on_feedback(&s, &event->feedback);
-        break;
-    case SH_NODE_RATING:
-        status = node_on_rating(&s, &event->rating);
-        break;
-    case SH_NODE_ERASE:
-        status = node_on_erase(&s, event->user);
-        break;
-    case SH_NODE_JOB_DONE:
-        status = on_job(&s, &event->result);
-        break;
-    }
+    node_step s = {.n = node, .txn = txn, .actions = actions, .now_ms = event->now_ms, .err = err};
+    node_clock_step(&s, event->wall_ms);
+    node_budget_roll(&s);
+    sh_status status = node_policy_update(&s, event);
+    if (status == SH_OK)
+        status = dispatch(&s, event);
     if (status == SH_OK)
         status = finish(&s);
     if (status != SH_OK)
@@ -238,6 +251,16 @@ sh_node_status sh_node_get_status(const sh_node *node)
         .feedback_tokens = st->feedback_tokens,
         .bad_messages = st->bad_messages,
         .last_sync_ms = st->last_sync_ms,
+        .clock_trusted = node->clock.trusted,
+        .wall_ms = node->clock.wall_ms,
+        .row_ms = node->clock.row_ms,
+        .bytes_up_day = node->budget.up_day,
+        .bytes_up_month = node->budget.up_month,
+        .bytes_down_day = node->budget.down_day,
+        .bytes_down_month = node->budget.down_month,
+        .refused_full = node->budget.refused_full,
+        .stores_lost = node->policy.signals.stores_lost,
+        .conditions = node_policy_conditions(node),
         .last_completion = st->last_completion,
         .link_up = node->link.state != SH_LINK_DOWN,
         .drifting = st->drifting,
@@ -249,6 +272,8 @@ sh_node_status sh_node_get_status(const sh_node *node)
         status.outbox_bytes += node->link.counts.bytes[c];
         status.dropped[c] = node->link.counts.dropped[c];
     }
+    for (int i = 0; i < SH_POLICIES; i++)
+        status.holds[i] = node->policy.holds[i];
     for (int m = 0; m < SH_METRICS; m++)
         status.log_evalue[m] = sh_monitor_log_evalue(node->monitor, (sh_metric)m);
     return status;

@@ -18,6 +18,10 @@
  *   - An inference's record carries the version that it ran on; a request that began before an
  *     ACTIVATE says nothing about the release after it.
  *
+ * Clocks. event.now_ms is steady: it never jumps, whatever is done to the device's clock, and it
+ * began, with the process, at what that clock said. event.wall_ms is the device's clock now. The
+ * core makes the dates that it needs of both and of the aggregator's signed time (node_clock.c).
+ *
  * Releases: a release waits in its chunks until the active one is confirmed, because it is
  * installed over the slot that the node would fall back to. An unhealthy inference (a likelihood
  * that is not finite) of an unconfirmed release brings the other slot back.
@@ -38,6 +42,7 @@
 /* Tables of a node's store; the audit and the reports read them by these numbers. */
 enum {
     SH_NODE_T_META,       /* "schema" (node_schema.c), "state", "candidate" (node_state.c), "epoch",
+                             "clock" (node_clock.c), "budget" (node_budget.c),
                              "monitor", "slot0", "slot1" and "take" (signed manifests), "outbox"
                              (shared/sync) */
     SH_NODE_T_RECORD,     /* seq -> sh_record, a ring */
@@ -51,11 +56,54 @@ enum {
 };
 extern const char *const sh_node_tables[SH_NODE_TABLES];
 
+/* ---- when the node does what ---- */
+
+typedef enum { SH_SIGNAL_UNKNOWN, SH_SIGNAL_NO, SH_SIGNAL_YES } sh_signal;
+#define SH_IDLE_UNKNOWN        UINT64_MAX
+#define SH_TEMPERATURE_UNKNOWN INT32_MIN
+
+/* What the shell sees of its device. Zeroed but for idle_ms and temperature_mc: nothing is known.
+ */
+typedef struct {
+    sh_signal network, metered, power; /* power: external */
+    uint64_t idle_ms;       /* since the device's user did something, or UNKNOWN; the node's
+                               own requests count besides */
+    int32_t temperature_mc; /* thousandths of a degree Celsius, or UNKNOWN */
+    uint64_t disk_free, store_bytes, store_bytes_max;
+    bool store_full;
+    uint32_t stores_lost; /* environments set aside as corrupt, so far */
+    uint64_t
+        refused_full; /* what a full store did not take since the last SIGNALS that was committed */
+} sh_node_signals;
+
+typedef enum {
+    SH_POLICY_FEEDBACK, /* updates, alarms and evaluations up; check-ins */
+    SH_POLICY_WINDOWS,  /* windows and records up */
+    SH_POLICY_DOWNLOAD, /* chunks of releases and candidates down */
+    SH_POLICY_TRAIN,    /* training and evaluating candidates */
+    SH_POLICIES
+} sh_policy_kind;
+
+/* Zeroed: no condition. Inference waits for none of it. */
+typedef struct {
+    bool unmetered, power;
+    bool unknown_allowed; /* a signal that is needed and not known counts as well */
+    uint64_t idle_ms_min;
+    uint32_t from_min, to_min;  /* minutes of the local day, [from, to); equal: the whole day */
+    int32_t temperature_mc_max; /* 0: any */
+} sh_node_policy;
+
+/* Bytes of messages; 0: no limit. */
+typedef struct {
+    uint64_t up_day, up_month, down_day, down_month;
+} sh_node_budgets;
+
 typedef struct {
     sh_sign_public_key release_key; /* manifests must be signed by it */
     const char *agent, *kernel;     /* borrowed for the node's life */
     uint32_t cores;
-    uint64_t memory_bytes;
+    uint64_t memory_bytes, disk_bytes; /* disk: that the store may take */
+    const char *device_class;          /* as its owner names it; NULL: not said. Borrowed, too */
     sh_monitor_options monitor;
     /* Rings: the oldest go when one of its limits is passed. 0 is no limit of that kind, but for
      * the counts. */
@@ -64,8 +112,13 @@ typedef struct {
     uint64_t records_age_ms_max, feedback_age_ms_max, completions_age_ms_max;
     uint64_t outbox_quota_bytes[SH_CLASSES];
     uint64_t retry_min_ms, retry_max_ms; /* exponential, full jitter */
-    uint32_t confirm_inferences;         /* healthy inferences that confirm a release */
-    bool send_only_if_better;            /* own held-out loss must improve (design section 5) */
+    sh_node_policy policies[SH_POLICIES];
+    uint64_t checkin_blocked_ms; /* between check-ins while the policy FEEDBACK does not hold; 0: as
+                                    the aggregator says */
+    sh_node_budgets budgets;
+    int32_t utc_offset_min;       /* of the hours of policies and the days of budgets */
+    uint32_t confirm_inferences;  /* healthy inferences that confirm a release */
+    bool send_only_if_better;     /* own held-out loss must improve (design section 5) */
     bool evaluate;                /* take part in federated evaluation when a plan asks for it */
     uint64_t evaluate_tokens_min; /* target tokens of feedback below which it has nothing to say */
     /* Bit i: the file of slot i is not what its manifest says. Create forgets that release, without
@@ -84,6 +137,7 @@ typedef enum {
     SH_NODE_RATING,    /* the same, by the id of a completion that the store still has */
     SH_NODE_ERASE, /* everything that a user (0: anyone) wrote; a running training is cancelled */
     SH_NODE_JOB_DONE,
+    SH_NODE_SIGNALS, /* what the shell sees of its device; the last one counts */
 } sh_node_event_kind;
 
 /* What a user's correction teaches: the tokens that the author really wrote after the context.
@@ -159,15 +213,17 @@ typedef struct {
 
 typedef struct {
     sh_node_event_kind kind;
-    uint64_t now_ms;
+    uint64_t now_ms;  /* steady */
+    uint64_t wall_ms; /* the device's clock; 0: as now_ms */
     sh_bytes message;
-    sh_record record;
+    sh_record record;             /* at_ms on the clock of now_ms */
     sh_completion_row completion; /* INFERENCE: id 0 when feedback by id is not wanted */
     sh_feedback feedback;
     sh_rating rating; /* RATING; an id that is not there, or was rated otherwise, is noted and
                          changes nothing: look first (sh_node_get_completion) */
     uint64_t user;    /* ERASE */
     sh_node_job_result result;
+    sh_node_signals signals;
 } sh_node_event;
 
 typedef enum {
@@ -191,10 +247,13 @@ typedef enum {
     SH_NOTE_DROPPED,
     SH_NOTE_TRAIN_STARTED,
     SH_NOTE_JOB_FAILED,
-    SH_NOTE_CHECKED_IN, /* a plan came */
-    SH_NOTE_EVALUATED,  /* number: candidate */
-    SH_NOTE_ERASED,     /* number: rows */
-    SH_NOTE_REJECTED,   /* the aggregator does not know this node's key */
+    SH_NOTE_CHECKED_IN,    /* a plan came */
+    SH_NOTE_EVALUATED,     /* number: candidate */
+    SH_NOTE_ERASED,        /* number: rows */
+    SH_NOTE_REJECTED,      /* the aggregator does not know this node's key */
+    SH_NOTE_TRAIN_STOPPED, /* its policy no longer holds; number: round */
+    SH_NOTE_CLOCK_SET,     /* by the aggregator's signed time; number: seconds that it was off */
+    SH_NOTE_BUDGET,        /* a byte budget is used up; number: 0 up, 1 down */
 } sh_node_note;
 
 typedef struct {
@@ -237,7 +296,14 @@ typedef struct {
     uint64_t feedback_tokens, outbox_items, outbox_bytes;
     uint64_t dropped[SH_CLASSES];
     uint64_t bad_messages;
-    uint64_t last_sync_ms;         /* when the last plan came, 0: never */
+    uint64_t last_sync_ms;    /* when the last plan came (wall clock), 0: never */
+    uint64_t wall_ms, row_ms; /* the core's wall clock and its rows' at the last step */
+    bool clock_trusted;       /* the aggregator's signed time was seen since the start */
+    bool holds[SH_POLICIES];
+    uint32_t conditions; /* SH_CONDITION_ bits */
+    uint64_t bytes_up_day, bytes_up_month, bytes_down_day, bytes_down_month;
+    uint64_t refused_full;         /* inferences and items that a full store did not take */
+    uint32_t stores_lost;          /* environments set aside as corrupt */
     uint64_t last_completion;      /* the largest id that was ever stored */
     double log_evalue[SH_METRICS]; /* of each detector now */
     bool link_up, drifting, welcome;

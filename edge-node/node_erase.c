@@ -9,8 +9,8 @@
 
 void node_retain_from(node_step *s, uint64_t age_ms)
 {
-    if (age_ms > 0 && age_ms < NODE_NEVER - s->now_ms)
-        s->n->retain_ms = SH_MIN(s->n->retain_ms, s->now_ms + age_ms);
+    if (age_ms > 0 && age_ms < NODE_NEVER - s->row_ms)
+        s->n->retain_ms = SH_MIN(s->n->retain_ms, s->row_ms + age_ms);
 }
 
 /* When row `at_ms` is too old; NODE_NEVER for an age of 0. */
@@ -27,20 +27,20 @@ static sh_status drop_old(node_step *s, unsigned table, uint64_t seq, sh_slice v
     sh_record record;
     if (table == SH_NODE_T_FEEDBACK) {
         SH_TRY(node_feedback_head(value, &feedback, s->err));
-        *due = end_of(feedback.at_ms, n->options.feedback_age_ms_max);
-        if (*due > s->now_ms)
+        *due = end_of(node_clock_row(s, feedback.at_ms), n->options.feedback_age_ms_max);
+        if (*due > s->row_ms)
             return SH_OK;
         n->state.feedback_first = seq + 1;
         return node_feedback_del(s, seq, &feedback);
     }
     if (table == SH_NODE_T_COMPLETION) {
         SH_TRY(node_completion_head(seq, value, &completion, s->err));
-        *due = end_of(completion.at_ms, n->options.completions_age_ms_max);
-        return *due > s->now_ms ? SH_OK : node_completion_del(s, seq, value.n);
+        *due = end_of(node_clock_row(s, completion.at_ms), n->options.completions_age_ms_max);
+        return *due > s->row_ms ? SH_OK : node_completion_del(s, seq, value.n);
     }
     SH_TRY(sh_record_decode(value.data, value.n, &record, s->err));
-    *due = end_of(record.at_ms, n->options.records_age_ms_max);
-    if (*due > s->now_ms)
+    *due = end_of(node_clock_row(s, record.at_ms), n->options.records_age_ms_max);
+    if (*due > s->row_ms)
         return SH_OK;
     n->state.record_first = seq + 1;
     n->dirty = true;
@@ -51,7 +51,7 @@ static sh_status drop_old(node_step *s, unsigned table, uint64_t seq, sh_slice v
 
 static sh_status retain(node_step *s, unsigned table, uint64_t age_ms)
 {
-    uint64_t due = s->now_ms;
+    uint64_t due = s->row_ms;
     if (age_ms == 0)
         return SH_OK;
     for (unsigned i = 0; i < NODE_RETAIN_STEP_MAX; i++) {
@@ -62,17 +62,17 @@ static sh_status retain(node_step *s, unsigned table, uint64_t age_ms)
             return SH_OK;
         SH_TRY(status);
         SH_TRY(drop_old(s, table, seq, value, &due));
-        if (due > s->now_ms)
+        if (due > s->row_ms)
             break;
     }
-    s->n->retain_ms = SH_MIN(s->n->retain_ms, SH_MAX(due, s->now_ms));
+    s->n->retain_ms = SH_MIN(s->n->retain_ms, SH_MAX(due, s->row_ms));
     return SH_OK;
 }
 
 sh_status node_retain(node_step *s)
 {
     const sh_node_options *o = &s->n->options;
-    if (s->n->retain_ms > s->now_ms)
+    if (s->n->retain_ms > s->row_ms)
         return SH_OK;
     s->n->retain_ms = NODE_NEVER;
     SH_TRY(retain(s, SH_NODE_T_RECORD, o->records_age_ms_max));

@@ -142,9 +142,9 @@ sh_status node_evaluate_advance(node_step *s)
         return SH_OK;
     SH_GOTO(node_candidate_load(s, &hashes, &plan));
     SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &plan.model, one, 1, &missing, s->err));
-    if (missing == 0)
+    if (missing == 0 && node_policy_holds(n, SH_POLICY_TRAIN))
         status = start_job(s, &plan, &hashes);
-    else if (n->link.want.due_ms == NODE_NEVER) {
+    else if (missing > 0 && n->link.want.due_ms == NODE_NEVER) {
         sh_link_step link = node_link(s);
         sh_link_want(&link);
     }

@@ -10,6 +10,9 @@
  *   node_sync.c     what the link (shared/sync/link.h) asks: check-in, outbox, chunks
  *   node_release.c  manifests, chunks down, install, smoke, activate, confirm, fall back
  *   node_slots.c    releases whose files are gone
+ *   node_clock.c    wall clock, rows' clock, the aggregator's signed time
+ *   node_policy.c   what may be done now, by the device's signals
+ *   node_budget.c   bytes of a day and a month
  *   node_train.c    training plans and what training made
  *   node_evaluate.c a candidate to score: chunks, job, what it found out
  *
@@ -77,6 +80,37 @@ typedef struct {
     uint32_t evaluate_tries;
 } node_state;
 
+/* See node_clock.c. Offsets are added to now_ms, modulo 2^64. */
+typedef struct {
+    uint64_t floor_ms, floor_now_ms;        /* the true time is not before it; that was at */
+    uint64_t skew;                          /* the core's wall clock less the device's */
+    uint64_t seen_row_ms, seen_wall_ms;     /* both clocks at one moment of the past */
+    uint64_t anchor_row_ms, anchor_wall_ms; /* at the last one whose wall clock was signed */
+    uint64_t since_ms;                      /* rows' clock when it was first kept */
+    uint64_t shell_offset, wall_offset, row_offset;
+    uint64_t wall_ms, row_ms;    /* at the last step */
+    uint64_t start_ms, off_ms;   /* steady; time off that is not in the rows' clock yet */
+    uint64_t saved_ms, asked_ms; /* steady; the last check-in was sent */
+    bool trusted, dirty;
+} node_clock;
+
+typedef struct {
+    sh_node_signals signals;
+    uint64_t used_ms, user_ms; /* steady: the last request; what the source of idleness says */
+    bool holds[SH_POLICIES];
+    uint32_t conditions;
+    uint64_t due_ms;  /* when time alone changes it */
+    uint64_t plan_ms; /* steady: the last plan came; NODE_NEVER: none since the start */
+} node_policy;
+
+typedef struct {
+    uint64_t day, month; /* of the rows' clock, local */
+    uint64_t up_day, up_month, down_day, down_month;
+    uint64_t refused_full;
+    bool dirty, told_up, told_down;
+    uint64_t saved_ms;
+} node_budget;
+
 struct sh_node {
     sh_node_options options;
     sh_rng rng;
@@ -87,7 +121,7 @@ struct sh_node {
     sh_link link;
     uint64_t armed_ms; /* of the last SET_TIMER */
 
-    uint64_t retain_ms;    /* when a row may be too old */
+    uint64_t retain_ms;    /* when a row may be too old (rows' clock) */
     uint64_t evaluate_job; /* id of the running EVALUATE; 0: none */
     bool evaluate;         /* the last plan asked for the candidate */
 
@@ -96,14 +130,19 @@ struct sh_node {
     uint64_t train_job;     /* id of the running TRAIN; 0: none */
     sh_train_plan training; /* what it runs */
     sh_train_plan plan;     /* the last one that came; train is false when it is done with */
+
+    node_clock clock;
+    node_policy policy;
+    node_budget budget;
 };
 
 typedef struct {
     sh_node *n;
     sh_txn *txn;
     sh_node_actions *actions;
-    uint64_t now_ms;
+    uint64_t now_ms; /* intervals */
     sh_error *err;
+    uint64_t wall_ms, row_ms; /* dates; ages of rows */
 } node_step;
 
 /* ---- node.c ---- */
@@ -183,7 +222,7 @@ sh_status node_retain(node_step *s);
 sh_status node_on_inference(node_step *s, const sh_record *record,
                             const sh_completion_row *completion);
 sh_status node_on_feedback(node_step *s, const sh_feedback *feedback);
-sh_status node_take_window(node_step *s, const sh_window_result *closed);
+sh_status node_take_window(node_step *s, sh_window_result *closed);
 sh_status node_monitor_timer(node_step *s);
 uint64_t node_monitor_due(const sh_node *n);
 void node_monitor_release(node_step *s); /* the active release has changed */
@@ -216,6 +255,37 @@ void node_on_train_plan(node_step *s, const sh_train_plan *plan);
 SH_MUST_USE sh_status node_train_consider(node_step *s);
 void node_train_cancel(node_step *s);
 sh_status node_train_done(node_step *s, const sh_node_job_result *result);
+
+/* ---- node_clock.c ---- */
+sh_status node_clock_open(node_step *s);                       /* of create: fills s's dates */
+void node_clock_step(node_step *s, uint64_t wall_ms);          /* of an event: the same */
+sh_status node_clock_stamp(node_step *s, sh_bytes stamp);      /* SH_ERR_AUTH, SH_ERR_INVALID */
+uint64_t node_clock_steady(const sh_node *n, uint64_t row_ms); /* when the rows' clock says so */
+/* When a row was made: one that a clock that was wrong put into the future counts from the day that
+ * this was seen. */
+uint64_t node_clock_row(const node_step *s, uint64_t at_ms);
+bool node_clock_is_off(const sh_node *n);
+sh_status node_clock_save(node_step *s);
+
+/* ---- node_policy.c ---- */
+void node_policy_init(node_step *s);
+/* Takes in what the event says of the device, finds what holds now, stops and wakes by it. */
+sh_status node_policy_update(node_step *s, const sh_node_event *event);
+bool node_policy_holds(const sh_node *n, sh_policy_kind kind);
+void node_policy_gates(sh_node *n);                /* tells the link what may go out now */
+uint32_t node_policy_conditions(const sh_node *n); /* SH_CONDITION_ bits */
+void node_policy_fill(const sh_node *n, sh_msg_checkin *checkin);
+
+/* ---- node_budget.c ---- */
+sh_status node_budget_open(node_step *s);
+void node_budget_roll(node_step *s); /* a new day or month */
+void node_budget_count(node_step *s, bool up, size_t bytes);
+bool node_budget_bulk_up(const sh_node *n);
+bool node_budget_small_up(const sh_node *n);
+uint32_t node_budget_chunks_down(const sh_node *n); /* that fit */
+bool node_budget_is_used_up(const sh_node *n);
+uint64_t node_budget_due(const sh_node *n); /* the next period, when something waits for it */
+sh_status node_budget_save(node_step *s);
 
 /* ---- node_evaluate.c ---- */
 sh_status node_on_evaluate_plan(node_step *s, const sh_evaluate_plan *plan);

@@ -16,7 +16,7 @@ static sh_status raise_alarm(node_step *s, const sh_window_result *closed, unsig
         .metric = metric,
         .log_evalue = m->log_evalue,
         .effect = m->effect,
-        .at_ms = s->now_ms,
+        .at_ms = s->wall_ms,
     };
     sh_buf payload;
     sh_buf_init(&payload, SH_WIRE_ITEM_MAX);
@@ -34,9 +34,11 @@ cleanup:
     return status;
 }
 
-sh_status node_take_window(node_step *s, const sh_window_result *closed)
+sh_status node_take_window(node_step *s, sh_window_result *closed)
 {
     node_state *st = &s->n->state;
+    closed->window.start_ms += s->wall_ms - s->row_ms; /* records are on the rows' clock */
+    closed->window.end_ms += s->wall_ms - s->row_ms;
     sh_buf payload;
     sh_buf_init(&payload, SH_WINDOW_BYTES_MAX);
     sh_status status = SH_OK;
@@ -75,11 +77,12 @@ sh_status node_on_inference(node_step *s, const sh_record *record,
     sh_record mine = *record;
     sh_window_result closed;
     mine.seq = n->state.record_next;
+    mine.at_ms += n->clock.row_offset;
     n->dirty = true;
     SH_TRY(node_record_put(s, &mine));
     if (completion->id != 0) {
         sh_completion_row row = *completion;
-        row.at_ms = s->now_ms;
+        row.at_ms = s->row_ms;
         row.record = mine.seq;
         row.release_version = mine.release_version;
         row.rated = SH_FEEDBACK_NONE;
@@ -92,7 +95,7 @@ sh_status node_on_inference(node_step *s, const sh_record *record,
     /* A window that this record filled has it; one that it closed by being late has not. */
     bool holds_it = was_closed && closed.window.last_seq >= mine.seq;
     if (n->state.window_open_ms == 0 && !holds_it)
-        n->state.window_open_ms = s->now_ms;
+        n->state.window_open_ms = s->row_ms;
     return node_judge_health(s, &mine);
 }
 
@@ -117,7 +120,7 @@ uint64_t node_monitor_due(const sh_node *n)
     uint64_t age = n->options.monitor.window_ms_max;
     if (age == 0 || n->state.window_open_ms == 0 || n->state.window_open_ms > NODE_NEVER - age)
         return NODE_NEVER;
-    return n->state.window_open_ms + age;
+    return node_clock_steady(n, n->state.window_open_ms + age);
 }
 
 sh_status node_monitor_timer(node_step *s)
@@ -127,7 +130,7 @@ sh_status node_monitor_timer(node_step *s)
         return SH_OK;
     s->n->dirty = s->n->monitor_dirty = true;
     s->n->state.window_open_ms = 0;
-    if (sh_monitor_tick(s->n->monitor, s->now_ms, &closed))
+    if (sh_monitor_tick(s->n->monitor, s->row_ms, &closed))
         return node_take_window(s, &closed);
     return SH_OK;
 }

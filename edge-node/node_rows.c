@@ -193,7 +193,7 @@ sh_status node_feedback_put(node_step *s, const sh_feedback *feedback)
     node_put_le(value + 10, feedback->offset, 4);
     node_put_le(value + 14, feedback->n, 4);
     node_put_le(value + 18, feedback->user, 8);
-    node_put_le(value + 26, s->now_ms, 8);
+    node_put_le(value + 26, s->row_ms, 8);
     for (uint32_t i = 0; i < feedback->n; i++)
         node_put_le(value + FEEDBACK_HEAD + 4 * (size_t)i, (uint32_t)feedback->tokens[i], 4);
     sh_status status = node_row_put(s, SH_NODE_T_FEEDBACK, st->feedback_next, value, bytes);
@@ -225,7 +225,7 @@ sh_status node_feedback_migrate(node_step *s, uint64_t seq)
     memcpy(now, value.data, FEEDBACK_HEAD_1);
     now[0] = FEEDBACK_VERSION;
     node_put_le(now + 18, row.user, 8);
-    node_put_le(now + 26, s->now_ms, 8);
+    node_put_le(now + 26, s->row_ms, 8);
     memcpy(now + FEEDBACK_HEAD, feedback_tokens(value), (size_t)row.n * 4);
     sh_status status = node_row_put(s, SH_NODE_T_FEEDBACK, at, now, bytes);
     free(now);
@@ -329,7 +329,7 @@ static sh_status ledger_put(node_step *s, const sh_ledger_row *row)
 
 sh_status node_ledger_add(node_step *s, sh_class cls, uint64_t seq, const sh_hash *sha256)
 {
-    sh_ledger_row row = {.cls = (uint8_t)cls, .seq = seq, .sha256 = *sha256, .made_ms = s->now_ms};
+    sh_ledger_row row = {.cls = (uint8_t)cls, .seq = seq, .sha256 = *sha256, .made_ms = s->wall_ms};
     SH_TRY(ledger_put(s, &row));
     if (seq > SH_NODE_LEDGER_MAX) { /* one row a sequence: this one is the oldest */
         uint8_t key[LEDGER_KEY];
@@ -352,7 +352,7 @@ sh_status node_ledger_settle(node_step *s, sh_class cls, uint64_t seq, sh_ledger
         return sh_fail(s->err, status, "ledger: cannot be read");
     SH_TRY(ledger_decode((sh_slice){key, sizeof(key)}, value, &row, s->err));
     row.state = how;
-    row.settled_ms = s->now_ms;
+    row.settled_ms = s->wall_ms;
     return ledger_put(s, &row);
 }
 

@@ -152,12 +152,18 @@ static void send_message(void *arg, sh_buf *message)
     SH_ASSERT(action != NULL);
     action->message = *message;
     *message = (sh_buf){0};
+    node_budget_count(arg, true, action->message.len);
+    node_policy_gates(((node_step *)arg)->n);
 }
 
 static sh_status fill_checkin(void *arg, sh_msg_checkin *c)
 {
-    const sh_node *n = ((node_step *)arg)->n;
+    node_step *s = arg;
+    sh_node *n = s->n;
     const node_state *st = &n->state;
+    n->clock.asked_ms = s->now_ms;
+    c->now_ms = s->wall_ms;
+    node_policy_fill(n, c);
     c->active_version = node_active(n)->version;
     c->confirmed_version = st->confirmed_version;
     c->installing_version = st->take != TAKE_NONE ? st->taking.version : 0;
@@ -173,7 +179,14 @@ static sh_status fill_checkin(void *arg, sh_msg_checkin *c)
 static sh_status on_plan(void *arg, const sh_msg_plan *plan)
 {
     node_step *s = arg;
-    s->n->state.last_sync_ms = s->now_ms;
+    sh_status stamped = node_clock_stamp(s, plan->time);
+    if (stamped != SH_OK) {
+        sh_link_step link = node_link(s);
+        SH_TRY(sh_link_refuse(&link, stamped, "the signed time does not hold"));
+    }
+    s->n->policy.plan_ms = s->now_ms;
+    node_policy_gates(s->n);
+    s->n->state.last_sync_ms = s->wall_ms;
     s->n->dirty = true;
     node_note(s, SH_NOTE_CHECKED_IN, 0);
     node_on_train_plan(s, &plan->train);
@@ -262,6 +275,8 @@ sh_status node_link_open(node_step *s)
                   .kernel = o->kernel,
                   .cores = o->cores,
                   .memory_bytes = o->memory_bytes,
+                  .device_class = o->device_class ? o->device_class : "",
+                  .disk_bytes = o->disk_bytes,
                   .slots = NODE_SLOTS},
         .retry_min_ms = o->retry_min_ms,
         .retry_max_ms = o->retry_max_ms,

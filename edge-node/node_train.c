@@ -38,7 +38,8 @@ sh_status node_train_consider(node_step *s)
     node_state *st = &n->state;
     const sh_train_plan *plan = &n->plan;
     const node_release *active = node_active(n);
-    if (!plan->train || n->train_job != 0 || st->erasing || plan->round <= st->trained_round)
+    if (!plan->train || n->train_job != 0 || st->erasing || plan->round <= st->trained_round ||
+        !node_policy_holds(n, SH_POLICY_TRAIN))
         return SH_OK;
     /* A base that is not here yet comes as a release; its activation comes back here. */
     if (plan->base_version != active->version ||

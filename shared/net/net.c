@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <time.h>
@@ -78,7 +79,34 @@ sh_status net_check_endpoint(const char *endpoint, bool listens, sh_error *err)
                           endpoint, sizeof local.sun_path - 1);
 }
 
+uint64_t sh_net_raise_descriptors(void)
+{
+    struct rlimit files = {0};
+    if (getrlimit(RLIMIT_NOFILE, &files) != 0)
+        return 0;
+    struct rlimit most = {.rlim_cur = files.rlim_max, .rlim_max = files.rlim_max};
+    if (files.rlim_cur < files.rlim_max && setrlimit(RLIMIT_NOFILE, &most) == 0)
+        files = most;
+    return (uint64_t)files.rlim_cur;
+}
+
 sh_status sh_net_create(sh_net **out, sh_error *err)
+{
+    return sh_net_create_with(&(sh_net_options){0}, out, err);
+}
+
+static sh_status set_context(sh_net *net, const sh_net_options *o, sh_error *err)
+{
+    if (o->io_threads > 0 && zmq_ctx_set(net->zmq, ZMQ_IO_THREADS, (int)o->io_threads) != 0)
+        return sh_fail(err, SH_ERR_USAGE, "net: %u I/O threads: %s", o->io_threads,
+                       zmq_strerror(zmq_errno()));
+    if (o->sockets_max > 0 && zmq_ctx_set(net->zmq, ZMQ_MAX_SOCKETS, (int)o->sockets_max) != 0)
+        return sh_fail(err, SH_ERR_USAGE, "net: %u sockets: %s", o->sockets_max,
+                       zmq_strerror(zmq_errno()));
+    return SH_OK;
+}
+
+sh_status sh_net_create_with(const sh_net_options *options, sh_net **out, sh_error *err)
 {
     if (!zmq_has("curve"))
         return sh_fail(err, SH_ERR_UNSUPPORTED, "net: this libzmq was built without CURVE");
@@ -91,7 +119,9 @@ sh_status sh_net_create(sh_net **out, sh_error *err)
         return sh_fail(err, SH_ERR_IO, "net: no context: %s", zmq_strerror(zmq_errno()));
     }
     pthread_mutex_init(&net->lock, NULL);
-    sh_status status = net_zap_start(net, err);
+    sh_status status = set_context(net, options, err);
+    if (status == SH_OK)
+        status = net_zap_start(net, err);
     if (status != SH_OK) {
         zmq_ctx_term(net->zmq);
         pthread_mutex_destroy(&net->lock);
@@ -150,13 +180,15 @@ sh_status net_socket_create(sh_net *net, const net_socket_options *o, void **out
     if (!socket)
         return net_fail(err, "make", "a socket");
     int queue = (int)SH_MIN(o->queue_max ? o->queue_max : NET_QUEUE_DEFAULT, (uint32_t)INT32_MAX);
-    int64_t message_max = (int64_t)o->message_max + NET_CURVE_BYTES;
+    int receive_queue =
+        o->receive_queue_max ? (int)SH_MIN(o->receive_queue_max, (uint32_t)INT32_MAX) : queue;
+    int64_t receive_max = (int64_t)o->receive_max + NET_CURVE_BYTES;
     sh_status status = SH_OK;
     SH_GOTO(net_set_int(socket, ZMQ_LINGER, 0, err));
     SH_GOTO(net_set_int(socket, ZMQ_SNDHWM, queue, err));
-    SH_GOTO(net_set_int(socket, ZMQ_RCVHWM, queue, err));
+    SH_GOTO(net_set_int(socket, ZMQ_RCVHWM, receive_queue, err));
     SH_GOTO(net_set_int(socket, ZMQ_HANDSHAKE_IVL, NET_HANDSHAKE_MS, err));
-    if (zmq_setsockopt(socket, ZMQ_MAXMSGSIZE, &message_max, sizeof message_max) != 0)
+    if (zmq_setsockopt(socket, ZMQ_MAXMSGSIZE, &receive_max, sizeof receive_max) != 0)
         SH_GOTO(sh_fail(err, SH_ERR_IO, "net: largest message: %s", zmq_strerror(zmq_errno())));
     SH_GOTO(set_keys(socket, o, err));
     *out = socket;

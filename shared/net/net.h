@@ -50,6 +50,15 @@ void sh_net_keys_forget(sh_net_keys *keys); /* overwrites the secret */
 
 typedef struct sh_net sh_net; /* a ZeroMQ context and its ZAP handler */
 SH_MUST_USE sh_status sh_net_create(sh_net **out, sh_error *err);
+/* The same with threads that do the connections' work (0: 1) and more sockets than libzmq allows by
+ * itself, for a process with thousands of clients (0: libzmq's 1,023; a client takes three). */
+typedef struct {
+    uint32_t io_threads, sockets_max;
+} sh_net_options;
+SH_MUST_USE sh_status sh_net_create_with(const sh_net_options *options, sh_net **out,
+                                         sh_error *err);
+/* Raises the process's limit of open descriptors as far as it may. Returns what it is then. */
+uint64_t sh_net_raise_descriptors(void);
 void sh_net_destroy(sh_net **net);
 
 /* ---- what comes ---- */
@@ -80,9 +89,15 @@ typedef struct {
     uint32_t connections_max; /* at it a new connection is shut at once, until one ends; 0: half of
                                  the process's descriptor limit. More than the limit leaves room for
                                  is SH_ERR_USAGE */
-    uint32_t queue_max;       /* messages a peer, each direction; 0: 256 */
-    size_t message_max;
-    uint32_t backlog; /* of the listening socket; 0: 4096 */
+    /* What one peer can make the process hold, at most: receive_queue_max messages of receive_max
+     * and one that is being read, queue_max of message_max that it does not read, and what
+     * NET_CONNECTION_BYTES names. Past receive_queue_max its connection is not read until the
+     * server has caught up. */
+    uint32_t queue_max;         /* messages to a peer; 0: 256 */
+    uint32_t receive_queue_max; /* messages from a peer; 0: queue_max */
+    size_t message_max;         /* largest to a peer */
+    size_t receive_max;         /* largest from a peer; 0: message_max */
+    uint32_t backlog;           /* of the listening socket; 0: 4096 */
 } sh_net_server_options;
 /* SH_ERR_EXISTS: the address is in use (the text names it and says what to do). */
 SH_MUST_USE sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *options,

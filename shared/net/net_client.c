@@ -42,9 +42,12 @@ static sh_status dial(sh_net_client *c, sh_error *err)
         {ZMQ_HEARTBEAT_TTL, 3 * beat}, /* the server notices as well */
     };
     sh_status status = SH_OK;
-    SH_GOTO(net_socket_create(
-        c->net, &(net_socket_options){ZMQ_DEALER, o->keys, o->queue_max, o->message_max},
-        &c->socket, err));
+    SH_GOTO(net_socket_create(c->net,
+                              &(net_socket_options){.type = ZMQ_DEALER,
+                                                    .keys = o->keys,
+                                                    .queue_max = o->queue_max,
+                                                    .receive_max = o->message_max},
+                              &c->socket, err));
     for (size_t i = 0; i < SH_COUNT(settings); i++)
         SH_GOTO(net_set_int(c->socket, settings[i][0], settings[i][1], err));
     if (zmq_setsockopt(c->socket, ZMQ_CURVE_SERVERKEY, o->server_key.b, 32) != 0)

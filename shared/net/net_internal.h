@@ -73,8 +73,8 @@ SH_MUST_USE sh_status net_check_endpoint(const char *endpoint, bool listens, sh_
 typedef struct {
     int type;
     const sh_net_keys *keys;
-    uint32_t queue_max;
-    size_t message_max;
+    uint32_t queue_max, receive_queue_max; /* 0: the default; receive: queue_max */
+    size_t receive_max;
 } net_socket_options;
 SH_MUST_USE sh_status net_socket_create(sh_net *net, const net_socket_options *options, void **out,
                                         sh_error *err);

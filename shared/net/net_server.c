@@ -39,7 +39,7 @@ struct sh_net_server {
     uint32_t connections, connections_max;
     uint64_t failed; /* handshakes that did not get as far as a key */
     uint64_t ignored;
-    size_t message_max;
+    size_t message_max, receive_max;
     net_map routes;  /* key -> number of its newest connection */
     net_map dropped; /* key -> generation from which on it is heard */
     uint64_t floor;  /* generation from which on anyone is heard */
@@ -97,6 +97,7 @@ sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *o, sh_n
     *s = (sh_net_server){.net = net,
                          .connections_max = cap,
                          .message_max = o->message_max,
+                         .receive_max = o->receive_max ? o->receive_max : o->message_max,
                          .routes = {.max = NET_ROUTES_MAX},
                          .dropped = {.max = NET_DROPPED_MAX}};
     s->gate.allow = o->allow;
@@ -106,9 +107,13 @@ sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *o, sh_n
     atomic_fetch_add(&net->sockets, 1);
     net_gate_open(net, &s->gate);
     sh_status status = SH_OK;
-    SH_GOTO(net_socket_create(
-        net, &(net_socket_options){ZMQ_ROUTER, o->keys, o->queue_max, o->message_max}, &s->socket,
-        err));
+    SH_GOTO(net_socket_create(net,
+                              &(net_socket_options){.type = ZMQ_ROUTER,
+                                                    .keys = o->keys,
+                                                    .queue_max = o->queue_max,
+                                                    .receive_queue_max = o->receive_queue_max,
+                                                    .receive_max = s->receive_max},
+                              &s->socket, err));
     SH_GOTO(listen_at(s, o, err));
     *out = s;
     return SH_OK;
@@ -282,7 +287,7 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
             break;
         if (!good) {
             s->ignored++;
-        } else if (!authenticate(s, &event.key) || zmq_msg_size(&s->body) > s->message_max) {
+        } else if (!authenticate(s, &event.key) || zmq_msg_size(&s->body) > s->receive_max) {
             s->ignored++;
             shut(s, zmq_msg_get(&s->body, ZMQ_SRCFD));
         } else {

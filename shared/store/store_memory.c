@@ -4,49 +4,17 @@
  *
  * A write never changes a node: it takes the old one out, puts a new one in, and notes both. So
  * abort is the notes backwards, and what a transaction took out stays readable (by slices and
- * cursors) until it ends. A resting store is its struct and its nodes, each one allocation.
+ * cursors) until it ends. A resting store is its struct and its nodes, each one allocation; the
+ * write transaction is a part of the struct, its notes are kept while they are few.
  */
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "shared/base/buf.h"
-#include "shared/store/backend.h"
+#include "shared/store/memory_internal.h"
 
-#define HEIGHT_MAX 12 /* with one node in four a level higher: good for 4^12 nodes */
-#define UNDO_MAX   (1u << 26)
-
-typedef struct mem_node mem_node;
-struct mem_node {
-    uint32_t value_n;
-    uint8_t key_n, height;
-    bool dead;        /* taken out; a cursor may still stand on it */
-    mem_node *next[]; /* [height], then the key's bytes, then the value's */
-};
-
-typedef struct {
-    mem_node *head[HEIGHT_MAX];
-    uint64_t count;
-} mem_table;
-
-typedef struct {
-    sh_store base;
-    uint64_t used;       /* bytes of all live nodes */
-    uint64_t level_bits; /* generator of node heights */
-    atomic_int users;    /* -1: a writer; else the number of readers */
-    mem_table tables[];
-} mem_store;
-
-typedef struct {
-    unsigned table;
-    mem_node *removed, *added; /* either may be NULL */
-} mem_undo;
-
-typedef struct {
-    sh_txn base;
-    mem_undo *undo;
-    size_t n, cap;
-} mem_txn;
+#define UNDO_MAX  (1u << 26)
+#define UNDO_KEPT 32u /* notes whose memory a resting store keeps */
 
 typedef struct {
     sh_cursor base;
@@ -87,10 +55,10 @@ static void find(mem_table *table, sh_slice key, bool after, mem_node **links[HE
     }
 }
 
-static void take_out(mem_store *store, mem_table *table, mem_node *node)
+/* Out of, and into, the place that find gave for the node's key. */
+static void unlink_node(mem_store *store, mem_table *table, mem_node *node,
+                        mem_node **links[HEIGHT_MAX])
 {
-    mem_node **links[HEIGHT_MAX];
-    find(table, (sh_slice){node_key(node), node->key_n}, false, links);
     for (int l = 0; l < node->height; l++) {
         SH_ASSERT(*links[l] == node);
         *links[l] = node->next[l];
@@ -100,10 +68,9 @@ static void take_out(mem_store *store, mem_table *table, mem_node *node)
     store->used -= node_bytes(node);
 }
 
-static void put_in(mem_store *store, mem_table *table, mem_node *node)
+static void link_node(mem_store *store, mem_table *table, mem_node *node,
+                      mem_node **links[HEIGHT_MAX])
 {
-    mem_node **links[HEIGHT_MAX];
-    find(table, (sh_slice){node_key(node), node->key_n}, false, links);
     for (int l = 0; l < node->height; l++) {
         node->next[l] = *links[l];
         *links[l] = node;
@@ -111,6 +78,11 @@ static void put_in(mem_store *store, mem_table *table, mem_node *node)
     node->dead = false;
     table->count++;
     store->used += node_bytes(node);
+}
+
+static void find_node(mem_table *table, const mem_node *node, mem_node **links[HEIGHT_MAX])
+{
+    find(table, (sh_slice){node_key(node), node->key_n}, false, links);
 }
 
 static uint8_t draw_height(mem_store *store)
@@ -124,9 +96,9 @@ static uint8_t draw_height(mem_store *store)
     return height;
 }
 
-static mem_node *lookup(mem_txn *txn, unsigned table, sh_slice key)
+/* The node of key, NULL when there is none; links: its place. */
+static mem_node *lookup(mem_txn *txn, unsigned table, sh_slice key, mem_node **links[HEIGHT_MAX])
 {
-    mem_node **links[HEIGHT_MAX];
     find(&store_of(&txn->base)->tables[table], key, false, links);
     mem_node *node = *links[0];
     return node && compare(node, key) == 0 ? node : NULL;
@@ -134,6 +106,8 @@ static mem_node *lookup(mem_txn *txn, unsigned table, sh_slice key)
 
 static sh_status reserve_undo(mem_txn *txn, sh_error *err)
 {
+    if (txn->n < txn->cap)
+        return SH_OK;
     void *undo = txn->undo;
     sh_status status = sh_array_reserve(&undo, &txn->cap, txn->n + 1, sizeof(mem_undo), UNDO_MAX);
     txn->undo = undo;
@@ -142,21 +116,30 @@ static sh_status reserve_undo(mem_txn *txn, sh_error *err)
     return SH_OK;
 }
 
+/* Bytes that a transaction of this kind may bring the store to. */
+static uint64_t room(const mem_store *store, int kind)
+{
+    uint64_t kept = store->base.reserve_bytes, all = store->base.bytes_max;
+    uint64_t most = SH_MIN(all - kept, store->sim ? store->sim->room : UINT64_MAX);
+    return kind == SH_TXN_RESERVE ? most + kept : most;
+}
+
 static sh_status mem_put(sh_txn *base, unsigned t, sh_slice key, sh_slice value, sh_error *err)
 {
     mem_txn *txn = (mem_txn *)base;
     mem_store *store = store_of(base);
     mem_table *table = &store->tables[t];
+    mem_node **links[HEIGHT_MAX];
+    SH_TRY(mem_sim_write(store, err));
     SH_TRY(reserve_undo(txn, err));
-    mem_node *old = lookup(txn, t, key);
-    uint8_t height = draw_height(store);
+    mem_node *old = lookup(txn, t, key, links);
+    uint8_t height = old ? old->height : draw_height(store);
     size_t bytes = sizeof(mem_node) + height * sizeof(mem_node *) + key.n + value.n;
-    uint64_t kept = base->kind == SH_TXN_RESERVE ? 0 : store->base.reserve_bytes;
-    if (store->used - (old ? node_bytes(old) : 0) + bytes > store->base.bytes_max - kept)
+    uint64_t most = room(store, base->kind);
+    if (store->used - (old ? node_bytes(old) : 0) + bytes > most)
         return sh_fail(err, SH_ERR_FULL,
-                       "store in memory: full: %llu bytes of %llu in use, %llu kept for deleting",
-                       (unsigned long long)store->used, (unsigned long long)store->base.bytes_max,
-                       (unsigned long long)kept);
+                       "store in memory: full: %llu bytes in use, this transaction may use %llu",
+                       (unsigned long long)store->used, (unsigned long long)most);
     mem_node *node = sh_calloc(1, bytes);
     if (!node)
         return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory for %zu bytes", bytes);
@@ -167,9 +150,9 @@ static sh_status mem_put(sh_txn *base, unsigned t, sh_slice key, sh_slice value,
     memcpy(to, key.data, key.n);
     if (value.n)
         memcpy(to + key.n, value.data, value.n);
-    if (old)
-        take_out(store, table, old);
-    put_in(store, table, node);
+    if (old) /* of the same height: the links are the new one's, too */
+        unlink_node(store, table, old, links);
+    link_node(store, table, node, links);
     txn->undo[txn->n++] = (mem_undo){t, old, node};
     return SH_OK;
 }
@@ -177,11 +160,14 @@ static sh_status mem_put(sh_txn *base, unsigned t, sh_slice key, sh_slice value,
 static sh_status mem_del(sh_txn *base, unsigned t, sh_slice key, sh_error *err)
 {
     mem_txn *txn = (mem_txn *)base;
-    mem_node *node = lookup(txn, t, key);
+    mem_store *store = store_of(base);
+    mem_node **links[HEIGHT_MAX];
+    SH_TRY(mem_sim_write(store, err));
+    mem_node *node = lookup(txn, t, key, links);
     if (!node)
         return SH_OK;
     SH_TRY(reserve_undo(txn, err));
-    take_out(store_of(base), &store_of(base)->tables[t], node);
+    unlink_node(store, &store->tables[t], node, links);
     txn->undo[txn->n++] = (mem_undo){t, node, NULL};
     return SH_OK;
 }
@@ -196,7 +182,8 @@ static void give(const mem_node *node, sh_slice *key, sh_slice *value)
 
 static sh_status mem_get(sh_txn *base, unsigned t, sh_slice key, sh_slice *value)
 {
-    mem_node *node = lookup((mem_txn *)base, t, key);
+    mem_node **links[HEIGHT_MAX];
+    mem_node *node = lookup((mem_txn *)base, t, key, links);
     if (!node)
         return SH_ERR_NOT_FOUND;
     give(node, NULL, value);
@@ -210,23 +197,34 @@ static uint64_t mem_count(sh_txn *base, unsigned t)
 
 /* ---- transactions ---- */
 
-static sh_status mem_begin(sh_store *base, int kind, sh_txn **out, sh_error *err)
+/* A reader has a struct of its own, the writer the store's. */
+static sh_status take_users(mem_store *store, int kind, sh_error *err)
 {
-    mem_store *store = (mem_store *)base;
-    mem_txn *txn = sh_calloc(1, sizeof(*txn));
-    if (!txn)
-        return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory for a transaction");
     int users = atomic_load(&store->users);
     do {
-        if (users < 0 || (users > 0 && kind != SH_TXN_READ)) {
-            free(txn);
+        if (users < 0 || (users > 0 && kind != SH_TXN_READ))
             return sh_fail(err, SH_ERR_LIMIT,
                            "store in memory: %s transaction is open (one writer or any number of "
                            "readers)",
                            users < 0 ? "a write" : "a read");
-        }
     } while (
         !atomic_compare_exchange_weak(&store->users, &users, kind == SH_TXN_READ ? users + 1 : -1));
+    return SH_OK;
+}
+
+static sh_status mem_begin(sh_store *base, int kind, sh_txn **out, sh_error *err)
+{
+    mem_store *store = (mem_store *)base;
+    mem_txn *txn = &store->writer;
+    SH_TRY(mem_sim_begin(store, err));
+    if (kind == SH_TXN_READ && !(txn = sh_calloc(1, sizeof(*txn))))
+        return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory for a transaction");
+    sh_status status = take_users(store, kind, err);
+    if (status != SH_OK) {
+        if (kind == SH_TXN_READ)
+            free(txn);
+        return status;
+    }
     txn->base = (sh_txn){.store = base, .kind = kind};
     *out = &txn->base;
     return SH_OK;
@@ -235,38 +233,62 @@ static sh_status mem_begin(sh_store *base, int kind, sh_txn **out, sh_error *err
 static void end(mem_txn *txn)
 {
     mem_store *store = store_of(&txn->base);
-    if (txn->base.kind == SH_TXN_READ)
+    if (txn->base.kind == SH_TXN_READ) {
         atomic_fetch_sub(&store->users, 1);
-    else
-        atomic_store(&store->users, 0);
-    free(txn->undo);
-    free(txn);
+        free(txn);
+        return;
+    }
+    txn->n = 0;
+    if (txn->cap > UNDO_KEPT) {
+        free(txn->undo);
+        txn->undo = NULL;
+        txn->cap = 0;
+    }
+    atomic_store(&store->users, 0);
+}
+
+void mem_forget(mem_undo *undo, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        free(undo[i].removed);
+}
+
+void mem_undo_all(mem_store *store, mem_undo *undo, size_t n)
+{
+    mem_node **links[HEIGHT_MAX];
+    while (n > 0) {
+        const mem_undo *u = &undo[--n];
+        mem_table *table = &store->tables[u->table];
+        if (u->added) {
+            find_node(table, u->added, links);
+            unlink_node(store, table, u->added, links);
+            free(u->added);
+        }
+        if (u->removed) {
+            find_node(table, u->removed, links);
+            link_node(store, table, u->removed, links);
+        }
+    }
 }
 
 static sh_status mem_commit(sh_txn *base, sh_error *err)
 {
-    (void)err; /* cannot fail */
     mem_txn *txn = (mem_txn *)base;
-    for (size_t i = 0; i < txn->n; i++)
-        free(txn->undo[i].removed);
+    mem_store *store = store_of(base);
+    bool durable = true;
+    sh_status status = base->kind == SH_TXN_READ ? SH_OK : mem_sim_commit(store, &durable, err);
+    if (!durable)
+        mem_undo_all(store, txn->undo, txn->n);
+    else if (!mem_sim_keep(store, txn))
+        mem_forget(txn->undo, txn->n);
     end(txn);
-    return SH_OK;
+    return status;
 }
 
 static void mem_abort(sh_txn *base)
 {
     mem_txn *txn = (mem_txn *)base;
-    mem_store *store = store_of(base);
-    while (txn->n > 0) {
-        const mem_undo *u = &txn->undo[--txn->n];
-        mem_table *table = &store->tables[u->table];
-        if (u->added) {
-            take_out(store, table, u->added);
-            free(u->added);
-        }
-        if (u->removed)
-            put_in(store, table, u->removed);
-    }
+    mem_undo_all(store_of(base), txn->undo, txn->n);
     end(txn);
 }
 
@@ -340,24 +362,32 @@ static void mem_cursor_close(sh_cursor *base)
 
 /* ---- the store ---- */
 
-static void mem_close(sh_store *base)
+void mem_empty(mem_store *store)
 {
-    mem_store *store = (mem_store *)base;
-    SH_ASSERT(atomic_load(&store->users) == 0);
-    for (size_t t = 0; t < base->n_tables; t++)
+    for (size_t t = 0; t < store->base.n_tables; t++) {
         for (mem_node *node = store->tables[t].head[0]; node;) {
             mem_node *next = node->next[0];
             free(node);
             node = next;
         }
+        store->tables[t] = (mem_table){0};
+    }
+    store->used = 0;
+}
+
+static void mem_close(sh_store *base)
+{
+    mem_store *store = (mem_store *)base;
+    SH_ASSERT(atomic_load(&store->users) == 0);
+    mem_sim_release(store);
+    mem_empty(store);
+    free(store->writer.undo);
     free(store);
 }
 
 static sh_status mem_sync(sh_store *store, sh_error *err)
 {
-    (void)store;
-    (void)err;
-    return SH_OK;
+    return mem_sim_sync((mem_store *)store, err);
 }
 
 static uint64_t mem_bytes_used(const sh_store *store)
@@ -410,4 +440,29 @@ sh_status sh_store_open_memory(const sh_store_options *options, sh_store **out, 
     atomic_init(&store->users, 0);
     *out = &store->base;
     return SH_OK;
+}
+
+/* All of from's nodes, one by one at the end of each level: they come in order. */
+sh_status mem_copy_rows(mem_store *to, const mem_store *from, sh_error *err)
+{
+    for (size_t t = 0; t < from->base.n_tables; t++) {
+        mem_node **last[HEIGHT_MAX];
+        for (int l = 0; l < HEIGHT_MAX; l++)
+            last[l] = &to->tables[t].head[l];
+        for (const mem_node *node = from->tables[t].head[0]; node; node = node->next[0]) {
+            mem_node *copy = sh_calloc(1, node_bytes(node));
+            if (!copy)
+                return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory for a copy");
+            memcpy(copy, node, node_bytes(node));
+            link_node(to, &to->tables[t], copy, last);
+            for (int l = 0; l < copy->height; l++)
+                last[l] = &copy->next[l];
+        }
+    }
+    return SH_OK;
+}
+
+bool mem_is_memory(const sh_store *store)
+{
+    return store->backend == &memory_backend;
 }

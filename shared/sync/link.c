@@ -186,7 +186,7 @@ static sh_status resend_items(const sh_link_step *s, const sh_outbox *outbox)
     for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX && may_send(s); i++) {
         sh_in_flight *f = &s->link->in_flight[i];
         sh_msg_item item;
-        if (!f->used || f->retry.due_ms > s->now_ms)
+        if (!f->used || f->retry.due_ms > s->now_ms || s->link->closed.items[f->cls])
             continue;
         sh_status status = sh_outbox_next(outbox, s->txn, f->cls, f->seq, &item);
         if (status != SH_OK && status != SH_ERR_NOT_FOUND)
@@ -229,6 +229,8 @@ static sh_status send_items(const sh_link_step *s)
             sh_msg_item item;
             if (f == NULL || !may_send(s))
                 return SH_OK;
+            if (l->closed.items[cls])
+                break;
             sh_status status =
                 sh_outbox_next(&outbox, s->txn, (sh_class)cls, l->send_from[cls], &item);
             if (status == SH_ERR_NOT_FOUND) {
@@ -251,7 +253,8 @@ static sh_status serve_chunks(const sh_link_step *s)
 {
     sh_link *l = s->link;
     uint32_t done = 0;
-    for (unsigned sent = 0; done < l->n_serve && sent < SH_LINK_SERVE_STEP_MAX && may_send(s);
+    for (unsigned sent = 0;
+         done < l->n_serve && sent < SH_LINK_SERVE_STEP_MAX && may_send(s) && !l->closed.chunks;
          done++) {
         sh_msg msg = {.type = SH_MSG_CHUNK};
         sh_slice bytes;
@@ -278,7 +281,8 @@ static bool items_wait(const sh_link *l)
     for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++)
         used += l->in_flight[i].used;
     for (unsigned cls = 0; cls < SH_CLASSES && used < SH_LINK_IN_FLIGHT_MAX; cls++)
-        if (l->counts.items[cls] > 0 && l->send_from[cls] < l->counts.next_seq[cls])
+        if (l->counts.items[cls] > 0 && l->send_from[cls] < l->counts.next_seq[cls] &&
+            !l->closed.items[cls])
             return true;
     return false;
 }
@@ -307,7 +311,10 @@ static sh_status send_want(const sh_link_step *s)
     if (l->asked_got > 0)
         l->want.attempt = 0;
     l->asked_got = l->n_asked = 0;
-    SH_TRY(l->options.callbacks->missing(s->arg, l->asked, l->want_size, &l->n_asked));
+    uint32_t max = l->want_size;
+    if (l->closed.want_max > 0)
+        max = SH_MIN(max, l->closed.want_max);
+    SH_TRY(l->options.callbacks->missing(s->arg, l->asked, max, &l->n_asked));
     if (l->n_asked == 0) {
         sh_link_want_stop(s);
         return SH_OK;
@@ -348,15 +355,16 @@ sh_status sh_link_pump(const sh_link_step *s)
     sh_link *l = s->link;
     if (l->state == SH_LINK_DOWN || l->hold_ms > s->now_ms)
         return SH_OK;
-    if (l->enrol.due_ms <= s->now_ms && may_send(s))
+    bool contact = l->closed.contact_ms <= s->now_ms;
+    if (l->enrol.due_ms <= s->now_ms && contact && may_send(s))
         SH_TRY(send_enrol(s));
     if (l->state == SH_LINK_REJECTED)
         return SH_OK;
-    if (l->checkin.due_ms <= s->now_ms && may_send(s))
+    if (l->checkin.due_ms <= s->now_ms && contact && may_send(s))
         SH_TRY(send_checkin(s));
     SH_TRY(send_items(s));
     SH_TRY(serve_chunks(s));
-    if (l->want.due_ms <= s->now_ms && may_send(s))
+    if (l->want.due_ms <= s->now_ms && !l->closed.want && may_send(s))
         SH_TRY(send_want(s));
     return SH_OK;
 }
@@ -365,14 +373,15 @@ uint64_t sh_link_due(const sh_link *l)
 {
     if (l->state == SH_LINK_DOWN)
         return SH_LINK_NEVER;
-    uint64_t due = l->enrol.due_ms;
+    uint64_t due = SH_MAX(l->enrol.due_ms, l->closed.contact_ms);
     if (l->state != SH_LINK_REJECTED) {
-        due = SH_MIN(due, l->checkin.due_ms);
-        due = SH_MIN(due, l->want.due_ms);
+        due = SH_MIN(due, SH_MAX(l->checkin.due_ms, l->closed.contact_ms));
+        if (!l->closed.want)
+            due = SH_MIN(due, l->want.due_ms);
         for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++)
-            if (l->in_flight[i].used)
+            if (l->in_flight[i].used && !l->closed.items[l->in_flight[i].cls])
                 due = SH_MIN(due, l->in_flight[i].retry.due_ms);
-        if (l->n_serve > 0 || items_wait(l))
+        if ((l->n_serve > 0 && !l->closed.chunks) || items_wait(l))
             due = 0;
     }
     return SH_MAX(due, l->hold_ms);

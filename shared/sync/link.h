@@ -76,6 +76,15 @@ typedef struct {
     uint32_t attempt;
 } sh_retry;
 
+/* What is not to go out now, because of the device's policies or budgets: the owner's to set,
+ * before pump and as messages are sent. It stays due, and goes out when the gate is open. Zeroed:
+ * all are. */
+typedef struct {
+    bool items[SH_CLASSES], chunks, want;
+    uint32_t want_max;   /* chunks of one WANT; 0: as many as fit */
+    uint64_t contact_ms; /* no ENROL and CHECKIN before */
+} sh_link_closed;
+
 typedef struct {
     bool used;
     uint8_t cls;
@@ -90,6 +99,7 @@ typedef struct { /* read freely; written by the functions below only */
     sh_link_state state;
     uint32_t version; /* of the protocol, that this link speaks */
     uint64_t hold_ms; /* the aggregator asked for quiet until then */
+    sh_link_closed closed;
     sh_retry enrol, checkin, want;
     sh_retry bury[SH_CLASSES]; /* tombstones for what the aggregator forgot */
     sh_in_flight in_flight[SH_LINK_IN_FLIGHT_MAX];

@@ -563,6 +563,16 @@ sh_status sh_time_verify(sh_bytes stamp, const sh_sign_public_key *pk, uint64_t 
     return SH_OK;
 }
 
+sh_status sh_time_peek(sh_bytes stamp, uint64_t *now_ms, sh_error *err)
+{
+    time_stamp got = {0};
+    if (stamp.n <= sizeof(sh_signature) || stamp.n > SH_WIRE_TIME_MAX)
+        return sh_fail(err, SH_ERR_INVALID, "signed time: %zu bytes", stamp.n);
+    SH_TRY(sh_wire_decode(&time_schema, stamp.data, stamp.n - sizeof(sh_signature), &got, err));
+    *now_ms = got.now_ms;
+    return SH_OK;
+}
+
 sh_status sh_blob_describe(const void *bytes, size_t n, sh_blob *out, uint8_t **chunk_hashes,
                            sh_error *err)
 {

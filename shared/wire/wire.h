@@ -311,6 +311,8 @@ SH_MUST_USE sh_status sh_time_sign(uint64_t now_ms, const sh_sign_secret_key *sk
                                    sh_error *err);
 SH_MUST_USE sh_status sh_time_verify(sh_bytes stamp, const sh_sign_public_key *pk, uint64_t *now_ms,
                                      sh_error *err);
+/* What it says, whoever signed it: to find out whether verifying it would change anything. */
+SH_MUST_USE sh_status sh_time_peek(sh_bytes stamp, uint64_t *now_ms, sh_error *err);
 
 /* Fills chunk hashes (malloc'ed, the caller's) and SHA-256 of a blob's bytes. SH_ERR_LIMIT over
  * SH_BLOB_CHUNKS_MAX chunks. */

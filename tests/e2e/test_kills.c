@@ -1,6 +1,7 @@
 /*
  * Many SIGKILLs at random moments over an aggregator and three nodes, under traffic and rounds,
- * often with several processes down at once. When it stops, all settles, the audit is clean, and
+ * often with several processes down at once, over links that are slow and break off in between, or
+ * are down for a while. When it stops, all settles, the audit is clean, and
  * every piece of feedback that was answered is there, once.
  *
  *     test_e2e_kills FOLDER-OF-PROGRAMS [KILLS [SEED]]
@@ -20,6 +21,7 @@
 #include <string.h>
 
 #include "shared/base/rng.h"
+#include "tests/e2e/cutter.h"
 #include "tests/e2e/fleets.h"
 #include "tests/e2e/harness.h"
 
@@ -31,6 +33,9 @@
 #define LATER_MS  3000
 #define LATER_ONE 25 /* of so many kills */
 #define DOWN_MS   150
+/* What a link does until the next change: breaks off after so many bytes, or at once. */
+#define CUT_AFTER_LEAST 2000u
+#define CUT_AFTER_MOST  200000u
 
 static const char *bin;
 static unsigned kills_wanted = KILLS_DEFAULT;
@@ -39,6 +44,7 @@ static uint64_t seed = 1;
 typedef struct {
     e2e_fleet fleet;
     e2e_user users[NODES];
+    cutter links[NODES];
     sh_rng rng;
     bool ready[PROCESSES];
     uint64_t start_at[PROCESSES]; /* of one that is down */
@@ -59,7 +65,11 @@ static int make(void **state)
     s->fleet = (e2e_fleet){
         .bin = bin, .aggregator_words = fleets_eager_aggregator, .node_words = fleets_eager_node};
     sh_rng_init(&s->rng, seed, 1, 1);
+    for (unsigned i = 0; i < NODES; i++)
+        s->fleet.nodes[i].dial = e2e_free_port();
     e2e_fleet_make(&s->fleet, NODES);
+    for (unsigned i = 0; i < NODES; i++)
+        cutter_start(&s->links[i], s->fleet.nodes[i].dial, s->fleet.port, 0);
     e2e_fleet_start(&s->fleet);
     for (unsigned i = 0; i < NODES; i++) {
         e2e_user *u = &s->users[i];
@@ -80,6 +90,8 @@ static int release(void **state)
     for (unsigned i = 0; i < NODES; i++)
         e2e_user_stop(&s->users[i]);
     e2e_fleet_release(&s->fleet);
+    for (unsigned i = 0; i < NODES; i++)
+        cutter_stop(&s->links[i]);
     free(s);
     return 0;
 }
@@ -158,6 +170,14 @@ static unsigned pick(scene *s)
     }
 }
 
+static void change_link(scene *s)
+{
+    uint64_t cut_after[] = {0, 0, 1, /* down */
+                            CUT_AFTER_LEAST + sh_rng_below(&s->rng, CUT_AFTER_MOST)};
+    atomic_store(&s->links[sh_rng_below(&s->rng, NODES)].cut_after,
+                 cut_after[sh_rng_below(&s->rng, SH_COUNT(cut_after))]);
+}
+
 static void kill_all_over(scene *s)
 {
     for (unsigned n = 0; n < kills_wanted; n++) {
@@ -172,7 +192,10 @@ static void kill_all_over(scene *s)
             e2e_pause();
         } while (sh_clock_mono_ms() < next);
         kill_one(s, pick(s));
+        change_link(s);
     }
+    for (unsigned i = 0; i < NODES; i++)
+        atomic_store(&s->links[i].cut_after, 0);
 }
 
 static bool all_ready(scene *s)
@@ -193,6 +216,9 @@ static void print_counts(const scene *s)
     print_message(" (aggregator, nodes); before ready %u, in training %u, in a merge %u; "
                   "with both sides down %u\n",
                   s->not_ready, s->in_training, s->in_merge, s->both);
+    for (unsigned i = 0; i < NODES; i++)
+        print_message("link of node-%u: %u connections, %u cuts\n", i,
+                      atomic_load(&s->links[i].connections), atomic_load(&s->links[i].cuts));
 }
 
 static void nothing_is_lost(void **state)

@@ -21,7 +21,7 @@ BEGIN {
     # header of a library -> the only place that may include it
     home["msgpack"] = "^shared/wire/"
     home["lmdb\\.h"] = "^shared/store/"
-    home["zmq"] = "^shared/net/"
+    home["zmq"] = "^(shared/net|experiments/bench-ingest)/" # the second is its peer
     home["(openblas/)?(cblas|lapacke|openblas_config)"] = "^shared/math/"
     home["sodium"] = "^shared/base/hash\\.c$"
     home["microhttpd"] = "^shared/http/"

@@ -273,6 +273,7 @@ static void agg_on_want(rig *r, sh_txn *txn, const sh_hash_list *want)
         memcpy(msg.chunk.hash.b, want->hashes + i * 32, 32);
         OK(sh_txn_get(txn, AGG_T_CHUNK, msg.chunk.hash.b, 32, &value));
         msg.chunk.bytes = (sh_bytes){value.data, value.n};
+        r->chunks_served++;
         agg_send(r, &msg);
     }
 }
@@ -281,8 +282,10 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
 {
     sh_msg msg, reply = {0};
     sh_txn *txn = NULL;
+    sh_buf stamp;
     if (r->mute)
         return;
+    sh_buf_init(&stamp, SH_WIRE_TIME_MAX);
     OK(sh_msg_decode(bytes, n, &msg, &test_err));
     if (msg.version > r->speaks) { /* as a program that does not know it */
         sh_msg refusal = {.type = SH_MSG_ERROR, .error = {"unsupported", "version", 0}};
@@ -300,6 +303,10 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
         r->checkin = msg.checkin;
         reply.type = SH_MSG_PLAN;
         reply.plan = r->plan;
+        if (r->stamps) {
+            OK(sh_time_sign(r->now + r->true_offset, &r->sk, &stamp, &test_err));
+            reply.plan.time = (sh_bytes){stamp.data, stamp.len};
+        }
         if (r->offer > msg.checkin.active_version)
             reply.plan.manifest = rig_manifest(r, r->offer);
         agg_send(r, &reply);
@@ -316,6 +323,7 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
     default:
         break;
     }
+    sh_buf_release(&stamp);
     OK(sh_txn_commit(&txn, &test_err));
 }
 
@@ -341,6 +349,7 @@ static void carry_out(rig *r)
         case SH_NODE_SEND:
             assert_true(r->link);
             OK(sh_msg_decode(a->message.data, a->message.len, &msg, &test_err));
+            r->bytes_up += a->message.len;
             r->sent[msg.type]++;
             put_packet(r, false, a->message.data, a->message.len);
             break;
@@ -397,6 +406,9 @@ bool rig_step(rig *r, const sh_node_event *event)
     rig_crash crash = r->steps++ == r->crash_at ? r->crash : CRASH_NEVER;
     bool was_up = r->link;
     mine.now_ms = r->now;
+    mine.wall_ms = r->has_wall ? r->now + r->wall_offset : 0;
+    if (event->kind == SH_NODE_MESSAGE)
+        r->bytes_down += event->message.n;
     OK(sh_txn_begin(r->store, SH_TXN_WRITE, &txn, &test_err));
     bool starve = sh_rng_below(&r->net, 100) < r->starve;
     (void)sh_alloc_fail_after(starve ? 1 + sh_rng_below(&r->net, 12) : 0);
@@ -433,6 +445,12 @@ void rig_link(rig *r, bool up)
             sh_buf_release(&r->packets[i].bytes);
         r->n_packets = 0;
     }
+    (void)rig_step(r, &e);
+}
+
+void rig_signals(rig *r, const sh_node_signals *signals)
+{
+    sh_node_event e = {.kind = SH_NODE_SIGNALS, .signals = *signals};
     (void)rig_step(r, &e);
 }
 
@@ -638,7 +656,7 @@ void rig_run(rig *r, uint64_t ms, bool with_jobs)
             (void)rig_step(r, &e);
             continue;
         }
-        r->now = SH_MIN(end, SH_MIN(r->timer, r->now + WAIT_MS));
+        r->now = SH_MIN(end, SH_MIN(r->timer, r->coarse ? end : r->now + WAIT_MS));
     }
 }
 

@@ -20,7 +20,7 @@
 #define RIG_JOBS       8u
 #define RIG_SEQS       4096u
 #define RIG_PENDING    64u
-#define RIG_NOTES      16u
+#define RIG_NOTES      24u
 #define RIG_RELEASES   8u
 #define RIG_TIMER_NONE UINT64_MAX
 
@@ -53,6 +53,9 @@ typedef struct {
     sh_rng net;
     uint64_t seed, now, timer;
     bool link;
+    bool has_wall;        /* the device has a clock of its own: now + wall_offset */
+    uint64_t wall_offset; /* modulo 2^64 */
+    bool coarse;          /* rig_run goes from timer to timer: for days */
 
     rig_packet packets[RIG_PACKETS];
     size_t n_packets;
@@ -87,6 +90,9 @@ typedef struct {
     uint64_t offer;        /* version offered to nodes below it; 0: none */
     bool reject, mute;     /* refuses enrolment; never answers */
     uint32_t chunk_budget; /* chunks served a WANT */
+    bool stamps;           /* plans carry the true time, now + true_offset */
+    uint64_t true_offset;
+    uint64_t chunks_served, bytes_up, bytes_down; /* bytes of messages that the node sent and got */
     unsigned taken[SH_CLASSES][RIG_SEQS], buried[SH_CLASSES][RIG_SEQS];
     unsigned n_taken[SH_CLASSES];
     sh_msg_checkin checkin;           /* the last one */
@@ -122,6 +128,7 @@ void rig_close(rig **r);
 bool rig_step(rig *r, const sh_node_event *event);
 void rig_restart(rig *r); /* the process dies and comes back; the link is down */
 void rig_link(rig *r, bool up);
+void rig_signals(rig *r, const sh_node_signals *signals);
 /* i seeds the record; with options.completions_max its completion is kept as i + 1. */
 bool rig_infer(rig *r, unsigned i, bool shifted);
 bool rig_rate(rig *r, uint64_t id, sh_feedback_kind kind,

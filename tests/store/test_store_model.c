@@ -1,6 +1,7 @@
 /*
  * Random operations on the LMDB store, the memory store and a naive model (a sorted array) side by
- * side: all answers equal, after every operation.
+ * side: all answers equal, after every operation. A process that dies in a transaction leaves the
+ * same in both: nothing of it, or all (what LMDB's own files hold then is test_store_crash.c's).
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -14,6 +15,7 @@
 #include <string.h>
 
 #include "shared/base/rng.h"
+#include "shared/store/simulated.h"
 #include "tests/store/util.h"
 
 #define TABLES      2
@@ -216,6 +218,46 @@ static void do_end(run *r, bool commit)
         r->now = r->committed;
 }
 
+static void open_lmdb(run *r)
+{
+    sh_error err = {0};
+    sh_status status = sh_store_open_lmdb(r->dir.path, &options, &r->store[LMDB], &err);
+    CHECK(r, status == SH_OK, "%s", err.text);
+}
+
+/* Dies in the commit (durable or not), or at a write before it; both start again. */
+static void do_crash(run *r)
+{
+    sh_store *memory = r->store[MEMORY];
+    bool at_write = sh_rng_below(&r->rng, 2), durable = !at_write && sh_rng_below(&r->rng, 2);
+    sh_error err = {0};
+    for (int k = 0; k < SUTS; k++)
+        sh_cursor_close(&r->cursor[k]);
+    sh_store_simulate_crash(memory, 1, durable);
+    if (at_write) {
+        sh_status status = sh_txn_put(r->txn[MEMORY], 0, "k", 1, "v", 1, NULL);
+        CHECK(r, status == SH_ERR_CRASHED, "%s", sh_status_name(status));
+    }
+    sh_status status = sh_txn_commit(&r->txn[MEMORY], &err);
+    CHECK(r, status == SH_ERR_CRASHED, "%s", sh_status_name(status));
+    CHECK(r, sh_store_simulate_crashed(memory), "%s", err.text);
+    status = sh_txn_begin(memory, SH_TXN_READ, &r->txn[MEMORY], &err);
+    CHECK(r, status == SH_ERR_CRASHED, "a crashed store begins a transaction");
+    sh_store_simulate_restart(memory, 0);
+    if (durable)
+        CHECK(r, sh_txn_commit(&r->txn[LMDB], &err) == SH_OK, "%s", err.text);
+    else
+        sh_txn_abort(&r->txn[LMDB]);
+    if (!r->snapshot) {
+        sh_store_close(&r->store[LMDB]);
+        open_lmdb(r);
+    }
+    if (durable)
+        r->committed = r->now;
+    else
+        r->now = r->committed;
+}
+
 static void do_put(run *r, unsigned t)
 {
     entry e = sh_rng_below(&r->rng, 3) ? random_key(r) : some_key(r, t);
@@ -287,13 +329,6 @@ static void do_move(run *r, movement how)
         r->at = m->entries[t][i];
 }
 
-static void open_lmdb(run *r)
-{
-    sh_error err = {0};
-    sh_status status = sh_store_open_lmdb(r->dir.path, &options, &r->store[LMDB], &err);
-    CHECK(r, status == SH_OK, "%s", err.text);
-}
-
 static void do_between(run *r)
 {
     switch (sh_rng_below(&r->rng, 6)) {
@@ -331,6 +366,9 @@ static void do_within(run *r)
     } else if (dice < 5) {
         r->operation = "abort";
         do_end(r, false);
+    } else if (dice < 6 && writes) {
+        r->operation = "crash";
+        do_crash(r);
     } else if (dice < 40 && writes) {
         r->operation = "put";
         do_put(r, t);
