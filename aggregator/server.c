@@ -25,8 +25,25 @@ static const sh_http_route routes[] = {
 
 /* ---- create ---- */
 
+/* A folder stays what init made of it. */
+static sh_status check_kind(const sh_server *s, sh_error *err)
+{
+    bool is_relay = sh_file_exists(SH_FOLDER_UP_KEY);
+    if (s->options.relay && !is_relay)
+        return sh_fail(err, SH_ERR_USAGE,
+                       "upstream.endpoint is set, and %s is no relay's folder; shoal-aggregator "
+                       "init --relay makes one",
+                       s->settings.dir);
+    if (!s->options.relay && is_relay)
+        return sh_fail(err, SH_ERR_USAGE,
+                       "%s is a relay's folder; set upstream.endpoint to its parent",
+                       s->settings.dir);
+    return SH_OK;
+}
+
 static sh_status open_keys(sh_server *s, sh_error *err)
 {
+    SH_TRY(check_kind(s, err));
     SH_TRY(sh_net_keys_load(SH_FOLDER_KEY, &s->keys, err));
     SH_TRY(sh_net_keys_load(SH_FOLDER_ADMIN, &s->admin_keys, err));
     if (s->options.relay) {
