@@ -8,17 +8,20 @@
 #include <unistd.h>
 
 #include "aggregator/cli.h"
+#include "aggregator/cli_enrol.h"
 #include "aggregator/folder.h"
 #include "shared/base/file.h"
 #include "shared/base/log.h"
 #include "shared/net/admin.h"
 
 #define BACKUP_TIMEOUT_MS 3600000
+#define ENROL_BATCH       1000u /* nodes of a list a call */
 
 typedef struct {
-    const char *dir, *name;
+    const char *dir, *name, *file;
     bool json, relay;
-    int64_t limit, timeout_s;
+    int64_t limit, timeout_s, uses;
+    double hours;
 } admin_options;
 
 static const sh_option table[] = {
@@ -27,7 +30,13 @@ static const sh_option table[] = {
         "the aggregator's folder; SHOAL_AGGREGATOR_DIR in the environment when not given"),
     SH_OPT_FLAG(admin_options, json, 0, "json", "print one JSON object"),
     SH_OPT_STRING(admin_options, name, 0, "name", "NAME", NULL,
-                  "enrol: what the node is called in lists"),
+                  "enrol: what the node is called in lists; token add: what the token is"),
+    SH_OPT_STRING(admin_options, file, 0, "file", "LIST", NULL,
+                  "enrol: instead of KEY, a file with a key and a name a line"),
+    SH_OPT_INT(admin_options, uses, 0, "uses", "N", 1, 1, 100000,
+               "token add: how many nodes it enrols"),
+    SH_OPT_REAL(admin_options, hours, 0, "hours", "H", 24, 0.001, 87600,
+                "token add: how long it is valid"),
     SH_OPT_FLAG(admin_options, relay, 0, "relay",
                 "enrol: it is a relay, whose updates stand for those of its nodes"),
     SH_OPT_INT(admin_options, limit, 0, "limit", "N", 50, 1, 1000,
@@ -103,8 +112,9 @@ static void print_status(const json_t *r)
         return;
     }
     printf("  nodes              %" PRIu64 " enrolled, %" PRIu64 " drifting, %" PRIu64
-           " copies of a store\n",
-           uint_of(r, "enrolled"), uint_of(r, "drifting"), uint_of(r, "clones"));
+           " copies of a store, %" PRIu64 " tokens\n",
+           uint_of(r, "enrolled"), uint_of(r, "drifting"), uint_of(r, "clones"),
+           uint_of(r, "tokens"));
     if (uint_of(r, "relays") > 0)
         printf("  relays             %" PRIu64 " of them; what waits stands for %" PRIu64
                " nodes' updates\n",
@@ -205,6 +215,47 @@ static void print_backup(const json_t *reply)
            uint_of(reply, "release"));
 }
 
+static void print_enrolled(const json_t *reply)
+{
+    const json_t *key;
+    size_t i;
+    if (json_object_get(reply, "enrolled") == NULL) {
+        print_key(reply);
+        return;
+    }
+    printf("ok: %" PRIu64 " enrolled\n", uint_of(reply, "enrolled"));
+    json_array_foreach(json_object_get(reply, "refused"), i, key)
+    {
+        printf("refused: %s\n", json_string_value(key));
+    }
+}
+
+static void print_token(const json_t *reply)
+{
+    char when[32];
+    printf("%s\n", text_of(reply, "token"));
+    fflush(stdout); /* the token alone is data */
+    fprintf(stderr,
+            "token %s: %" PRIu64 " uses until %s. It is shown once: write it to a file, and make "
+            "the node with shoal init node --token-file FILE\n",
+            text_of(reply, "id"), uint_of(reply, "uses"), time_of(reply, "expires_ms", when));
+}
+
+static void print_tokens(const json_t *reply)
+{
+    char when[32], until[32];
+    const json_t *row;
+    size_t i;
+    printf("%-16s  %-16s %11s  %-20s %-20s\n", "ID", "NAME", "USES LEFT", "MADE", "EXPIRES");
+    json_array_foreach(json_object_get(reply, "tokens"), i, row)
+    {
+        printf("%-16s  %-16s %5" PRIu64 "/%-5" PRIu64 "  %-20s %-20s%s\n", text_of(row, "id"),
+               text_of(row, "name"), uint_of(row, "uses_left"), uint_of(row, "uses"),
+               time_of(row, "made_ms", when), time_of(row, "expires_ms", until),
+               is_true(row, "expired") ? " expired" : "");
+    }
+}
+
 static const admin_command commands[] = {
     {"status", "", "What it does, and how many nodes, updates and releases there are.", NULL, NULL,
      0, print_status},
@@ -213,13 +264,14 @@ static const admin_command commands[] = {
     {"nodes", "", "Nodes that are enrolled or revoked.", NULL, NULL, 0, print_nodes},
     {"audit", "[--limit N]", "Newest entries of the log of decisions; its whole chain is checked.",
      NULL, NULL, 0, print_audit},
-    {"enrol", "KEY [--name NAME] [--relay]",
-     "Lets a node in, by the key that shoal-node init printed; with --relay a relay, by that of\n"
-     "shoal-aggregator init --relay.",
-     "shoal aggregator enrol 3f…c1 --name kiosk-7 --dir DIR", "key", 's', print_key},
+    {"enrol", "(KEY [--name NAME] [--relay] | --file LIST)",
+     "Lets nodes in, by the keys that shoal-node init printed; with --relay a relay, by that of\n"
+     "shoal-aggregator init --relay. The whole list is checked before the first of it is enrolled.",
+     "shoal aggregator enrol 3f…c1 --name kiosk-7 --dir DIR", "key", 's', print_enrolled},
     {"revoke", "KEY",
-     "Shuts a node out at once; its updates that are not merged yet never will be.", NULL, "key",
-     's', print_key},
+     "Shuts a node out at once, with all its keys; its updates that are not merged yet never will "
+     "be.",
+     NULL, "key", 's', print_key},
     {"pause", "", "No training, no merges, until resumed.", NULL, NULL, 0, print_ok},
     {"resume", "", "Ends a pause.", NULL, NULL, 0, print_ok},
     {"rollback", "VERSION", "Publishes an earlier release's model under a new version.",
@@ -235,6 +287,16 @@ static const admin_command commands[] = {
     {"log-level", "LEVEL", "error, warn, info or debug, until the next start.", NULL, "level", 's',
      print_ok},
     {"stop", "", "Ends it as SIGTERM does.", NULL, NULL, 0, print_ok},
+};
+
+static const admin_command token_commands[] = {
+    {"token add", "[--uses N] [--hours H] [--name NAME]",
+     "Makes a token that enrols nodes as they come, and prints it, this once.",
+     "shoal aggregator token add --uses 20 --name spring --dir DIR > token", NULL, 0, print_token},
+    {"token list", "", "Tokens that are outstanding, or expired and not cleared away yet.", NULL,
+     NULL, 0, print_tokens},
+    {"token remove", "ID", "Withdraws a token, by its id or name; nodes it has enrolled stay.",
+     NULL, "id", 's', print_ok},
 };
 
 /* ---- the call ---- */
@@ -281,13 +343,27 @@ static sh_status add_argument(const admin_command *command, const char *word, js
 static sh_status make_request(const admin_command *command, const admin_options *o,
                               const sh_args *args, json_t *request, sh_error *err)
 {
-    size_t want = command->argument != NULL;
+    char verb[32];
+    bool list = o->file != NULL && strcmp(command->name, "enrol") == 0;
+    size_t want = command->argument != NULL && !list;
     if (args->n_positional != want)
         return sh_fail(err, SH_ERR_USAGE, "use: shoal aggregator %s %s --dir DIR", command->name,
                        command->usage);
-    sh_json_set(request, "command", json_string(command->name));
+    snprintf(verb, sizeof verb, "%s", list ? "enrol-list" : command->name);
+    for (char *blank; (blank = strchr(verb, ' ')) != NULL;)
+        *blank = '-';
+    sh_json_set(request, "command", json_string(verb));
     if (want)
         SH_TRY(add_argument(command, args->positional[0], request, err));
+    if (list) {
+        json_t *nodes = NULL;
+        SH_TRY(sh_cli_read_keys(o->file, &nodes, err));
+        sh_json_set(request, "nodes", nodes);
+    }
+    if (command == &token_commands[0]) {
+        sh_json_set(request, "uses", json_integer((json_int_t)o->uses));
+        sh_json_set(request, "seconds", json_integer((json_int_t)ceil(o->hours * 3600)));
+    }
     if (o->name != NULL) {
         json_t *name = json_string(o->name);
         if (name == NULL)
@@ -309,6 +385,40 @@ static sh_status load_server_key(sh_hash *out, sh_error *err)
         text[--n] = '\0';
     sh_status status = sh_hash_parse((const char *)text, out, err);
     free(text);
+    return status;
+}
+
+/* The nodes of a list, a batch a call: each is one transaction. */
+static sh_status call_batches(const sh_hash *server, const sh_net_keys *keys, json_t *request,
+                              int timeout_ms, json_t **out, sh_error *err)
+{
+    json_t *nodes = json_incref(json_object_get(request, "nodes"));
+    json_t *all = json_object(), *refused = json_array(), *reply = NULL;
+    sh_status status = SH_OK;
+    uint64_t enrolled = 0;
+    sh_json_set(all, "ok", json_true());
+    sh_json_set(all, "refused", refused);
+    for (size_t at = 0; at < json_array_size(nodes);) {
+        json_t *batch = json_array();
+        for (size_t i = 0; i < ENROL_BATCH && at < json_array_size(nodes); i++, at++)
+            json_array_append(batch, json_array_get(nodes, at));
+        sh_json_set(request, "nodes", batch);
+        status = sh_admin_call(SH_ADMIN_ENDPOINT, server, keys, request, timeout_ms, &reply, err);
+        if (status != SH_OK) {
+            (void)sh_fail_in(err, "%" PRIu64 " nodes were enrolled", enrolled);
+            goto cleanup;
+        }
+        enrolled += uint_of(reply, "enrolled");
+        json_array_extend(refused, json_object_get(reply, "refused"));
+        json_decref(reply);
+        reply = NULL;
+    }
+    sh_json_set(all, "enrolled", json_integer((json_int_t)enrolled));
+    *out = all;
+    all = NULL;
+cleanup:
+    json_decref(all);
+    json_decref(nodes);
     return status;
 }
 
@@ -363,7 +473,10 @@ static sh_status talk(const admin_command *command, const admin_options *o, json
     SH_GOTO(load_server_key(&server, err));
     if (command->kind == 'p')
         timeout_ms = SH_MAX(timeout_ms, (int64_t)BACKUP_TIMEOUT_MS);
-    status = call_all(&server, &keys, request, (int)timeout_ms, reply, err);
+    if (json_object_get(request, "nodes") != NULL)
+        status = call_batches(&server, &keys, request, (int)timeout_ms, reply, err);
+    else
+        status = call_all(&server, &keys, request, (int)timeout_ms, reply, err);
     if (status == SH_ERR_NOT_FOUND && strstr(err->text, "admin.sock") != NULL)
         (void)sh_fail_in(err, "%s", dir);
 cleanup:
@@ -414,11 +527,38 @@ static int run_named(int argc, char **argv)
     return 2;
 }
 
+static const char *second_word(const admin_command *command)
+{
+    return strchr(command->name, ' ') + 1;
+}
+
+static int run_token_named(int argc, char **argv)
+{
+    for (size_t i = 0; i < SH_COUNT(token_commands); i++)
+        if (strcmp(second_word(&token_commands[i]), argv[0]) == 0)
+            return run(&token_commands[i], argc, argv);
+    return 2;
+}
+
+static int run_token(int argc, char **argv)
+{
+    sh_cli_entry entries[SH_COUNT(token_commands)];
+    for (size_t i = 0; i < SH_COUNT(token_commands); i++)
+        entries[i] = (sh_cli_entry){second_word(&token_commands[i]), token_commands[i].about,
+                                    run_token_named};
+    sh_cli_menu menu = {"shoal aggregator token",
+                        "Enrolment tokens: a node that brings a good one is enrolled as it comes.",
+                        entries, SH_COUNT(entries)};
+    return sh_cli_dispatch(&menu, argc, argv);
+}
+
 int sh_cli_aggregator(int argc, char **argv)
 {
-    sh_cli_entry entries[SH_COUNT(commands)];
+    sh_cli_entry entries[SH_COUNT(commands) + 1];
     for (size_t i = 0; i < SH_COUNT(commands); i++)
         entries[i] = (sh_cli_entry){commands[i].name, commands[i].about, run_named};
+    entries[SH_COUNT(commands)] =
+        (sh_cli_entry){"token", "Enrolment tokens: add, list, remove.", run_token};
     sh_cli_menu menu = {"shoal aggregator",
                         "Commands to an aggregator that runs on this machine, over its admin "
                         "socket.",

@@ -81,21 +81,26 @@ sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg)
         return status;
     }
     sh_coord_action *action = add_action(s, SH_COORD_SEND);
-    action->node = *node;
+    action->node = sh_hash_equal(node, &s->node) ? s->from : *node;
     action->message = bytes;
     return SH_OK;
 }
 
 sh_status coord_send_error(coord_step *s, const sh_hash *node, sh_status code, const char *text)
 {
+    return coord_send_retry(s, node, code, text, s->c->options.checkin_ms);
+}
+
+sh_status coord_send_retry(coord_step *s, const sh_hash *node, sh_status code, const char *text,
+                           uint64_t retry_after_ms)
+{
     char cut[SH_WIRE_TEXT_MAX];
     size_t n = strnlen(text, sizeof cut - 1);
     memcpy(cut, text, n);
     cut[n] = '\0';
-    sh_msg msg = {.type = SH_MSG_ERROR,
-                  .error = {.code = sh_status_name(code),
-                            .text = cut,
-                            .retry_after_ms = s->c->options.checkin_ms}};
+    sh_msg msg = {
+        .type = SH_MSG_ERROR,
+        .error = {.code = sh_status_name(code), .text = cut, .retry_after_ms = retry_after_ms}};
     return coord_send(s, node, &msg);
 }
 
@@ -104,6 +109,18 @@ void coord_send_up(coord_step *s, sh_buf *message)
     sh_coord_action *action = add_action(s, SH_COORD_SEND_UP);
     action->message = *message;
     *message = (sh_buf){0};
+}
+
+void coord_set_key(coord_step *s, const sh_hash *key, sh_key_access access)
+{
+    sh_coord_action *action = add_action(s, SH_COORD_KEY);
+    action->node = *key;
+    action->access = access;
+}
+
+void coord_drop_peer(coord_step *s, const sh_hash *key)
+{
+    add_action(s, SH_COORD_DROP)->node = *key;
 }
 
 sh_status coord_set_timer(coord_step *s, uint64_t at_ms)
@@ -181,7 +198,7 @@ static sh_status check_options(const sh_coord_options *o, sh_error *err)
     if (o->canary_nodes_min > 0 && o->canary_ms_max == 0)
         return sh_fail(err, SH_ERR_INVALID,
                        "coordinator: the time that canary nodes have must be above 0");
-    return SH_OK;
+    return coord_limit_check(o, err);
 }
 
 typedef struct {
@@ -240,6 +257,7 @@ static sh_status load_all(coord_step *s, const sh_genesis *genesis)
     SH_TRY(coord_relays_count(c, txn, err));
     c->n_evaluations = (uint32_t)sh_txn_count(txn, SH_COORD_T_EVALUATION);
     SH_TRY(sh_coord_each_node(txn, load_node, &l, err));
+    SH_TRY(coord_tokens_load(c, txn, err));
     return sh_coord_each_update(txn, load_update, &l, err);
 }
 
@@ -328,7 +346,9 @@ sh_status sh_coord_create(const sh_coord_options *options, const sh_genesis *gen
     c->options = *options;
     c->rng = *rng;
     coord_step s = {.c = c, .txn = txn, .actions = actions, .now_ms = now_ms, .err = err};
-    sh_status status = begin(&s, genesis);
+    sh_status status = coord_limit_init(c, err);
+    if (status == SH_OK)
+        status = begin(&s, genesis);
     if (status != SH_OK) {
         sh_coord_destroy(&c);
         return status;
@@ -350,6 +370,7 @@ void sh_coord_destroy(sh_coord **coord)
     coord_chunks_release(&c->chunks);
     coord_admit_release(&c->admission);
     free(c->pending);
+    free(c->buckets);
     free(c);
     *coord = NULL;
 }
@@ -383,7 +404,8 @@ sh_status sh_coord_step(sh_coord *coord, const sh_coord_event *event, sh_txn *tx
         SH_TRY(coord_on_message(&s, &event->node, event->message));
         break;
     case SH_COORD_GONE:
-        coord_on_gone(coord, &event->node);
+        SH_TRY(coord_sender_find(&s, &event->node));
+        coord_on_gone(coord, &s.node);
         break;
     case SH_COORD_JOB_DONE:
         SH_TRY(coord_on_job(&s, &event->result));
@@ -434,7 +456,15 @@ sh_coord_status sh_coord_get_status(const sh_coord *c)
                               .told_later = c->admission.told,
                               .return_ms = coord_admit_return_ms(c),
                               .parts = c->parts,
-                              .relays = c->relays};
+                              .relays = c->relays,
+                              .rotations = state->rotations,
+                              .token_enrolments = state->token_enrolments,
+                              .tokens_refused = state->tokens_refused,
+                              .tokens = c->n_tokens,
+                              .tokens_until_ms = c->tokens_until_ms,
+                              .commands_refused = c->commands_refused,
+                              .limited = c->limited,
+                              .disconnected = c->disconnected};
     memcpy(status.updates_refused, state->updates_refused, sizeof status.updates_refused);
     if (c->relay != NULL)
         coord_relay_status(c, &status);

@@ -89,6 +89,10 @@ typedef struct {
     uint64_t relay_wait_ms; /* an update waits at most so long for others to go up with */
     uint64_t relay_retry_min_ms, relay_retry_max_ms; /* of messages to the parent */
     const char *agent;                               /* what a relay says of itself; borrowed */
+    /* What one node may send; 0: no limit. A node that is over it is told to wait, and disconnected
+     * when it goes on regardless. */
+    double limit_messages_s, limit_bytes_s; /* a second, on average */
+    double limit_burst_s;                   /* so many seconds' worth may come at once */
 } sh_coord_options;
 
 typedef enum {
@@ -192,8 +196,12 @@ typedef enum { /* operator commands */
                ,
                SH_COMMAND_SERVER_SCALE /* real: until a candidate made with it is refused */,
                SH_COMMAND_ENROL /* node */,
-               SH_COMMAND_REVOKE /* node */,
+               SH_COMMAND_REVOKE /* node, by any of its keys */,
                SH_COMMAND_CLOSE /* no more training; merge what is in, then only acknowledge */,
+               SH_COMMAND_TOKEN_ADD /* node: BLAKE2b-256 of an enrolment token; number: how many
+                                       nodes it enrols; until_ms; name */
+               ,
+               SH_COMMAND_TOKEN_REMOVE /* node: as above */,
                SH_COMMAND_RELAY /* node; number 1: its updates may have parts, 0: not any more */
 } sh_coord_command;
 
@@ -206,8 +214,9 @@ typedef struct {
     sh_coord_command command;
     uint64_t number;
     double real;
-    const char
-        *name; /* ENROL: what operators call it, at most SH_NODE_NAME_MAX bytes; may be NULL */
+    uint64_t until_ms; /* TOKEN_ADD: when it expires */
+    const char *name;  /* ENROL, TOKEN_ADD: what operators call it, at most SH_NODE_NAME_MAX bytes;
+                          may be NULL */
 } sh_coord_event;
 
 typedef enum {
@@ -215,6 +224,9 @@ typedef enum {
     SH_COORD_SET_TIMER,
     SH_COORD_START_JOB,
     SH_COORD_NOTE,
+    SH_COORD_KEY,    /* `node`, a key, is what `access` says from now on */
+    SH_COORD_DROP,   /* after what was sent to it, end the connections of `node`, which may connect
+                       again if it may at all */
     SH_COORD_SEND_UP /* message to the parent */
 } sh_coord_action_kind;
 typedef enum {
@@ -242,7 +254,17 @@ typedef enum {
     SH_CNOTE_RELAY_ACKED,     /* number: sequence of the update that the parent has */
     SH_CNOTE_TAKEN,           /* number: version of the parent's release that nodes get now */
     SH_CNOTE_PARENT_REFUSED,  /* the parent does not know this relay's key */
+    SH_CNOTE_PARENT_RENEWED,  /* another copy of this relay's store sends to it: a new epoch */
+    SH_CNOTE_ROTATED,         /* number: how often this node */
+    SH_CNOTE_LIMITED,         /* disconnected, because it went on over its limit; number: how often
+                                 that was */
 } sh_coord_note;
+
+typedef enum {
+    SH_KEY_UNKNOWN, /* nobody's */
+    SH_KEY_ALLOWED, /* may connect */
+    SH_KEY_SHUT     /* may not, and is not heard any more where it is connected */
+} sh_key_access;
 
 typedef struct {
     sh_coord_action_kind kind;
@@ -252,6 +274,7 @@ typedef struct {
     sh_coord_job job;
     sh_coord_note note;
     uint64_t number;
+    sh_key_access access; /* KEY */
 } sh_coord_action;
 typedef struct {
     sh_coord_action items[SH_COORD_ACTIONS_MAX];
@@ -310,6 +333,12 @@ typedef struct {
     bool parent_up, parent_welcome;
     uint64_t parent_epoch, relayed, relay_owed; /* updates made for the parent; not acknowledged */
     uint64_t taking;                            /* version that is being fetched; 0: none */
+    uint64_t rotations, token_enrolments, tokens_refused;
+    uint32_t tokens;                /* that enrol unknown keys: those may connect, to send ENROL */
+    uint64_t tokens_until_ms;       /* the last of them expires */
+    uint64_t commands_refused;      /* since the start */
+    uint64_t limited, disconnected; /* messages over a node's limit, not read; nodes that went on
+                                       regardless; since the start */
 } sh_coord_status;
 sh_coord_status sh_coord_get_status(const sh_coord *coord);
 
@@ -372,6 +401,21 @@ typedef struct {
 SH_MUST_USE sh_status sh_coord_each_node(sh_txn *txn,
                                          sh_status (*fn)(void *arg, const sh_node_row *row),
                                          void *arg, sh_error *err);
+/* Every key that an enrolled node has, had or is about to have, and whether it may connect. */
+SH_MUST_USE sh_status sh_coord_each_key(sh_txn *txn,
+                                        sh_status (*fn)(void *arg, const sh_hash *key,
+                                                        bool allowed),
+                                        void *arg, sh_error *err);
+
+typedef struct {
+    sh_hash hash; /* BLAKE2b-256 of the token, which is kept nowhere */
+    uint64_t made_ms, expires_ms;
+    uint32_t uses, uses_left;
+    char name[SH_NODE_NAME_MAX + 1];
+} sh_token_row;
+SH_MUST_USE sh_status sh_coord_each_token(sh_txn *txn,
+                                          sh_status (*fn)(void *arg, const sh_token_row *row),
+                                          void *arg, sh_error *err);
 /* SH_COORD_T_ALARM or SH_COORD_T_WINDOW; payload as the node sent it (sh_alarm, encoded window). */
 SH_MUST_USE sh_status sh_coord_each_item(sh_txn *txn, unsigned table,
                                          sh_status (*fn)(void *arg, const sh_update_id *id,

@@ -2,79 +2,17 @@
  * Messages of nodes. The sender is the key that the transport authenticated; a message that is
  * wrong is answered, counted and noted, and never ends the step with an error.
  */
-#include <stdio.h>
 #include <string.h>
 
 #include "aggregator/coordinator_internal.h"
 
-#define TOO_MANY_STORES "this key has had too many stores: use a new one"
-#define PURPOSE_A_SEED  0x61305f73u /* stream of rng that the rounds' seeds of A come from */
+#define PURPOSE_A_SEED 0x61305f73u /* stream of rng that the rounds' seeds of A come from */
 
 sh_status coord_bad_message(coord_step *s, const sh_hash *node, sh_status code, const char *text)
 {
     s->c->state.bad_messages++;
     coord_note(s, SH_CNOTE_BAD_MESSAGE, node, (uint64_t)code);
     return coord_send_error(s, node, code, text);
-}
-
-/* ---- who may speak ---- */
-
-static sh_status send_welcome(coord_step *s, const sh_hash *node, bool accepted, const char *text)
-{
-    sh_msg msg = {.type = SH_MSG_WELCOME, .welcome = {.accepted = accepted, .text = text}};
-    return coord_send(s, node, &msg);
-}
-
-static void copy_text(char *out, size_t out_bytes, const char *text)
-{
-    (void)snprintf(out, out_bytes, "%s", text == NULL ? "" : text);
-}
-
-static void describe(sh_node_row *node, const sh_msg_enrol *enrol)
-{
-    copy_text(node->agent, sizeof node->agent, enrol->agent);
-    copy_text(node->kernel, sizeof node->kernel, enrol->kernel);
-    copy_text(node->device_class, sizeof node->device_class, enrol->device_class);
-    node->cores = enrol->cores;
-    node->slots = enrol->slots;
-    node->memory_bytes = enrol->memory_bytes;
-    node->disk_bytes = enrol->disk_bytes;
-}
-
-static sh_status on_enrol(coord_step *s, const sh_hash *key, const sh_msg_enrol *enrol)
-{
-    sh_coord *c = s->c;
-    sh_node_row node = {0};
-    sh_status status = coord_node_get(s->txn, key, &node, s->err);
-    bool is_new = status == SH_ERR_NOT_FOUND, changed = false, known = false, renew = false;
-    if (status != SH_OK && !is_new)
-        return status;
-    if (is_new && !c->options.enrol_any)
-        return send_welcome(s, key, false, "this key is not enrolled: ask the operator");
-    if (!is_new && node.revoked)
-        return send_welcome(s, key, false, "this key is revoked");
-    if (is_new) {
-        if (sh_txn_count(s->txn, SH_COORD_T_NODE) >= SH_COORD_NODES_MAX)
-            return send_welcome(s, key, false, "the fleet is full");
-        node.key = node.current_key = *key;
-        node.enrolled_ms = s->now_ms;
-    }
-    SH_TRY(coord_epoch_see(s, &node, enrol->epoch, &known, &changed));
-    if (!known)
-        return send_welcome(s, key, false, TOO_MANY_STORES);
-    SH_TRY(coord_epoch_claim(s, &node, enrol, &renew));
-    describe(&node, enrol);
-    SH_TRY(coord_node_put(s->txn, &node, s->err));
-    if (is_new) {
-        c->enrolled++;
-        coord_note(s, SH_CNOTE_ENROLLED, key, c->enrolled);
-    }
-    sh_msg msg = {
-        .type = SH_MSG_WELCOME,
-        .welcome = {.accepted = true,
-                    .text = renew ? "another sender has this epoch: take a new one" : "welcome",
-                    .renew = renew}};
-    return coord_send(s, key, &msg);
 }
 
 /* ---- check-in ---- */
@@ -95,6 +33,27 @@ static bool training_is_on(const sh_coord *c)
             state->round - state->round_base <= c->options.rounds_max);
 }
 
+/* The signed time, not older than COORD_TIME_MS: a signature for each plan would be most of what a
+ * check-in costs. */
+static sh_status time_stamp(coord_step *s, sh_bytes *out)
+{
+    sh_coord *c = s->c;
+    if (c->time_n == 0 || s->now_ms < c->time_ms || s->now_ms - c->time_ms >= COORD_TIME_MS) {
+        sh_buf stamp;
+        sh_buf_init(&stamp, SH_WIRE_TIME_MAX);
+        sh_status status = sh_time_sign(s->now_ms, &c->options.release_sk, &stamp, s->err);
+        if (status == SH_OK) {
+            memcpy(c->time_stamp, stamp.data, stamp.len);
+            c->time_n = stamp.len;
+            c->time_ms = s->now_ms;
+        }
+        sh_buf_release(&stamp);
+        SH_TRY(status);
+    }
+    *out = (sh_bytes){c->time_stamp, c->time_n};
+    return SH_OK;
+}
+
 static sh_status send_plan(coord_step *s, const sh_hash *key, const sh_msg_checkin *checkin)
 {
     sh_coord *c = s->c;
@@ -112,6 +71,8 @@ static sh_status send_plan(coord_step *s, const sh_hash *key, const sh_msg_check
         coord_relay_plan(s, &msg.plan);
     if (checkin->active_version < current->version)
         msg.plan.manifest = (sh_bytes){current->bytes, current->n};
+    if (c->relay == NULL) /* a relay passes on what its parent has signed */
+        SH_TRY(time_stamp(s, &msg.plan.time));
     SH_TRY(coord_canary_plan(s, key, checkin, &msg.plan.evaluate));
     return coord_send(s, key, &msg);
 }
@@ -123,7 +84,7 @@ static sh_status on_checkin(coord_step *s, sh_node_row *node, const sh_msg_check
     uint32_t before = 0, after = 0;
     SH_TRY(coord_epoch_see(s, node, checkin->epoch, &known, &changed));
     if (!known)
-        return coord_bad_message(s, &node->key, SH_ERR_LIMIT, TOO_MANY_STORES);
+        return coord_bad_message(s, &node->key, SH_ERR_LIMIT, COORD_TOO_MANY_STORES);
     SH_TRY(coord_drifting(s->txn, &node->key, &node->checkin, &before, s->err));
     SH_TRY(coord_drifting(s->txn, &node->key, checkin, &after, s->err));
     c->drifting += after;
@@ -217,7 +178,7 @@ static sh_status on_item(coord_step *s, sh_node_row *node, const sh_msg_item *it
     bool changed = false, known = false;
     SH_TRY(coord_epoch_see(s, node, item->epoch, &known, &changed));
     if (!known)
-        return coord_bad_message(s, key, SH_ERR_LIMIT, TOO_MANY_STORES);
+        return coord_bad_message(s, key, SH_ERR_LIMIT, COORD_TOO_MANY_STORES);
     if (changed)
         SH_TRY(coord_node_put(s->txn, node, s->err));
     sh_update_id id = {.node = *key, .epoch = item->epoch, .seq = item->seq};
@@ -228,6 +189,11 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message)
 {
     sh_msg msg;
     sh_error why = {0};
+    bool pass = false;
+    SH_TRY(coord_limit_pass(s, key, message.n, &pass));
+    if (!pass)
+        return SH_OK;
+    SH_TRY(coord_sender_find(s, key));
     sh_status status = sh_msg_decode(message.data, message.n, &msg, &why);
     if (status == SH_ERR_NO_MEMORY)
         return sh_fail(s->err, status, "%s", why.text);
@@ -235,7 +201,8 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message)
         /* Nobody knows what its sender reads: an ERROR of the oldest version is read by all. One of
          * a newer version than ours is told which is ours. */
         s->version = status == SH_ERR_UNSUPPORTED ? SH_WIRE_VERSION : SH_WIRE_VERSION_MIN;
-        return coord_bad_message(s, key, status, why.text);
+        SH_TRY(coord_bad_message(s, key, status, why.text));
+        return coord_drop_stranger(s);
     }
     s->version = msg.version;
     bool admitted = true;
@@ -243,14 +210,13 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message)
     if (!admitted)
         return SH_OK;
     if (msg.type == SH_MSG_ENROL)
-        return on_enrol(s, key, &msg.enrol);
+        return coord_on_enrol(s, &msg.enrol);
     sh_node_row node;
-    status = coord_node_get(s->txn, key, &node, s->err);
-    if (status == SH_ERR_NOT_FOUND)
-        return coord_send_error(s, key, SH_ERR_AUTH, "this key is not enrolled: send ENROL first");
-    SH_TRY(status);
-    if (node.revoked)
-        return coord_send_error(s, key, SH_ERR_AUTH, "this key is revoked");
+    bool may = false;
+    SH_TRY(coord_may_speak(s, &node, &may));
+    if (!may)
+        return SH_OK;
+    key = &node.key;
     switch (msg.type) {
     case SH_MSG_CHECKIN:
         return on_checkin(s, &node, &msg.checkin);
@@ -260,6 +226,8 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message)
         return coord_on_want(s, key, &msg.want);
     case SH_MSG_CHUNK:
         return coord_on_chunk(s, key, &msg.chunk);
+    case SH_MSG_ROTATE:
+        return coord_on_rotate(s, &node, &msg.rotate);
     case SH_MSG_ERROR: /* answering an error with an error would never end */
         s->c->state.bad_messages++;
         coord_note(s, SH_CNOTE_BAD_MESSAGE, key, 0);

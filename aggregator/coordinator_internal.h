@@ -9,6 +9,8 @@
  *   coordinator_admit.c   how much is taken in at a time; "later"
  *   coordinator_blob.c    chunks up and down
  *   coordinator_chunks.c  which chunks are alive
+ *   coordinator_access.c  ENROL, tokens, further keys of a node, revocation: who may speak
+ *   coordinator_limit.c   how much a node may send
  *   coordinator_round.c   buffer, merge, gate, what becomes of a candidate
  *   coordinator_canary.c  federated evaluation
  *   coordinator_parts.c   updates that stand for several: relays below
@@ -51,6 +53,29 @@
 #define COORD_AUDIT_TEXT_MAX    256u
 #define COORD_SCHEMA            3u      /* of the store; 1 had no row that says so */
 #define COORD_EPOCH_SEEN_MS     600000u /* how exactly it is kept when an epoch was last seen */
+
+/* Access: tokens at a time, keys and tokens kept, rotations of a node; a rotation's token; how many
+ * wrong tokens are looked at in how long, over all who try. */
+#define COORD_TOKENS_MAX       1024u
+#define COORD_ACCESS_MAX       200000u
+#define COORD_ROTATIONS_MAX    1000u
+#define COORD_ROTATE_TOKEN_MIN 16u
+#define COORD_GUESSES_MAX      100u
+#define COORD_GUESS_MS         60000u
+#define COORD_TOO_MANY_STORES  "this key has had too many stores: use a new one"
+
+/* Limits of a node: the table, 32,768 keys in 2.6 MB; the least that a full bucket holds: the
+ * messages of a check-in with its chunks, two times what one WANT asks for; at how many full
+ * buckets over the limit a node is disconnected; how long a node that was told is not told again.
+ */
+#define COORD_LIMIT_SETS         4096u
+#define COORD_LIMIT_WAYS         8u
+#define COORD_LIMIT_MESSAGES_MIN 100u
+#define COORD_LIMIT_BYTES_MIN    (2u * SH_WIRE_WANT_MAX * SH_CHUNK_BYTES)
+#define COORD_LIMIT_DROP_FACTOR  2.0
+#define COORD_LIMIT_TOLD_MS      60000u
+
+#define COORD_TIME_MS 60000u /* a signed time is not older than this when it is sent */
 
 /* Federated evaluation: answers to a candidate, tokens of one, loss a token that it counts with
  * (e^50 is past any vocabulary). */
@@ -153,10 +178,11 @@ typedef struct { /* META "state" */
     uint64_t updates_in, updates_merged, updates_refused[SH_REASONS];
     uint64_t audit_seq;
     sh_hash audit_head;
-    uint64_t clones;
+    uint64_t clones, rotations, token_enrolments, tokens_refused;
 } coord_state;
 
 typedef struct coord_relay coord_relay; /* coordinator_relay.c */
+typedef struct coord_bucket coord_bucket;
 
 struct sh_coord {
     sh_coord_options options;
@@ -183,7 +209,23 @@ struct sh_coord {
     uint64_t job_id;        /* running; 0: none */
     uint64_t retry_at_ms;
     uint32_t retries;
+    uint32_t n_tokens;
+    uint64_t tokens_until_ms;
+    uint32_t guesses; /* wrong tokens since guesses_since_ms */
+    uint64_t guesses_since_ms;
+    coord_bucket *buckets; /* NULL: no limits */
+    uint64_t limited, disconnected, commands_refused;
+    uint8_t time_stamp[SH_WIRE_TIME_MAX]; /* signed time_ms; time_n 0: none yet */
+    size_t time_n;
+    uint64_t time_ms;
 };
+
+typedef enum { /* of a key, see coordinator_access.c */
+               COORD_KEY_FIRST,
+               COORD_KEY_PENDING,
+               COORD_KEY_CURRENT,
+               COORD_KEY_RETIRED
+} coord_key_state;
 
 /* What a step works with. */
 typedef struct {
@@ -193,6 +235,11 @@ typedef struct {
     uint64_t now_ms;
     uint32_t version; /* of the protocol, that answers are written in; 0: ours */
     size_t notes;
+    /* MESSAGE, GONE: the key that it came from, the node that this key belongs to, and how. What is
+     * sent to `node` goes to `from`. */
+    sh_hash from, node;
+    coord_key_state key_state;
+    sh_hash rotation; /* of a pending key: its token's hash */
     sh_error *err;
 } coord_step;
 
@@ -223,6 +270,11 @@ void coord_note(coord_step *s, sh_coord_note note, const sh_hash *node, uint64_t
 sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg);
 sh_status coord_send_error(coord_step *s, const sh_hash *node, sh_status code, const char *text);
 void coord_send_up(coord_step *s, sh_buf *message); /* takes the bytes over */
+/* Says when to come back; coord_send_error says the time between check-ins. */
+sh_status coord_send_retry(coord_step *s, const sh_hash *node, sh_status code, const char *text,
+                           uint64_t retry_after_ms);
+void coord_set_key(coord_step *s, const sh_hash *key, sh_key_access access);
+void coord_drop_peer(coord_step *s, const sh_hash *key);
 sh_status coord_set_timer(coord_step *s, uint64_t at_ms);
 sh_status coord_start_job(coord_step *s); /* of the phase, merging or gating */
 
@@ -295,10 +347,10 @@ sh_status coord_node_put(sh_txn *txn, const sh_node_row *row, sh_error *err);
  * (*changed), which the caller puts. */
 sh_status coord_epoch_see(coord_step *s, sh_node_row *row, uint64_t epoch, bool *known,
                           bool *changed);
-/* Whether an ENROL comes from the one sender of its epoch, which coord_epoch_see has seen; else
- * *renew. Changes row->n_clones. */
+/* Whether an ENROL comes from the one sender of its epoch, which coord_epoch_see has seen; else the
+ * welcome says renew, and what the two senders had in common. Changes row->n_clones. */
 sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol *enrol,
-                            bool *renew);
+                            sh_msg_welcome *welcome);
 /* NODE rows of schema 1 and 2 held their epochs themselves. */
 sh_status coord_epochs_migrate(coord_step *s);
 
@@ -308,6 +360,29 @@ sh_status coord_on_message(coord_step *s, const sh_hash *node, sh_bytes message)
 sh_status coord_bad_message(coord_step *s, const sh_hash *node, sh_status code, const char *text);
 /* Marks the item as committed with this step; the acknowledgement goes out after the commit. */
 sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item, bool send);
+
+/* ---- coordinator_access.c ---- */
+sh_status coord_tokens_load(sh_coord *c, sh_txn *txn, sh_error *err);
+/* Fills the step's from, node, key_state and rotation. */
+sh_status coord_sender_find(coord_step *s, const sh_hash *key);
+sh_status coord_on_enrol(coord_step *s, const sh_msg_enrol *enrol);
+/* Whether the sender may send anything else than ENROL; it is told when not. */
+sh_status coord_may_speak(coord_step *s, sh_node_row *node, bool *may);
+/* Ends the connection of a sender that is not enrolled, unless any may enrol. */
+sh_status coord_drop_stranger(coord_step *s);
+sh_status coord_on_rotate(coord_step *s, sh_node_row *node, const sh_msg_rotate *rotate);
+bool coord_good_name(const char *name);
+/* Operators' commands; *done false: nothing was changed. */
+sh_status coord_enrol_key(coord_step *s, const sh_hash *key, const char *name, bool *done);
+sh_status coord_revoke_key(coord_step *s, const sh_hash *key, bool *done);
+sh_status coord_token_add(coord_step *s, const sh_coord_event *event, bool *done);
+sh_status coord_token_remove(coord_step *s, const sh_hash *hash, bool *done);
+
+/* ---- coordinator_limit.c ---- */
+sh_status coord_limit_check(const sh_coord_options *options, sh_error *err);
+sh_status coord_limit_init(sh_coord *c, sh_error *err);
+/* *pass false: the message is over its sender's limit and is not to be read. */
+sh_status coord_limit_pass(coord_step *s, const sh_hash *key, size_t bytes, bool *pass);
 
 /* ---- coordinator_blob.c ---- */
 /* Takes, refuses or waits for the chunks of an update item that is new. */
@@ -385,6 +460,9 @@ sh_status coord_abandon(coord_step *s);
 /* Refuses the buffered updates of a node whose key was revoked. */
 sh_status coord_refuse_node(coord_step *s, const sh_hash *node, sh_reason reason);
 
+/* What rows of the node that has this key are filed under (coordinator_access.c). */
+sh_status coord_first_key(sh_txn *txn, const sh_hash *key, sh_hash *first, sh_error *err);
+
 /* ---- coordinator_parts.c ---- */
 sh_status coord_is_relay(sh_txn *txn, const sh_hash *key, bool *is, sh_error *err);
 /* *done false: the key is not enrolled. */
@@ -410,8 +488,6 @@ uint64_t coord_parts_samples(const sh_update_id *id, const sh_update_meta *meta,
  * relay. */
 sh_status coord_relay_open(coord_step *s, bool is_new);
 void coord_relay_close(sh_coord *c);
-/* It was a backup: the original may have sent under its epoch. Before open. */
-sh_status coord_relay_forget_epoch(coord_step *s);
 sh_status coord_relay_event(coord_step *s, const sh_coord_event *event);
 /* At the end of every step: begins what is due, sends, sets the timer. */
 sh_status coord_relay_end(coord_step *s);

@@ -7,14 +7,16 @@
  *          4, slots 4, memory 8, disk 8, agent, kernel, name, device class (length byte, text).
  *          Versions 1 and 2 are read: revoked, enrolled_ms, last_ms, n_epochs 1, epochs 8 each, the
  *          first of the check-in's numbers, agent, kernel, in version 2 name
- * EPOCH    first key, epoch 8 (big-endian) -> version 1, whether there is a lease, lease 32, number
- *          of restores of this store when it was kept 4, first seen 8, last seen 8, clones 4
+ * EPOCH    first key, epoch 8 (big-endian) -> version 1, number of leases 1, leases 32 each, newest
+ *          first, number of restores of this store when they were kept 4, first seen 8, last seen
+ * 8, clones 4
  *
  * Leases: an epoch has one sender. A node draws a lease at each start and enrols with it and those
- * of its starts before, back to the last one that was welcomed. When the lease that is kept for the
- * epoch is among them, they are one store's; when it is not, another copy of the store was here
- * meanwhile, and this one has to take a new epoch. A lease that was kept before this store was
- * restored from a backup says nothing: the node's may have gone on since.
+ * of its starts before, back to the last one that was welcomed. When the newest lease that is kept
+ * for the epoch is among them, they are one store's; when it is not, another copy of the store was
+ * here meanwhile, and this one has to take a new epoch. Where the two parted, the newest of its
+ * leases says that the other had, too: therefore older ones are kept as well. Leases that were kept
+ * before this store was restored from a backup say nothing: the node's may have gone on since.
  */
 #include <string.h>
 
@@ -217,8 +219,8 @@ sh_status sh_coord_each_node(sh_txn *txn, sh_status (*fn)(void *arg, const sh_no
 /* ---- EPOCH ---- */
 
 typedef struct {
-    bool leased;
-    sh_hash lease;
+    uint32_t n_leases;
+    uint8_t leases[SH_WIRE_LEASES_MAX * sizeof(sh_hash)]; /* newest first */
     uint32_t restores;
     uint64_t first_ms, last_ms;
     uint32_t clones;
@@ -238,8 +240,12 @@ static sh_status epoch_put(sh_txn *txn, const sh_hash *node, uint64_t epoch, con
     epoch_key(key, node, epoch);
     coord_writer_init(&w);
     coord_put_uint(&w, EPOCH_VERSION, 1);
-    coord_put_uint(&w, row->leased, 1);
-    coord_put_hash(&w, &row->lease);
+    coord_put_uint(&w, row->n_leases, 1);
+    for (uint32_t i = 0; i < row->n_leases; i++) {
+        sh_hash lease;
+        memcpy(lease.b, row->leases + i * sizeof lease.b, sizeof lease.b);
+        coord_put_hash(&w, &lease);
+    }
     coord_put_uint(&w, row->restores, 4);
     coord_put_uint(&w, row->first_ms, 8);
     coord_put_uint(&w, row->last_ms, 8);
@@ -258,8 +264,12 @@ static sh_status epoch_get(sh_txn *txn, const sh_hash *node, uint64_t epoch, epo
     coord_reader r = coord_reader_of(value);
     epoch_row out = {0};
     bool good = coord_get_uint(&r, 1) == EPOCH_VERSION;
-    out.leased = coord_get_uint(&r, 1) != 0;
-    out.lease = coord_get_hash(&r);
+    out.n_leases = (uint32_t)coord_get_uint(&r, 1);
+    good = good && out.n_leases <= SH_WIRE_LEASES_MAX;
+    for (uint32_t i = 0; good && i < out.n_leases; i++) {
+        sh_hash lease = coord_get_hash(&r);
+        memcpy(out.leases + i * sizeof lease.b, lease.b, sizeof lease.b);
+    }
     out.restores = (uint32_t)coord_get_uint(&r, 4);
     out.first_ms = coord_get_uint(&r, 8);
     out.last_ms = coord_get_uint(&r, 8);
@@ -291,12 +301,32 @@ sh_status coord_epoch_see(coord_step *s, sh_node_row *row, uint64_t epoch, bool 
     return epoch_put(s->txn, &row->key, epoch, &e, s->err);
 }
 
-static bool has_lease(const sh_hash_list *leases, const sh_hash *lease)
+/* Index of a lease among n; n: it is not there. */
+static uint32_t find_lease(const uint8_t *leases, uint32_t n, const uint8_t *lease)
 {
-    for (uint32_t i = 0; i < leases->n; i++)
-        if (memcmp(leases->hashes + i * sizeof lease->b, lease->b, sizeof lease->b) == 0)
-            return true;
-    return false;
+    uint32_t i = 0;
+    while (i < n && memcmp(leases + i * sizeof(sh_hash), lease, sizeof(sh_hash)) != 0)
+        i++;
+    return i;
+}
+
+/* Index of the newest of the ENROL's leases that is kept; their number: none is. */
+static uint32_t newest_common(const epoch_row *e, const sh_hash_list *leases)
+{
+    uint32_t i = 0;
+    while (i < leases->n &&
+           find_lease(e->leases, e->n_leases, leases->hashes + i * sizeof(sh_hash)) == e->n_leases)
+        i++;
+    return i;
+}
+
+/* The first `newer` of the ENROL's come before those that are kept; the oldest fall off. */
+static void keep_leases(epoch_row *e, const sh_hash_list *leases, uint32_t newer)
+{
+    uint32_t kept = SH_MIN(e->n_leases, SH_WIRE_LEASES_MAX - newer);
+    memmove(e->leases + newer * sizeof(sh_hash), e->leases, kept * sizeof(sh_hash));
+    memcpy(e->leases, leases->hashes, newer * sizeof(sh_hash));
+    e->n_leases = newer + kept;
 }
 
 /* Another sender of this epoch was here before. The log of decisions names it at the 1st, 2nd, 4th,
@@ -316,30 +346,33 @@ static sh_status note_clone(coord_step *s, sh_node_row *row, uint64_t epoch, uin
                        (unsigned long long)epoch, clones);
 }
 
-sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol *enrol, bool *renew)
+sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol *enrol,
+                            sh_msg_welcome *welcome)
 {
     const sh_hash_list *leases = &enrol->leases;
-    uint32_t restores = s->c->state.restores;
     epoch_row e = {0};
-    *renew = false;
     if (leases->n == 0)
         return SH_OK;
     sh_status status = epoch_get(s->txn, &row->key, enrol->epoch, &e, s->err);
     if (status == SH_ERR_NOT_FOUND)
         return sh_fail(s->err, SH_ERR_CORRUPT, "coordinator: an epoch that was seen has no row");
     SH_TRY(status);
-    if (e.leased && e.restores == restores && !has_lease(leases, &e.lease)) {
-        *renew = true;
+    if (e.restores != s->c->state.restores)
+        e.n_leases = 0;
+    e.restores = s->c->state.restores;
+    uint32_t newer = leases->n;
+    if (e.n_leases > 0)
+        newer = find_lease(leases->hashes, leases->n, e.leases);
+    if (e.n_leases > 0 && newer == leases->n) {
+        welcome->renew = true;
+        welcome->common = newest_common(&e, leases);
         e.clones += e.clones < UINT32_MAX;
         SH_TRY(epoch_put(s->txn, &row->key, enrol->epoch, &e, s->err));
         return note_clone(s, row, enrol->epoch, e.clones);
     }
-    if (e.leased && e.restores == restores &&
-        memcmp(e.lease.b, leases->hashes, sizeof e.lease.b) == 0)
+    if (newer == 0)
         return SH_OK; /* the same start, on another connection */
-    e.leased = true;
-    e.restores = restores;
-    memcpy(e.lease.b, leases->hashes, sizeof e.lease.b);
+    keep_leases(&e, leases, newer);
     return epoch_put(s->txn, &row->key, enrol->epoch, &e, s->err);
 }
 

@@ -64,14 +64,17 @@ sh_status coord_relays_count(sh_coord *c, sh_txn *txn, sh_error *err)
     return status == SH_ERR_NOT_FOUND ? SH_OK : status;
 }
 
-sh_status coord_relay_permit(coord_step *s, const sh_hash *key, bool permit, bool *done)
+sh_status coord_relay_permit(coord_step *s, const sh_hash *any, bool permit, bool *done)
 {
     sh_coord *c = s->c;
+    sh_hash first;
+    const sh_hash *key = &first;
     const uint8_t value[] = {RELAY_ROW_VERSION};
     uint8_t name[RELAY_KEY_BYTES];
     uint32_t before = 0, after = 0;
     sh_node_row node;
     bool is = false;
+    SH_TRY(coord_first_key(s->txn, any, &first, s->err));
     sh_status status = coord_node_get(s->txn, key, &node, s->err);
     *done = status == SH_OK && !node.revoked;
     if (!*done)

@@ -336,6 +336,11 @@ static void on_rejected(void *arg)
     coord_note(arg, SH_CNOTE_PARENT_REFUSED, NULL, 0);
 }
 
+static void on_renewed(void *arg)
+{
+    coord_note(arg, SH_CNOTE_PARENT_RENEWED, NULL, 0);
+}
+
 static void on_refused(void *arg)
 {
     coord_step *s = arg;
@@ -351,6 +356,7 @@ static const sh_link_callbacks callbacks = {.may_send = may_send,
                                             .missing = missing,
                                             .on_chunks = on_chunks,
                                             .on_rejected = on_rejected,
+                                            .on_renewed = on_renewed,
                                             .on_refused = on_refused};
 
 /* ---- open, step, status ---- */
@@ -439,12 +445,6 @@ void coord_relay_close(sh_coord *c)
     free(c->relay->take);
     free(c->relay);
     c->relay = NULL;
-}
-
-sh_status coord_relay_forget_epoch(coord_step *s)
-{
-    return sh_txn_del(s->txn, SH_COORD_T_META, SH_LINK_META_EPOCH, strlen(SH_LINK_META_EPOCH),
-                      s->err);
 }
 
 sh_status coord_relay_event(coord_step *s, const sh_coord_event *event)

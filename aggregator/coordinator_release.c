@@ -320,7 +320,7 @@ sh_status coord_restored(coord_step *s, uint64_t made_ms)
                        (unsigned long long)state->version_floor));
     coord_note(s, SH_CNOTE_RESTORED, NULL, state->version_floor);
     if (c->options.relay) /* releases are the root's, and so are their numbers */
-        return coord_relay_forget_epoch(s);
+        return SH_OK;
     return republish(s, "restored from a backup");
 }
 

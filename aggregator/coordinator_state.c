@@ -102,6 +102,9 @@ sh_status coord_state_save(sh_coord *c, sh_txn *txn, sh_error *err)
     coord_put_uint(&w, s->candidates_inconclusive, 8);
     coord_put_uint(&w, s->restores, 4);
     coord_put_uint(&w, s->clones, 8);
+    coord_put_uint(&w, s->rotations, 8);
+    coord_put_uint(&w, s->token_enrolments, 8);
+    coord_put_uint(&w, s->tokens_refused, 8);
     SH_TRY(save(txn, state_key, &w, err));
     c->dirty = false;
     return SH_OK;
@@ -249,6 +252,9 @@ static void read_state_3(coord_reader *r, coord_state *s, unsigned version)
     }
     s->restores = (uint32_t)coord_get_uint(r, 4);
     s->clones = coord_get_uint(r, 8);
+    s->rotations = coord_get_uint(r, 8);
+    s->token_enrolments = coord_get_uint(r, 8);
+    s->tokens_refused = coord_get_uint(r, 8);
 }
 
 /* What version 2 added; a store of version 1 has all versions from 1 on, without gaps. */

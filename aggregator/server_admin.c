@@ -123,12 +123,60 @@ static sh_status on_enrol(call *c)
     if (e.name != NULL && strlen(e.name) > SH_NODE_NAME_MAX)
         return sh_fail(c->err, SH_ERR_USAGE, "a node's name has at most %d bytes",
                        SH_NODE_NAME_MAX);
-    SH_TRY(command(c, &e, "no more nodes can be enrolled; revoke some first"));
+    SH_TRY(command(c, &e,
+                   "no more nodes can be enrolled, or the key is one that a node has replaced"));
     e.command = SH_COMMAND_RELAY;
     e.number = json_is_true(json_object_get(c->request, "relay"));
     SH_TRY(command(c, &e, "the key is not enrolled"));
-    SH_TRY(server_keys_set(&c->s->allowed, &e.node, false, c->err));
     set_hash(c->reply, "key", &e.node);
+    return SH_OK;
+}
+
+static sh_status list_entry(const call *c, const json_t *entry, sh_coord_event *e)
+{
+    const char *key = json_string_value(json_object_get(entry, "key"));
+    *e = (sh_coord_event){.kind = SH_COORD_COMMAND, .command = SH_COMMAND_ENROL};
+    e->name = json_string_value(json_object_get(entry, "name"));
+    if (key == NULL || sh_hash_parse(key, &e->node, NULL) != SH_OK ||
+        (e->name != NULL && strlen(e->name) > SH_NODE_NAME_MAX))
+        return sh_fail(c->err, SH_ERR_USAGE,
+                       "\"nodes\" must be [{\"key\": 64 hexadecimal digits, \"name\": at most %d "
+                       "bytes}, ...]",
+                       SH_NODE_NAME_MAX);
+    return SH_OK;
+}
+
+/* A batch of a list, in one transaction. Those that the core refuses are named. */
+static sh_status on_enrol_list(call *c)
+{
+    sh_server *s = c->s;
+    const json_t *nodes = json_object_get(c->request, "nodes");
+    size_t n = json_array_size(nodes);
+    sh_coord_event e;
+    if (n == 0 || n > SERVER_ENROL_BATCH_MAX)
+        return sh_fail(c->err, SH_ERR_USAGE, "\"nodes\" must be a list of 1 to %u",
+                       SERVER_ENROL_BATCH_MAX);
+    for (size_t i = 0; i < n; i++)
+        SH_TRY(list_entry(c, json_array_get(nodes, i), &e));
+    if (s->coord == NULL)
+        return sh_fail(c->err, SH_ERR_IO,
+                       "the aggregator starts again after a failed write (see its log); try later");
+    uint64_t before = sh_coord_get_status(s->coord).commands_refused;
+    json_t *refused = json_array();
+    sh_json_set(c->reply, "refused", refused);
+    for (size_t i = 0; i < n; i++) {
+        const json_t *entry = json_array_get(nodes, i);
+        SH_TRY(list_entry(c, entry, &e));
+        if (!server_step(s, &e))
+            return sh_fail(c->err, SH_ERR_IO, "the list was not stored (see the aggregator's log)");
+        uint64_t now = sh_coord_get_status(s->coord).commands_refused;
+        if (now != before)
+            json_array_append(refused, json_object_get(entry, "key"));
+        before = now;
+    }
+    if (!server_commit(s, NULL))
+        return sh_fail(c->err, SH_ERR_IO, "the list was not stored (see the aggregator's log)");
+    set_uint(c->reply, "enrolled", n - json_array_size(refused));
     return SH_OK;
 }
 
@@ -137,12 +185,119 @@ static sh_status on_revoke(call *c)
     sh_coord_event e = {.command = SH_COMMAND_REVOKE};
     SH_TRY(need_key(c, &e.node));
     SH_TRY(command(c, &e, "no node with this key is enrolled (see shoal aggregator nodes)"));
-    SH_TRY(server_keys_set(&c->s->allowed, &e.node, true, c->err));
-    sh_net_server_drop(c->s->nodes, &e.node);
     set_hash(c->reply, "key", &e.node);
     sh_log(SH_LOG_WARN, "revoked", "node=%s", json_string_value(json_object_get(c->reply, "key")));
     return SH_OK;
 }
+
+/* ---- enrolment tokens ---- */
+
+#define TOKEN_BYTES    32
+#define TOKEN_ID_BYTES 8 /* of its hash, in lists */
+#define TOKEN_S_MAX    (10ull * 365 * 86400)
+
+static void token_id(const sh_hash *hash, char out[2 * TOKEN_ID_BYTES + 1])
+{
+    sh_hex(hash->b, TOKEN_ID_BYTES, out);
+}
+
+/* The token is in the answer and nowhere else: the store has its hash. */
+static sh_status on_token_add(call *c)
+{
+    sh_coord_event e = {.command = SH_COMMAND_TOKEN_ADD};
+    uint8_t token[TOKEN_BYTES];
+    char text[2 * TOKEN_BYTES + 1], id[2 * TOKEN_ID_BYTES + 1];
+    uint64_t seconds = 0;
+    SH_TRY(need_uint(c, "uses", &e.number));
+    SH_TRY(need_uint(c, "seconds", &seconds));
+    if (seconds == 0 || seconds > TOKEN_S_MAX)
+        return sh_fail(c->err, SH_ERR_USAGE, "a token is valid for 1 second to 10 years");
+    e.name = json_string_value(json_object_get(c->request, "name"));
+    e.until_ms = sh_clock_wall_ms() + seconds * 1000;
+    sh_random_bytes(token, sizeof token);
+    e.node = sh_blake2b(token, sizeof token);
+    sh_status status =
+        command(c, &e,
+                "a token enrols 1 to 100000 nodes, its name has at most 63 printable bytes, and "
+                "at most 1024 tokens are kept (see shoal aggregator token list)");
+    if (status == SH_OK) {
+        sh_hex(token, sizeof token, text);
+        token_id(&e.node, id);
+        sh_json_set(c->reply, "token", json_string(text));
+        sh_json_set(c->reply, "id", json_string(id));
+        set_uint(c->reply, "uses", e.number);
+        set_uint(c->reply, "expires_ms", e.until_ms);
+    }
+    explicit_bzero(token, sizeof token);
+    explicit_bzero(text, sizeof text);
+    return status;
+}
+
+typedef struct {
+    json_t *rows;
+    uint64_t now_ms;
+    const char *wanted; /* id or name */
+    sh_hash hash;
+    size_t n; /* that are it */
+} token_list;
+
+static sh_status add_token(void *arg, const sh_token_row *row)
+{
+    token_list *l = arg;
+    char id[2 * TOKEN_ID_BYTES + 1];
+    token_id(&row->hash, id);
+    if (l->wanted != NULL && (strcmp(l->wanted, id) == 0 || strcmp(l->wanted, row->name) == 0)) {
+        l->hash = row->hash;
+        l->n++;
+    }
+    if (l->rows == NULL)
+        return SH_OK;
+    json_t *r = json_object();
+    sh_json_set(r, "id", json_string(id));
+    sh_json_set(r, "name", json_string(row->name));
+    set_uint(r, "uses", row->uses);
+    set_uint(r, "uses_left", row->uses_left);
+    set_uint(r, "made_ms", row->made_ms);
+    set_uint(r, "expires_ms", row->expires_ms);
+    sh_json_set(r, "expired", json_boolean(row->expires_ms <= l->now_ms));
+    json_array_append_new(l->rows, r);
+    return SH_OK;
+}
+
+static sh_status read_tokens(const call *c, token_list *l)
+{
+    sh_txn *txn = NULL;
+    l->now_ms = sh_clock_wall_ms();
+    SH_TRY(sh_txn_begin(c->s->store, SH_TXN_READ, &txn, c->err));
+    sh_status status = sh_coord_each_token(txn, add_token, l, c->err);
+    sh_txn_abort(&txn);
+    return status;
+}
+
+static sh_status on_token_list(call *c)
+{
+    token_list l = {.rows = json_array()};
+    sh_json_set(c->reply, "tokens", l.rows);
+    return read_tokens(c, &l);
+}
+
+static sh_status on_token_remove(call *c)
+{
+    sh_coord_event e = {.command = SH_COMMAND_TOKEN_REMOVE};
+    token_list l = {0};
+    SH_TRY(need_text(c, "id", &l.wanted));
+    SH_TRY(read_tokens(c, &l));
+    if (l.n == 0)
+        return sh_fail(c->err, SH_ERR_NOT_FOUND,
+                       "there is no token '%s' (see shoal aggregator token list)", l.wanted);
+    if (l.n > 1)
+        return sh_fail(c->err, SH_ERR_USAGE, "%zu tokens have the name '%s': say an id", l.n,
+                       l.wanted);
+    e.node = l.hash;
+    return command(c, &e, "there is no such token");
+}
+
+/* ---- releases ---- */
 
 typedef struct {
     uint64_t version;
@@ -316,6 +471,12 @@ static sh_status on_status(call *c)
     sh_json_set(r, "server_scale", sh_json_number((double)now.server_scale));
     set_uint(r, "bad_messages", now.bad_messages);
     set_uint(r, "clones", now.clones);
+    set_uint(r, "rotations", now.rotations);
+    set_uint(r, "tokens", now.tokens);
+    set_uint(r, "token_enrolments", now.token_enrolments);
+    set_uint(r, "tokens_refused", now.tokens_refused);
+    set_uint(r, "limited", now.limited);
+    set_uint(r, "disconnected", now.disconnected);
     sh_json_set(r, "updates", updates_of(&now));
     set_uint(r, "parts", now.parts);
     set_uint(r, "relays", now.relays);
@@ -477,13 +638,24 @@ static const struct {
     sh_status (*run)(call *c);
     bool logged;
 } commands[] = {
-    {"status", on_status, false},      {"releases", on_releases, false},
-    {"nodes", on_nodes, false},        {"audit", on_audit, false},
-    {"pause", on_pause, true},         {"resume", on_resume, true},
-    {"rollback", on_rollback, true},   {"server-scale", on_server_scale, true},
-    {"close", on_close, true},         {"enrol", on_enrol, true},
-    {"revoke", on_revoke, true},       {"backup", on_backup, true},
-    {"log-level", on_log_level, true}, {"stop", on_stop, true},
+    {"status", on_status, false},
+    {"releases", on_releases, false},
+    {"nodes", on_nodes, false},
+    {"audit", on_audit, false},
+    {"pause", on_pause, true},
+    {"resume", on_resume, true},
+    {"rollback", on_rollback, true},
+    {"server-scale", on_server_scale, true},
+    {"close", on_close, true},
+    {"enrol", on_enrol, true},
+    {"revoke", on_revoke, true},
+    {"backup", on_backup, true},
+    {"log-level", on_log_level, true},
+    {"stop", on_stop, true},
+    {"enrol-list", on_enrol_list, true},
+    {"token-add", on_token_add, true},
+    {"token-list", on_token_list, false},
+    {"token-remove", on_token_remove, true},
 };
 
 static sh_status answer(call *c)

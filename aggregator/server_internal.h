@@ -24,17 +24,35 @@
 #include "shared/net/admin.h"
 
 /* ---- server_keys.c ---- */
+/* While enrolment tokens are outstanding, keys that nobody knows may connect to send ENROL: so many
+ * of them in SERVER_GUEST_MS, those that were enrolled not counted. One that says nothing for
+ * SERVER_GUEST_SILENCE_MS is shut. */
+#define SERVER_GUESTS_MAX       256u
+#define SERVER_GUEST_MS         30000u
+#define SERVER_GUEST_SILENCE_MS 10000u
+#define SERVER_KEYS_MAX         (4 * SH_COORD_NODES_MAX)
+typedef struct {
+    sh_hash key;
+    uint64_t at_ms; /* monotonic */
+} server_guest;
 typedef struct {
     pthread_mutex_t lock;
     bool any;
-    sh_hash *enrolled, *revoked; /* sorted */
+    sh_hash *enrolled, *revoked; /* sorted; revoked: replaced ones, too */
     size_t n_enrolled, n_revoked, enrolled_cap, revoked_cap;
+    uint64_t open_until_ms; /* wall clock; before it unknown keys may come as guests; 0: no */
+    server_guest guests[SERVER_GUESTS_MAX];
+    size_t n_guests;
 } server_keys;
 sh_status server_keys_init(server_keys *keys, bool any, sh_error *err);
 void server_keys_release(server_keys *keys);
-sh_status server_keys_set(server_keys *keys, const sh_hash *key, bool revoked, sh_error *err);
+sh_status server_keys_set(server_keys *keys, const sh_hash *key, sh_key_access access,
+                          sh_error *err);
 bool server_keys_allow(void *keys, const sh_hash *key); /* any thread: sh_net's ZAP handler */
+/* In place of what was there. */
 sh_status server_keys_load(server_keys *keys, sh_txn *txn, sh_error *err);
+/* Tokens are outstanding until then (wall clock; 0: none are). */
+void server_keys_open(server_keys *keys, uint64_t until_ms);
 
 /* ---- server_worker.c ---- */
 typedef enum {
@@ -102,7 +120,8 @@ typedef struct {
 } view_node;
 
 typedef struct {
-    uint64_t messages_in, messages_out, messages_dropped, peers_gone, commits, failed_steps;
+    uint64_t messages_in, messages_out, messages_dropped, peers_gone, peers_dropped, commits,
+        failed_steps;
     sh_histogram task_seconds[TASK_KINDS];
     uint64_t tasks_failed[TASK_KINDS];
 } server_counters;
@@ -183,6 +202,7 @@ sh_status server_parent_serve(sh_server *s, sh_error *err);
 void server_parent_send(sh_server *s, const sh_coord_action *a);
 
 /* ---- server_admin.c ---- */
+#define SERVER_ENROL_BATCH_MAX 1000u /* nodes of a list that are enrolled in one transaction */
 sh_status server_serve_admin(sh_server *s, sh_error *err);
 void server_answer_backup(sh_server *s, const server_task *task);
 

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "aggregator/server_internal.h"
+#include "shared/base/clock.h"
 
 sh_status server_keys_init(server_keys *keys, bool any, sh_error *err)
 {
@@ -41,7 +42,7 @@ static sh_status add(sh_hash **keys, size_t *n, size_t *cap, const sh_hash *key)
     size_t at = find(*keys, *n, key, &found);
     if (found)
         return SH_OK;
-    SH_TRY(sh_array_reserve((void **)keys, cap, *n + 1, sizeof **keys, SH_COORD_NODES_MAX));
+    SH_TRY(sh_array_reserve((void **)keys, cap, *n + 1, sizeof **keys, SERVER_KEYS_MAX));
     memmove(*keys + at + 1, *keys + at, (*n - at) * sizeof **keys);
     (*keys)[at] = *key;
     ++*n;
@@ -58,19 +59,54 @@ static void drop(sh_hash *keys, size_t *n, const sh_hash *key)
     --*n;
 }
 
-sh_status server_keys_set(server_keys *k, const sh_hash *key, bool revoked, sh_error *err)
+static void drop_guest(server_keys *k, const sh_hash *key)
 {
+    for (size_t i = 0; i < k->n_guests; i++)
+        if (sh_hash_equal(&k->guests[i].key, key)) {
+            k->guests[i] = k->guests[--k->n_guests];
+            return;
+        }
+}
+
+sh_status server_keys_set(server_keys *k, const sh_hash *key, sh_key_access access, sh_error *err)
+{
+    sh_status status = SH_OK;
     pthread_mutex_lock(&k->lock);
-    sh_status status;
-    if (revoked) {
+    if (access != SH_KEY_ALLOWED)
         drop(k->enrolled, &k->n_enrolled, key);
-        status = add(&k->revoked, &k->n_revoked, &k->revoked_cap, key);
-    } else {
-        drop(k->revoked, &k->n_revoked, key);
+    else
         status = add(&k->enrolled, &k->n_enrolled, &k->enrolled_cap, key);
-    }
+    if (access != SH_KEY_SHUT)
+        drop(k->revoked, &k->n_revoked, key);
+    else
+        status = add(&k->revoked, &k->n_revoked, &k->revoked_cap, key);
+    if (access != SH_KEY_UNKNOWN)
+        drop_guest(k, key);
     pthread_mutex_unlock(&k->lock);
     return status == SH_OK ? SH_OK : sh_fail(err, status, "server: no room for one more key");
+}
+
+void server_keys_open(server_keys *k, uint64_t until_ms)
+{
+    pthread_mutex_lock(&k->lock);
+    k->open_until_ms = until_ms;
+    pthread_mutex_unlock(&k->lock);
+}
+
+/* A key that nobody knows, while there are tokens. */
+static bool admit_guest(server_keys *k, const sh_hash *key)
+{
+    uint64_t now = sh_clock_mono_ms();
+    if (sh_clock_wall_ms() >= k->open_until_ms)
+        return false;
+    for (size_t i = k->n_guests; i-- > 0;)
+        if (now - k->guests[i].at_ms >= SERVER_GUEST_MS)
+            k->guests[i] = k->guests[--k->n_guests];
+    drop_guest(k, key);
+    if (k->n_guests >= SERVER_GUESTS_MAX)
+        return false;
+    k->guests[k->n_guests++] = (server_guest){*key, now};
+    return true;
 }
 
 bool server_keys_allow(void *arg, const sh_hash *key)
@@ -80,17 +116,34 @@ bool server_keys_allow(void *arg, const sh_hash *key)
     pthread_mutex_lock(&k->lock);
     find(k->enrolled, k->n_enrolled, key, &enrolled);
     find(k->revoked, k->n_revoked, key, &revoked);
-    bool allow = !revoked && (enrolled || k->any);
+    bool allow = !revoked && (enrolled || k->any || admit_guest(k, key));
     pthread_mutex_unlock(&k->lock);
     return allow;
 }
 
-static sh_status load(void *arg, const sh_node_row *row)
+static sh_status load(void *arg, const sh_hash *key, bool allowed)
 {
-    return server_keys_set(arg, &row->key, row->revoked, NULL);
+    return server_keys_set(arg, key, allowed ? SH_KEY_ALLOWED : SH_KEY_SHUT, NULL);
 }
 
 sh_status server_keys_load(server_keys *keys, sh_txn *txn, sh_error *err)
 {
-    return sh_coord_each_node(txn, load, keys, err);
+    server_keys fresh = {0};
+    SH_TRY(server_keys_init(&fresh, keys->any, err));
+    sh_status status = sh_coord_each_key(txn, load, &fresh, err);
+    if (status == SH_OK) {
+        pthread_mutex_lock(&keys->lock);
+        sh_hash *enrolled = keys->enrolled, *revoked = keys->revoked;
+        keys->enrolled = fresh.enrolled;
+        keys->n_enrolled = fresh.n_enrolled;
+        keys->enrolled_cap = fresh.enrolled_cap;
+        keys->revoked = fresh.revoked;
+        keys->n_revoked = fresh.n_revoked;
+        keys->revoked_cap = fresh.revoked_cap;
+        fresh.enrolled = enrolled;
+        fresh.revoked = revoked;
+        pthread_mutex_unlock(&keys->lock);
+    }
+    server_keys_release(&fresh);
+    return status;
 }

@@ -97,8 +97,17 @@ static void log_note(const sh_coord_action *a)
     case SH_CNOTE_TAKEN:
         sh_log(SH_LOG_INFO, "taken", "version=%llu", number);
         break;
+    case SH_CNOTE_PARENT_RENEWED:
+        sh_log(SH_LOG_WARN, "parent_renewed", "reason=copy");
+        break;
     case SH_CNOTE_PARENT_REFUSED:
         sh_log(SH_LOG_WARN, "parent_refused", "reason=key");
+        break;
+    case SH_CNOTE_ROTATED:
+        sh_log(SH_LOG_INFO, "rotated", "node=%.16s rotations=%llu", node, number);
+        break;
+    case SH_CNOTE_LIMITED:
+        sh_log(SH_LOG_WARN, "limited", "node=%.16s disconnected=%llu", node, number);
         break;
     case SH_CNOTE_CLONED:
         sh_log(SH_LOG_WARN, "cloned", "node=%.16s clones=%llu", node, number);
@@ -106,15 +115,28 @@ static void log_note(const sh_coord_action *a)
     }
 }
 
-static void take_note(sh_server *s, const sh_coord_action *a)
+static void set_key(sh_server *s, const sh_coord_action *a)
 {
     sh_error err = {0};
+    if (server_keys_set(&s->allowed, &a->node, a->access, &err) != SH_OK)
+        sh_log(SH_LOG_ERROR, "key_not_set", "error=\"%s\"", err.text);
+    if (a->access != SH_KEY_ALLOWED)
+        sh_net_server_drop(s->nodes, &a->node);
+}
+
+/* Unknown keys may come while there are tokens, and none of them to stay without a word. */
+static void set_guests(sh_server *s)
+{
+    sh_coord_status now = sh_coord_get_status(s->coord);
+    server_keys_open(&s->allowed, now.tokens > 0 ? now.tokens_until_ms : 0);
+    sh_net_server_set_silence(s->nodes, now.tokens > 0 ? SERVER_GUEST_SILENCE_MS : 0);
+}
+
+static void take_note(sh_server *s, const sh_coord_action *a)
+{
     log_note(a);
     if (a->note == SH_CNOTE_COMMAND_REFUSED)
         s->command_refused = true;
-    if (a->note == SH_CNOTE_ENROLLED &&
-        server_keys_set(&s->allowed, &a->node, false, &err) != SH_OK)
-        sh_log(SH_LOG_ERROR, "enrol_failed", "error=\"%s\"", err.text);
     if (a->note == SH_CNOTE_RELEASED || a->note == SH_CNOTE_CANDIDATE_REFUSED ||
         a->note == SH_CNOTE_ROLLED_BACK)
         s->prune_due = true;
@@ -183,6 +205,13 @@ static void carry_out(sh_server *s, int depth)
             break;
         case SH_COORD_NOTE:
             take_note(s, a);
+            break;
+        case SH_COORD_KEY:
+            set_key(s, a);
+            break;
+        case SH_COORD_DROP:
+            sh_net_server_drop(s->nodes, &a->node);
+            s->counters.peers_dropped++;
             break;
         }
     }
@@ -271,6 +300,7 @@ sh_status server_boot(sh_server *s, sh_error *err)
     SH_GOTO(sh_txn_commit(&s->txn, err));
     s->parent_told = false; /* the core begins with its link down */
     s->views.stale_tables = true;
+    set_guests(s);
     carry_out(s, 0);
 cleanup:
     sh_coord_actions_clear(&actions);
@@ -343,6 +373,7 @@ bool server_commit(sh_server *s, const server_task_kind *stage)
         s->hold_ms = s->hold_until_ms = 0;
     s->counters.commits++;
     s->views.stale_tables = true;
+    set_guests(s);
     static int depth; /* of peers that are found gone: the loop's thread only */
     depth++;
     carry_out(s, depth);

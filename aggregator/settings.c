@@ -92,6 +92,13 @@ static const sh_option table[] = {
     /* traffic */
     SH_OPT_INT(T, checkin_ms, 0, "checkin-ms", "MS", 60000, 100, 1e9,
                "when nodes come back, with jitter"),
+    SH_OPT_REAL(T, limit_messages, 0, "limit.messages", "N", 0, 0, 1e6,
+                "messages a second that one node may send; over it, it is told to wait, and "
+                "disconnected when it goes on; 0: no limit"),
+    SH_OPT_REAL(T, limit_bytes, 0, "limit.bytes", "BYTES", 0, 0, 1e12,
+                "bytes a second that one node may send; 0: no limit"),
+    SH_OPT_REAL(T, limit_burst_s, 0, "limit.burst-s", "S", 30, 1, 86400,
+                "so many seconds' worth may come at once, and in any case 100 messages, 8 MiB"),
     SH_OPT_INT(T, chunk_budget, 0, "chunk-budget", "N", 16, 1, 64,
                "chunks that a node gets a message"),
     SH_OPT_INT(T, io_threads, 0, "io-threads", "N", 1, 1, 16,
@@ -216,7 +223,10 @@ sh_coord_options sh_aggregator_settings_coord(const sh_aggregator_settings *o)
                           .canary_nodes_min = (uint32_t)o->canary_nodes_min,
                           .canary_tokens_min = (uint64_t)o->canary_tokens_min,
                           .canary_share = o->canary_share,
-                          .canary_ms_max = (uint64_t)o->canary_ms_max};
+                          .canary_ms_max = (uint64_t)o->canary_ms_max,
+                          .limit_messages_s = o->limit_messages,
+                          .limit_bytes_s = o->limit_bytes,
+                          .limit_burst_s = o->limit_burst_s};
     c.relay = o->upstream != NULL && o->upstream[0] != '\0';
     c.relay_wait_ms = (uint64_t)o->relay_wait_ms;
     c.relay_retry_min_ms = (uint64_t)o->upstream_retry_min_ms;

@@ -26,6 +26,7 @@ typedef struct {
     int64_t upstream_retry_min_ms, upstream_retry_max_ms, relay_wait_ms;
     int64_t checkins_per_s, items_per_s, served_bytes_per_s, asked_bytes_max, io_threads;
     double load_share;
+    double limit_messages, limit_bytes, limit_burst_s;
 } sh_aggregator_settings;
 
 /* The table begins with this many options that a configuration file has no use for. */

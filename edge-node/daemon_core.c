@@ -107,6 +107,9 @@ static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
         sh_log(SH_LOG_WARN, "link", "state=refused reason=key");
         d->net_refused = true;
         break;
+    case SH_NOTE_RENEWED:
+        sh_log(SH_LOG_WARN, "renewed", "renewals=%llu reason=copied_store", n);
+        break;
     }
 }
 

@@ -96,7 +96,7 @@ static sh_status make_new(node_step *s, sh_bytes genesis)
         .slots[0] = {manifest.version, manifest.model.sha256, manifest.model.bytes},
     };
     SH_TRY(node_manifest_put(s, node_meta_slot0, genesis));
-    n->options.monitor.origin = n->state.epoch;
+    n->options.monitor.origin = n->link.epoch;
     SH_TRY(sh_monitor_create(&n->options.monitor, &n->monitor, s->err));
     sh_monitor_set_release(n->monitor, (uint32_t)manifest.version);
     n->dirty = n->monitor_dirty = true;
@@ -113,7 +113,7 @@ static sh_status load_or_make(node_step *s, sh_bytes genesis)
         return make_new(s, genesis);
     if (status != SH_OK)
         return status;
-    n->options.monitor.origin = n->state.epoch;
+    n->options.monitor.origin = n->link.epoch;
     return node_monitor_load(s);
 }
 
@@ -237,7 +237,8 @@ sh_node_status sh_node_get_status(const sh_node *node)
 {
     const node_state *st = &node->state;
     sh_node_status status = {
-        .epoch = st->epoch,
+        .epoch = node->link.epoch,
+        .renewals = node->link.renewals,
         .active_version = node_active(node)->version,
         .confirmed_version = st->confirmed_version,
         .active_slot = st->active_slot,

@@ -33,6 +33,7 @@
 #include "shared/base/rng.h"
 #include "shared/stats/monitor.h"
 #include "shared/store/store.h"
+#include "shared/sync/link.h"
 #include "shared/wire/wire.h"
 
 #define SH_NODE_ACTIONS_MAX      64
@@ -44,7 +45,7 @@ enum {
     SH_NODE_T_META,       /* "schema" (node_schema.c), "state", "candidate" (node_state.c), "epoch",
                              "clock" (node_clock.c), "budget" (node_budget.c),
                              "monitor", "slot0", "slot1" and "take" (signed manifests), "outbox"
-                             (shared/sync) */
+                             and "lease" (shared/sync) */
     SH_NODE_T_RECORD,     /* seq -> sh_record, a ring */
     SH_NODE_T_FEEDBACK,   /* seq -> sh_feedback, a ring */
     SH_NODE_T_WINDOW,     /* index -> encoded window, a ring */
@@ -254,6 +255,7 @@ typedef enum {
     SH_NOTE_TRAIN_STOPPED, /* its policy no longer holds; number: round */
     SH_NOTE_CLOCK_SET,     /* by the aggregator's signed time; number: seconds that it was off */
     SH_NOTE_BUDGET,        /* a byte budget is used up; number: 0 up, 1 down */
+    SH_NOTE_RENEWED,    /* another sender had this epoch, a copy of the store; number: renewals */
 } sh_node_note;
 
 typedef struct {
@@ -306,6 +308,7 @@ typedef struct {
     uint32_t stores_lost;          /* environments set aside as corrupt */
     uint64_t last_completion;      /* the largest id that was ever stored */
     double log_evalue[SH_METRICS]; /* of each detector now */
+    uint32_t renewals;             /* new epochs that this store had to take */
     bool link_up, drifting, welcome;
     bool erasing; /* SH_NODE_ERASE goes on with timer events */
 } sh_node_status;
@@ -315,8 +318,9 @@ sh_node_status sh_node_get_status(const sh_node *node);
 typedef enum { SH_LEDGER_OWED, SH_LEDGER_ACKED, SH_LEDGER_DROPPED } sh_ledger_state;
 /* What became of one update, alarm or evaluation; kept after the outbox has forgotten it. */
 typedef struct {
-    uint8_t cls; /* SH_CLASS_UPDATE, SH_CLASS_ALARM */
-    uint64_t seq;
+    uint8_t cls;   /* SH_CLASS_UPDATE, SH_CLASS_ALARM */
+    uint64_t seq;  /* in this store: without gaps */
+    sh_wire_id id; /* on the wire, and at the aggregator */
     sh_ledger_state state;
     sh_hash sha256;               /* of the update's blob, the alarm's payload; evaluation: 0 */
     uint64_t made_ms, settled_ms; /* settled: acknowledged or dropped */
@@ -326,6 +330,9 @@ SH_MUST_USE sh_status sh_node_each_ledger(sh_txn *txn,
                                           void *arg, sh_error *err);
 /* The epoch of a node's store. SH_ERR_NOT_FOUND when no node was ever made in it. */
 SH_MUST_USE sh_status sh_node_stored_epoch(sh_txn *txn, uint64_t *epoch, sh_error *err);
+/* The first epoch that it had. Another one than the present: copies of the store may have sent
+ * under it, and under those between the two. */
+SH_MUST_USE sh_status sh_node_stored_origin(sh_txn *txn, uint64_t *epoch, sh_error *err);
 
 /* The row of a completion; tokens borrowed from the transaction or `copy` (initialized by the
  * caller). SH_ERR_NOT_FOUND: never there, or past its retention. */

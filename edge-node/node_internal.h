@@ -46,7 +46,7 @@ typedef struct {
 typedef enum { TAKE_NONE, TAKE_DOWNLOAD, TAKE_INSTALL, TAKE_SMOKE } node_take;
 
 typedef struct {
-    uint64_t epoch;
+    uint64_t epoch; /* the first that the store had; the link knows the present one */
     uint32_t active_slot;
     node_release slots[NODE_SLOTS];
     uint64_t confirmed_version;

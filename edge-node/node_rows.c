@@ -2,9 +2,11 @@
  * Rows of a node's store; keys are a sequence (8, big-endian), of the ledger class (1) and
  * sequence.
  *   FEEDBACK  version (1), flags (1: accepted, 2: target), session (8), offset (4), n (4), user
- * (8), at_ms (8), n tokens (4 each); little-endian. Version 1 has neither user nor at_ms LEDGER
- * version (1), state (1), made_ms (8), settled_ms (8), sha256 (32); little-endian RECORD
- * shared/stats/record.h; WINDOW shared/stats/window.h, whole
+ *             (8), at_ms (8), n tokens (4 each); little-endian. Version 1 has neither user nor
+ * at_ms LEDGER    version (1), state (1), made_ms (8), settled_ms (8), sha256 (32), epoch (8),
+ * sequence on the wire (8); little-endian. An owed row's two are not read: a renewal may change
+ *             them. Version 1 ends before them: the store's first epoch, and its own sequence
+ *   RECORD    shared/stats/record.h; WINDOW shared/stats/window.h, whole
  */
 #include "edge-node/node_internal.h"
 
@@ -16,8 +18,9 @@
 #define FEEDBACK_HEAD_1  18
 #define FLAG_ACCEPTED    1u
 #define FLAG_TARGET      2u
-#define LEDGER_VERSION   1
-#define LEDGER_BYTES     50
+#define LEDGER_VERSION   2
+#define LEDGER_BYTES     66
+#define LEDGER_BYTES_1   50
 #define LEDGER_KEY       9
 
 #define RECORD_ROW_BYTES (8 + SH_RECORD_BYTES)
@@ -301,8 +304,10 @@ static void ledger_key(uint8_t key[LEDGER_KEY], uint8_t cls, uint64_t seq)
 static sh_status ledger_decode(sh_slice key, sh_slice value, sh_ledger_row *out, sh_error *err)
 {
     const uint8_t *k = key.data, *p = value.data;
-    if (key.n != LEDGER_KEY || value.n != LEDGER_BYTES || p[0] != LEDGER_VERSION ||
-        p[1] > SH_LEDGER_DROPPED)
+    bool known = key.n == LEDGER_KEY && value.n >= 2 &&
+                 ((p[0] == LEDGER_VERSION && value.n == LEDGER_BYTES) ||
+                  (p[0] == 1 && value.n == LEDGER_BYTES_1));
+    if (!known || p[1] > SH_LEDGER_DROPPED)
         return sh_fail(err, SH_ERR_CORRUPT, "ledger row: %zu bytes of an unknown layout", value.n);
     *out = (sh_ledger_row){
         .cls = k[0],
@@ -312,6 +317,8 @@ static sh_status ledger_decode(sh_slice key, sh_slice value, sh_ledger_row *out,
         .settled_ms = node_get_le(p + 10, 8),
     };
     memcpy(out->sha256.b, p + 18, sizeof(out->sha256.b));
+    if (p[0] > 1)
+        out->id = (sh_wire_id){node_get_le(p + 50, 8), node_get_le(p + 58, 8)};
     return SH_OK;
 }
 
@@ -324,6 +331,9 @@ static sh_status ledger_put(node_step *s, const sh_ledger_row *row)
     node_put_le(value + 2, row->made_ms, 8);
     node_put_le(value + 10, row->settled_ms, 8);
     memcpy(value + 18, row->sha256.b, sizeof(row->sha256.b));
+    sh_wire_id id = sh_link_wire_id(&s->n->link.segments, row->cls, row->seq);
+    node_put_le(value + 50, id.epoch, 8);
+    node_put_le(value + 58, id.seq, 8);
     return sh_txn_put(s->txn, SH_NODE_T_LEDGER, key, sizeof(key), value, sizeof(value), s->err);
 }
 
@@ -359,6 +369,8 @@ sh_status node_ledger_settle(node_step *s, sh_class cls, uint64_t seq, sh_ledger
 typedef struct {
     sh_status (*fn)(void *arg, const sh_ledger_row *row);
     void *arg;
+    sh_link_segments segments;
+    uint64_t origin;
 } ledger_visit;
 
 static sh_status visit_ledger(void *arg, sh_slice key, sh_slice value, sh_error *err)
@@ -366,12 +378,19 @@ static sh_status visit_ledger(void *arg, sh_slice key, sh_slice value, sh_error 
     ledger_visit *v = arg;
     sh_ledger_row row;
     SH_TRY(ledger_decode(key, value, &row, err));
+    if (row.state == SH_LEDGER_OWED)
+        row.id = sh_link_wire_id(&v->segments, row.cls, row.seq);
+    else if (row.id.epoch == 0)
+        row.id = (sh_wire_id){v->origin, row.seq};
     return v->fn(v->arg, &row);
 }
 
 sh_status sh_node_each_ledger(sh_txn *txn, sh_status (*fn)(void *arg, const sh_ledger_row *row),
                               void *arg, sh_error *err)
 {
-    ledger_visit v = {fn, arg};
+    const sh_outbox outbox = {.table = SH_NODE_T_OUTBOX, .meta_table = SH_NODE_T_META};
+    ledger_visit v = {.fn = fn, .arg = arg};
+    SH_TRY(sh_node_stored_origin(txn, &v.origin, err));
+    SH_TRY(sh_link_stored_segments(txn, &outbox, &v.segments, err));
     return each_row(txn, SH_NODE_T_LEDGER, visit_ledger, &v, err);
 }

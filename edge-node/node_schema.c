@@ -2,11 +2,13 @@
  * The version of a store, META "schema" (4 bytes, little-endian). A store without it is version 1:
  * the first. It becomes one of version 2 in the transaction of create: the state is read in its old
  * layout and saved in the new one, feedback rows get a user (none) and a time (now), the table of
- * completions is empty. A step to a later version is added here, and applied after those before.
+ * completions is empty. One of version 2 becomes one of 3 as the link opens it: it has one epoch
+ * and no lease (shared/sync/link_identity.c); its ledger's rows are read as they are. A step to a
+ * later version is added here, and applied after those before.
  */
 #include "edge-node/node_internal.h"
 
-#define SCHEMA_VERSION 2u
+#define SCHEMA_VERSION 3u
 
 static const char meta_schema[] = "schema";
 

@@ -247,6 +247,17 @@ sh_status sh_node_stored_epoch(sh_txn *txn, uint64_t *epoch, sh_error *err)
                                       : status;
 }
 
+sh_status sh_node_stored_origin(sh_txn *txn, uint64_t *epoch, sh_error *err)
+{
+    node_state state = {0};
+    sh_status status = node_state_load(txn, &state, err);
+    if (status != SH_OK)
+        return status == SH_ERR_NOT_FOUND ? sh_fail(err, status, "no node was made in this store")
+                                          : status;
+    *epoch = state.epoch;
+    return SH_OK;
+}
+
 sh_status node_manifest_put(node_step *s, const char *key, sh_bytes manifest)
 {
     return sh_txn_put(s->txn, SH_NODE_T_META, key, strlen(key), manifest.data, manifest.n, s->err);

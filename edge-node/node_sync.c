@@ -234,6 +234,12 @@ static void on_rejected(void *arg)
     node_note(arg, SH_NOTE_REJECTED, 0);
 }
 
+static void on_renewed(void *arg)
+{
+    const node_step *s = arg;
+    node_note(arg, SH_NOTE_RENEWED, s->n->link.renewals);
+}
+
 static void on_refused(void *arg)
 {
     sh_node *n = ((node_step *)arg)->n;
@@ -250,6 +256,7 @@ static const sh_link_callbacks callbacks = {
     .missing = missing,
     .on_chunks = on_chunks,
     .on_rejected = on_rejected,
+    .on_renewed = on_renewed,
     .on_refused = on_refused,
 };
 

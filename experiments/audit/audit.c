@@ -9,8 +9,9 @@
 #include "edge-node/node.h"
 #include "shared/sync/link.h"
 
-typedef struct { /* what a node made */
-    uint64_t epoch, seq;
+typedef struct {         /* what a node made */
+    uint64_t epoch, seq; /* on the wire */
+    uint64_t local;      /* the node's own sequence */
     sh_hash sha256;
     uint32_t node;
     uint8_t cls, state;
@@ -45,6 +46,8 @@ struct sh_audit {
     uint32_t store;   /* whose rows are being read: 0, or a relay's number */
     uint64_t *relay_epochs;
     size_t n_relays, cap_relays;
+    uint64_t *left; /* epochs that a node had before its present one */
+    size_t n_left, cap_left;
     sh_audit_result result;
     json_t *findings;
 };
@@ -72,6 +75,7 @@ void sh_audit_destroy(sh_audit **audit)
     free(a->listed);
     free(a->names);
     free(a->relay_epochs);
+    free(a->left);
     json_decref(a->findings);
     free(a);
     *audit = NULL;
@@ -261,13 +265,34 @@ cleanup:
 
 /* ---- a node's side ---- */
 
+/* Other copies of the node's store may have sent under an epoch that it left. */
+static sh_status add_epoch(sh_audit *a, uint64_t epoch)
+{
+    if (epoch == a->epoch || (a->n_left > 0 && a->left[a->n_left - 1] == epoch))
+        return SH_OK;
+    SH_TRY(sh_array_reserve((void **)&a->left, &a->cap_left, a->n_left + 1, sizeof *a->left,
+                            SH_AUDIT_ITEMS_MAX));
+    a->left[a->n_left++] = epoch;
+    return SH_OK;
+}
+
+static bool was_left(const sh_audit *a, uint64_t epoch)
+{
+    for (size_t i = 0; i < a->n_left; i++)
+        if (a->left[i] == epoch)
+            return true;
+    return false;
+}
+
 static sh_status add_made(void *arg, const sh_ledger_row *row)
 {
     sh_audit *a = arg;
+    SH_TRY(add_epoch(a, row->id.epoch));
     SH_TRY(sh_array_reserve((void **)&a->made, &a->cap_made, a->n_made + 1, sizeof *a->made,
                             SH_AUDIT_ITEMS_MAX));
-    a->made[a->n_made++] = (made_item){.epoch = a->epoch,
-                                       .seq = row->seq,
+    a->made[a->n_made++] = (made_item){.epoch = row->id.epoch,
+                                       .seq = row->id.seq,
+                                       .local = row->seq,
                                        .sha256 = row->sha256,
                                        .node = (uint32_t)(a->n_names - 1),
                                        .cls = row->cls,
@@ -287,7 +312,7 @@ static void check_gaps(sh_audit *a, size_t first, uint8_t cls, uint64_t next_seq
     for (size_t i = first; i <= a->n_made; i++) {
         if (i < a->n_made && a->made[i].cls != cls)
             continue;
-        uint64_t seq = i < a->n_made ? a->made[i].seq : next_seq;
+        uint64_t seq = i < a->n_made ? a->made[i].local : next_seq;
         if (seq > expected)
             find(a, &a->result.lost, "%s: %s %llu to %llu missing from the ledger",
                  a->names[a->n_names - 1], class_name(cls), (unsigned long long)expected,
@@ -303,10 +328,10 @@ static sh_status mark_outbox(sh_audit *a, sh_txn *txn, size_t first)
     for (size_t i = first; i < a->n_made; i++) {
         made_item *m = &a->made[i];
         sh_msg_item item;
-        sh_status status = sh_outbox_next(&outbox, txn, (sh_class)m->cls, m->seq, &item);
+        sh_status status = sh_outbox_next(&outbox, txn, (sh_class)m->cls, m->local, &item);
         if (status != SH_OK && status != SH_ERR_NOT_FOUND)
             return status;
-        m->in_outbox = status == SH_OK && item.seq == m->seq && item.kind != SH_ITEM_TOMBSTONE;
+        m->in_outbox = status == SH_OK && item.seq == m->local && item.kind != SH_ITEM_TOMBSTONE;
     }
     return SH_OK;
 }
@@ -315,6 +340,7 @@ sh_status sh_audit_add_node(sh_audit *a, sh_store *store, const char *name, sh_e
 {
     sh_txn *txn = NULL;
     sh_outbox_counts counts;
+    uint64_t origin;
     size_t first = a->n_made;
     sh_status status = SH_OK;
     SH_GOTO(sh_array_reserve((void **)&a->names, &a->cap_names, a->n_names + 1, sizeof *a->names,
@@ -322,6 +348,8 @@ sh_status sh_audit_add_node(sh_audit *a, sh_store *store, const char *name, sh_e
     snprintf(a->names[a->n_names++], sizeof *a->names, "%s", name);
     SH_GOTO(sh_txn_begin(store, SH_TXN_READ, &txn, err));
     SH_GOTO(sh_node_stored_epoch(txn, &a->epoch, err));
+    SH_GOTO(sh_node_stored_origin(txn, &origin, err));
+    SH_GOTO(add_epoch(a, origin));
     SH_GOTO(sh_node_each_ledger(txn, add_made, a, err));
     SH_GOTO(mark_outbox(a, txn, first));
     SH_GOTO(sh_outbox_get_counts(&outbox, txn, &counts, err));
@@ -518,7 +546,8 @@ static void check_kept(sh_audit *a)
     }
 }
 
-/* What the aggregator has and its node's ledger does not; a ledger forgets its oldest rows. */
+/* What the aggregator has and its node's ledger does not; a ledger forgets its oldest rows, and a
+ * store that was set back, or copied, has not what another copy made. */
 static void check_forged(sh_audit *a)
 {
     for (size_t i = 0; i < a->n_kept; i++) {
@@ -527,6 +556,8 @@ static void check_forged(sh_audit *a)
         if (a->n_made && bsearch(&key, a->made, a->n_made, sizeof key, by_maker))
             continue;
         const made_item *first = made_first(a, k->epoch, k->cls);
+        if (was_left(a, k->epoch))
+            continue;
         if (!first || first->cls != k->cls || k->seq > first->seq)
             find(a, &a->result.wrong, "%s: %s %llu is stored, and no node made it",
                  owner(a, k->epoch), class_name(k->cls), (unsigned long long)k->seq);

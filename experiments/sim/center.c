@@ -249,6 +249,9 @@ static sh_status carry_out(sim *s, sh_coord_actions *actions, sh_error *err)
         case SH_COORD_NOTE:
             SH_TRY(take_note(s, a, err));
             break;
+        case SH_COORD_KEY: /* every key may connect here, and nobody is disconnected */
+        case SH_COORD_DROP:
+            break;
         }
     }
     return SH_OK;

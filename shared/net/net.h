@@ -118,8 +118,12 @@ SH_MUST_USE sh_status sh_net_server_send(sh_net_server *server, const sh_hash *k
 SH_MUST_USE sh_status sh_net_server_answer(sh_net_server *server, uint32_t connection,
                                            const void *bytes, size_t n, sh_error *err);
 /* Forgets the routes of a key: nothing more is sent to it or taken from its open connections, which
- * are shut when they send; a new handshake is `allow`'s to decide. */
+ * are shut when they send, and a second later (at a call of next) in any case: what was sent to
+ * them before gets away. A new handshake is `allow`'s to decide. */
 void sh_net_server_drop(sh_net_server *server, const sh_hash *key);
+/* From now on a connection on which nothing comes for so long after it was accepted is shut, which
+ * bounds what a peer without a word can hold. 0, as at first: never. */
+void sh_net_server_set_silence(sh_net_server *server, uint32_t silence_ms);
 
 /* ---- the side that dials ---- */
 typedef struct sh_net_client sh_net_client;

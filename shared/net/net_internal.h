@@ -18,6 +18,9 @@
 #define NET_FDS_RESERVED    64    /* descriptors that a server leaves to the rest of the process */
 #define NET_ROUTES_MAX      (1u << 20) /* keys whose route is remembered */
 #define NET_DROPPED_MAX     (1u << 20) /* keys shut out of what they had open */
+#define NET_PEERS_MAX       (1 << 20)  /* descriptors whose connections are watched */
+#define NET_PEERS_MS        200        /* between two looks at them */
+#define NET_DROP_LINGER_MS  1000       /* for what was sent to a peer before it was dropped */
 #define NET_SKIP_MAX        256        /* frames of no use that one call of next goes over */
 /* What CURVE adds to a message on the wire, which libzmq's limit counts (33 bytes), and a little.
  */
@@ -37,6 +40,21 @@ void net_map_remove(net_map *map, const sh_hash *key);
 /* Removes one key, another one each time. */
 void net_map_evict(net_map *map);
 void net_map_release(net_map *map);
+
+/* ---- connections that have to be ended (net_peers.c) ---- */
+typedef struct net_peer net_peer;
+typedef struct {
+    net_peer *items; /* [n], by descriptor */
+    size_t n, cap, hand;
+} net_peers;
+void net_peers_opened(net_peers *peers, int fd, uint64_t now_ms);
+void net_peers_closed(net_peers *peers, int fd);
+void net_peers_heard(net_peers *peers, int fd, const sh_hash *key);
+void net_peers_drop(net_peers *peers, const sh_hash *key, uint64_t now_ms);
+/* One that is to be shut now: dropped NET_DROP_LINGER_MS ago, or not heard for silence_ms since it
+ * was accepted (0: never). -1: no more of them; the next call begins anew. */
+int net_peers_due(net_peers *peers, uint64_t now_ms, uint32_t silence_ms);
+void net_peers_release(net_peers *peers);
 
 /* ---- who may connect (net_zap.c) ---- */
 typedef struct net_gate { /* of one server; the ZAP thread reads it under the lock of its sh_net */
@@ -58,6 +76,27 @@ struct sh_net {
     atomic_uint serial;  /* names domains and monitors */
     atomic_uint sockets; /* servers and clients that live */
 };
+/* What libzmq asks, and nobody else can: a message of frames, version, request id, domain, address,
+ * identity, mechanism, and for CURVE the key. Read without sockets, for the fuzzer. */
+#define NET_ZAP_FRAMES    7
+#define NET_ZAP_FRAME_MAX 256
+typedef struct {
+    uint8_t bytes[NET_ZAP_FRAME_MAX];
+    size_t n;
+} net_zap_frame;
+typedef struct {
+    net_zap_frame frames[NET_ZAP_FRAMES];
+    size_t n;    /* frames that came */
+    bool spoilt; /* too many, or one too long */
+} net_zap_question;
+typedef struct {
+    char domain[24];
+    bool curve; /* with a key */
+    sh_hash key;
+} net_zap_request;
+void net_zap_add(net_zap_question *question, const void *bytes, size_t n); /* the next frame */
+/* False: not of this form. */
+bool net_zap_read(const net_zap_question *question, net_zap_request *out);
 #define NET_GENERATION "X-Generation" /* of ZAP's metadata, a number in decimal */
 SH_MUST_USE sh_status net_zap_start(sh_net *net, sh_error *err);
 void net_zap_join(sh_net *net); /* after zmq_ctx_shutdown */

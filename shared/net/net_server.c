@@ -44,7 +44,10 @@ struct sh_net_server {
     net_map dropped; /* key -> generation from which on it is heard */
     uint64_t floor;  /* generation from which on anyone is heard */
     zmq_msg_t body;  /* what the last event shows */
-    bool skipping;   /* frames of a message that is thrown away are still to be read */
+    net_peers peers;
+    uint32_t silence_ms; /* see sh_net_server_set_silence */
+    uint64_t looked_ms;
+    bool skipping; /* frames of a message that is thrown away are still to be read */
 };
 
 /* ---- start and end ---- */
@@ -132,6 +135,7 @@ void sh_net_server_destroy(sh_net_server **out, int linger_ms)
     net_gate_close(s->net, &s->gate);
     net_map_release(&s->routes);
     net_map_release(&s->dropped);
+    net_peers_release(&s->peers);
     atomic_fetch_sub(&s->net->sockets, 1);
     free(s);
     *out = NULL;
@@ -200,18 +204,36 @@ static void take_connection_events(sh_net_server *s)
         switch (event) {
         case ZMQ_EVENT_ACCEPTED:
             s->connections++;
+            net_peers_opened(&s->peers, (int)value, net_now_ms());
             if (s->connections > s->connections_max)
                 shut(s, (int)value);
             break;
         case ZMQ_EVENT_DISCONNECTED:
             if (s->connections > 0)
                 s->connections--;
+            net_peers_closed(&s->peers, (int)value);
             break;
         default:
             s->failed++;
             break;
         }
     }
+}
+
+/* Ends what was dropped and does not go by itself, and who has nothing to say. */
+static void shut_peers(sh_net_server *s)
+{
+    uint64_t now = net_now_ms();
+    if (now - s->looked_ms < NET_PEERS_MS)
+        return;
+    s->looked_ms = now;
+    for (int fd; (fd = net_peers_due(&s->peers, now, s->silence_ms)) >= 0;)
+        shut(s, fd);
+}
+
+void sh_net_server_set_silence(sh_net_server *server, uint32_t silence_ms)
+{
+    server->silence_ms = silence_ms;
 }
 
 /* ---- messages ---- */
@@ -294,11 +316,14 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
             event.connection =
                 (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
             SH_TRY(note_route(s, &event.key, event.connection, err));
+            net_peers_heard(&s->peers, zmq_msg_get(&s->body, ZMQ_SRCFD), &event.key);
             event.kind = SH_NET_MESSAGE;
             event.data = zmq_msg_data(&s->body);
             event.n = zmq_msg_size(&s->body);
         }
     }
+    if (event.kind == SH_NET_NONE)
+        shut_peers(s); /* what they have said is heard first */
     *out = event;
     return SH_OK;
 }
@@ -344,6 +369,7 @@ void sh_net_server_drop(sh_net_server *s, const sh_hash *key)
 {
     uint64_t generation = atomic_fetch_add(&s->gate.generation, 1) + 1;
     net_map_remove(&s->routes, key);
+    net_peers_drop(&s->peers, key, net_now_ms());
     /* When a key cannot be noted, every connection that is open now has to be made again. */
     if (net_map_put(&s->dropped, key, generation) != SH_OK)
         s->floor = generation;

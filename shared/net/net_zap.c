@@ -11,31 +11,49 @@
 #include "shared/net/net_internal.h"
 
 #define ZAP_ENDPOINT   "inproc://zeromq.zap.01"
-#define ZAP_FRAMES     7 /* version, request id, domain, address, identity, mechanism, key */
-#define ZAP_FRAME_MAX  256
 #define METADATA_BYTES 64
 
-typedef struct {
-    uint8_t bytes[ZAP_FRAME_MAX];
-    size_t n;
-} frame;
-typedef struct {
-    frame frames[ZAP_FRAMES];
-    bool whole; /* as many frames as there must be, none too long */
-} question;
+/* ---- the request ---- */
+
 enum { ZAP_VERSION, ZAP_REQUEST, ZAP_DOMAIN, ZAP_ADDRESS, ZAP_IDENTITY, ZAP_MECHANISM, ZAP_KEY };
 
-static bool frame_is(const frame *f, const char *text)
+static bool frame_is(const net_zap_frame *f, const char *text)
 {
     return f->n == strlen(text) && memcmp(f->bytes, text, f->n) == 0;
 }
 
-/* False: the context ends. */
-static bool read_question(void *socket, question *q)
+void net_zap_add(net_zap_question *q, const void *bytes, size_t n)
 {
-    *q = (question){.whole = true};
-    size_t n = 0;
-    for (bool more = true; more; n++) {
+    if (q->n < NET_ZAP_FRAMES && n <= NET_ZAP_FRAME_MAX) {
+        if (n > 0)
+            memcpy(q->frames[q->n].bytes, bytes, n);
+        q->frames[q->n].n = n;
+    } else {
+        q->spoilt = true;
+    }
+    q->n += q->n < SIZE_MAX;
+}
+
+bool net_zap_read(const net_zap_question *q, net_zap_request *out)
+{
+    const net_zap_frame *domain = &q->frames[ZAP_DOMAIN], *key = &q->frames[ZAP_KEY];
+    *out = (net_zap_request){0};
+    if (q->spoilt || q->n != NET_ZAP_FRAMES || !frame_is(&q->frames[ZAP_VERSION], "1.0") ||
+        domain->n == 0 || domain->n >= sizeof out->domain ||
+        memchr(domain->bytes, 0, domain->n) != NULL)
+        return false;
+    memcpy(out->domain, domain->bytes, domain->n);
+    out->curve = frame_is(&q->frames[ZAP_MECHANISM], "CURVE") && key->n == sizeof out->key.b;
+    if (out->curve)
+        memcpy(out->key.b, key->bytes, sizeof out->key.b);
+    return true;
+}
+
+/* False: the context ends. */
+static bool receive(void *socket, net_zap_question *q)
+{
+    *q = (net_zap_question){0};
+    for (bool more = true; more;) {
         zmq_msg_t message;
         zmq_msg_init(&message);
         int rc;
@@ -47,35 +65,22 @@ static bool read_question(void *socket, question *q)
             return false;
         }
         more = zmq_msg_more(&message);
-        size_t bytes = zmq_msg_size(&message);
-        if (n < ZAP_FRAMES && bytes <= ZAP_FRAME_MAX) {
-            memcpy(q->frames[n].bytes, zmq_msg_data(&message), bytes);
-            q->frames[n].n = bytes;
-        } else {
-            q->whole = false;
-        }
+        net_zap_add(q, zmq_msg_data(&message), zmq_msg_size(&message));
         zmq_msg_close(&message);
     }
-    q->whole = q->whole && n == ZAP_FRAMES && frame_is(&q->frames[ZAP_VERSION], "1.0");
     return true;
 }
 
 /* *generation is that from before `allow` was asked: a drop in between counts. */
-static bool decide(sh_net *net, const question *q, uint64_t *generation)
+static bool decide(sh_net *net, const net_zap_request *request, uint64_t *generation)
 {
     bool yes = false;
-    sh_hash key;
-    if (!q->whole)
-        return false;
     pthread_mutex_lock(&net->lock);
     for (net_gate *gate = net->gates; gate; gate = gate->next) {
-        if (!frame_is(&q->frames[ZAP_DOMAIN], gate->domain))
+        if (strcmp(request->domain, gate->domain) != 0)
             continue;
         *generation = atomic_load(&gate->generation);
-        if (frame_is(&q->frames[ZAP_MECHANISM], "CURVE") && q->frames[ZAP_KEY].n == sizeof key.b) {
-            memcpy(key.b, q->frames[ZAP_KEY].bytes, sizeof key.b);
-            yes = gate->allow && gate->allow(gate->arg, &key);
-        }
+        yes = request->curve && gate->allow && gate->allow(gate->arg, &request->key);
         if (!yes)
             atomic_fetch_add(&gate->refused, 1);
         break;
@@ -98,9 +103,9 @@ static size_t make_metadata(uint64_t generation, uint8_t out[METADATA_BYTES])
     return 5 + name + (size_t)n;
 }
 
-static void answer(void *socket, const question *q, bool yes, uint64_t generation)
+static void answer(void *socket, const net_zap_question *q, bool yes, uint64_t generation)
 {
-    const frame *id = &q->frames[ZAP_REQUEST];
+    const net_zap_frame *id = &q->frames[ZAP_REQUEST];
     char user[SH_HASH_HEX_BYTES] = "";
     uint8_t metadata[METADATA_BYTES];
     size_t n = 0;
@@ -121,10 +126,11 @@ static void answer(void *socket, const question *q, bool yes, uint64_t generatio
 static void *run(void *arg)
 {
     sh_net *net = arg;
-    question q;
-    while (read_question(net->zap, &q)) {
+    net_zap_question q;
+    while (receive(net->zap, &q)) {
+        net_zap_request request;
         uint64_t generation = 0;
-        bool yes = decide(net, &q, &generation);
+        bool yes = net_zap_read(&q, &request) && decide(net, &request, &generation);
         answer(net->zap, &q, yes, generation);
     }
     zmq_close(net->zap);

@@ -1,4 +1,4 @@
-#include "shared/sync/link.h"
+#include "shared/sync/link_internal.h"
 
 #include <string.h>
 
@@ -23,36 +23,6 @@ void sh_link_arm(const sh_link_step *s, sh_retry *retry)
 }
 
 /* ---- open, up, down ---- */
-
-sh_status sh_link_stored_epoch(sh_txn *txn, unsigned meta_table, uint64_t *epoch, sh_error *err)
-{
-    sh_slice value;
-    sh_status status =
-        sh_txn_get(txn, meta_table, SH_LINK_META_EPOCH, sizeof(SH_LINK_META_EPOCH) - 1, &value);
-    if (status == SH_ERR_NOT_FOUND)
-        return status;
-    if (status != SH_OK)
-        return sh_fail(err, status, "link: the epoch cannot be read");
-    if (value.n != 8)
-        return sh_fail(err, SH_ERR_CORRUPT, "link: an epoch of %zu bytes, not 8", value.n);
-    *epoch = sh_key_get_u64(value.data);
-    return SH_OK;
-}
-
-static sh_status load_or_draw_epoch(const sh_link_step *s)
-{
-    sh_link *l = s->link;
-    unsigned meta = l->options.outbox.meta_table;
-    sh_status status = sh_link_stored_epoch(s->txn, meta, &l->epoch, s->err);
-    if (status != SH_ERR_NOT_FOUND)
-        return status;
-    uint8_t value[8];
-    while (l->epoch == 0)
-        l->epoch = sh_rng_u64(s->rng);
-    sh_key_put_u64(value, l->epoch);
-    return sh_txn_put(s->txn, meta, SH_LINK_META_EPOCH, sizeof(SH_LINK_META_EPOCH) - 1, value,
-                      sizeof(value), s->err);
-}
 
 static sh_status load_counts(const sh_link_step *s)
 {
@@ -80,6 +50,7 @@ static void set_state(const sh_link_step *s, sh_link_state state)
     l->n_serve = l->n_asked = l->asked_got = 0;
     l->want_size = SH_WIRE_WANT_MAX;
     l->hold_ms = 0;
+    l->renewals_here = 0;
 }
 
 sh_status sh_link_open(const sh_link_step *s, const sh_link_options *options)
@@ -87,7 +58,7 @@ sh_status sh_link_open(const sh_link_step *s, const sh_link_options *options)
     *s->link = (sh_link){.options = *options};
     set_state(s, SH_LINK_DOWN);
     SH_TRY(load_counts(s));
-    return load_or_draw_epoch(s);
+    return link_identity_open(s);
 }
 
 void sh_link_up(const sh_link_step *s)
@@ -144,7 +115,13 @@ static sh_status send_enrol(const sh_link_step *s)
 {
     sh_link *l = s->link;
     sh_msg msg = {.type = SH_MSG_ENROL, .enrol = l->options.enrol};
+    link_starts starts;
+    uint8_t leases[SH_WIRE_LEASES_MAX * HASH_BYTES];
+    SH_TRY(link_starts_load(s, &starts));
+    for (uint32_t i = 0; i < starts.n; i++)
+        memcpy(leases + i * HASH_BYTES, starts.items[i].lease, HASH_BYTES);
     msg.enrol.epoch = l->epoch;
+    msg.enrol.leases = (sh_hash_list){starts.n, leases};
     sh_link_arm(s, &l->enrol);
     return send_msg(s, &msg);
 }
@@ -168,7 +145,13 @@ static sh_status send_checkin(const sh_link_step *s)
 static sh_status send_item(const sh_link_step *s, sh_in_flight *f, const sh_msg_item *item)
 {
     sh_msg msg = {.type = SH_MSG_ITEM, .item = *item};
-    msg.item.epoch = s->link->epoch;
+    const sh_link *l = s->link;
+    /* Of a tombstone that spans epochs the first one's part: the rest stays when it is taken. */
+    uint64_t last = SH_MIN(item->last_seq, link_range_last(l, item->cls, item->seq));
+    sh_wire_id id = sh_link_wire_id(&l->segments, item->cls, item->seq);
+    msg.item.epoch = id.epoch;
+    msg.item.seq = id.seq;
+    msg.item.last_seq = id.seq + (last - item->seq);
     sh_link_arm(s, &f->retry);
     return send_msg(s, &msg);
 }
@@ -350,6 +333,12 @@ static sh_status on_chunk(const sh_link_step *s, const sh_msg_chunk *chunk)
 
 /* ---- pump ---- */
 
+/* More than ENROL may go out. Whether the epoch is ours alone, only WELCOME says. */
+static bool is_open(const sh_link *l)
+{
+    return l->state == SH_LINK_WELCOME || (l->state == SH_LINK_TRYING && l->version < 3);
+}
+
 sh_status sh_link_pump(const sh_link_step *s)
 {
     sh_link *l = s->link;
@@ -358,7 +347,7 @@ sh_status sh_link_pump(const sh_link_step *s)
     bool contact = l->closed.contact_ms <= s->now_ms;
     if (l->enrol.due_ms <= s->now_ms && contact && may_send(s))
         SH_TRY(send_enrol(s));
-    if (l->state == SH_LINK_REJECTED)
+    if (!is_open(l))
         return SH_OK;
     if (l->checkin.due_ms <= s->now_ms && contact && may_send(s))
         SH_TRY(send_checkin(s));
@@ -374,7 +363,7 @@ uint64_t sh_link_due(const sh_link *l)
     if (l->state == SH_LINK_DOWN)
         return SH_LINK_NEVER;
     uint64_t due = SH_MAX(l->enrol.due_ms, l->closed.contact_ms);
-    if (l->state != SH_LINK_REJECTED) {
+    if (is_open(l)) {
         due = SH_MIN(due, SH_MAX(l->checkin.due_ms, l->closed.contact_ms));
         if (!l->closed.want)
             due = SH_MIN(due, l->want.due_ms);
@@ -420,18 +409,20 @@ static uint64_t first_marked(const sh_msg_ack *ack)
 /* A restored aggregator may have forgotten what it acknowledged, and the sender has it no more: a
  * tombstone lets the high-water mark pass. An old acknowledgement looks the same; then it is a
  * duplicate there, and changes nothing. */
-static sh_status bury_gap(const sh_link_step *s, const sh_outbox *outbox, const sh_msg_ack *ack)
+static sh_status bury_gap(const sh_link_step *s, const sh_outbox *outbox,
+                          const sh_outbox_acked *acked)
 {
     sh_link *l = s->link;
+    const sh_msg_ack *ack = acked->ack;
     sh_retry *retry = &l->bury[ack->cls];
     sh_msg_item owed;
-    uint64_t end = l->counts.next_seq[ack->cls];
-    sh_status status = sh_outbox_next(outbox, s->txn, ack->cls, 0, &owed);
+    uint64_t end = acked->last == 0 ? l->counts.next_seq[ack->cls] : acked->last + 1;
+    sh_status status = sh_outbox_next(outbox, s->txn, ack->cls, acked->base + 1, &owed);
     if (status != SH_OK && status != SH_ERR_NOT_FOUND)
         return sh_fail(s->err, status, "outbox: cannot be read");
     if (status == SH_OK)
-        end = owed.seq;
-    end = SH_MIN(end, first_marked(ack));
+        end = SH_MIN(end, owed.seq);
+    end = SH_MIN(end - acked->base, first_marked(ack));
     if (end <= ack->high_water + 1) {
         *retry = (sh_retry){0};
         return SH_OK;
@@ -440,7 +431,7 @@ static sh_status bury_gap(const sh_link_step *s, const sh_outbox *outbox, const 
         return SH_OK; /* the next acknowledgement shows it again */
     sh_msg msg = {.type = SH_MSG_ITEM};
     msg.item = (sh_msg_item){
-        .epoch = l->epoch,
+        .epoch = ack->epoch,
         .cls = ack->cls,
         .seq = ack->high_water + 1,
         .kind = SH_ITEM_TOMBSTONE,
@@ -450,25 +441,63 @@ static sh_status bury_gap(const sh_link_step *s, const sh_outbox *outbox, const 
     return send_msg(s, &msg);
 }
 
+/* The epoch is another's too, who had `common` of our leases: takes a new one. */
+static sh_status renew(const sh_link_step *s, uint32_t common)
+{
+    sh_link *l = s->link;
+    SH_TRY(link_renew(s, common));
+    forget_flight(l);
+    memset(l->bury, 0, sizeof(l->bury));
+    l->state = SH_LINK_TRYING;
+    l->enrol = (sh_retry){.due_ms = s->now_ms, .attempt = l->renewals_here};
+    if (l->renewals_here++ > 0)
+        sh_link_arm(s, &l->enrol); /* one that goes on and on saying so is asked ever less often */
+    l->checkin = (sh_retry){.due_ms = s->now_ms};
+    l->options.callbacks->on_renewed(s->arg);
+    return SH_OK;
+}
+
+static bool find_acked(const sh_link *l, const sh_msg_ack *ack, sh_outbox_acked *out)
+{
+    for (uint32_t i = 0; i < l->segments.n; i++)
+        if (l->segments.items[i].epoch == ack->epoch) {
+            bool current = i + 1 == l->segments.n;
+            *out = (sh_outbox_acked){
+                .ack = ack,
+                .base = l->segments.items[i].base[ack->cls],
+                .last = current ? 0 : link_segment_last(l, i, ack->cls),
+            };
+            /* It numbers nothing of this class. */
+            return current || out->last > out->base;
+        }
+    return false;
+}
+
 static sh_status on_ack(const sh_link_step *s, const sh_msg_ack *ack)
 {
+    sh_link *l = s->link;
     sh_outbox outbox = outbox_of(s);
-    if (ack->epoch != s->link->epoch)
-        return sh_link_refuse(s, SH_ERR_MISMATCH, "acknowledgement of another epoch");
     sh_link_step mine = *s;
+    sh_outbox_acked acked;
     sh_error local = {0};
-    sh_status status = sh_outbox_ack(&outbox, s->txn, ack, on_acked, &mine, &local);
-    if (status == SH_ERR_INVALID && ack->cls < SH_CLASSES)
-        return sh_link_refuse(s, status, "acknowledgement of what was never sent");
+    if (ack->cls >= SH_CLASSES || ack->high_water > SH_SEQ_MAX)
+        return sh_link_refuse(s, SH_ERR_INVALID, "acknowledgement of an unknown class");
+    if (!find_acked(l, ack, &acked))
+        return l->renewals > 0
+                   ? SH_OK /* perhaps of one that it had */
+                   : sh_link_refuse(s, SH_ERR_MISMATCH, "acknowledgement of another epoch");
+    sh_status status = sh_outbox_ack(&outbox, s->txn, &acked, on_acked, &mine, &local);
     if (status == SH_ERR_INVALID)
-        return sh_link_refuse(s, status, "acknowledgement of an unknown class");
+        return renew(s, UINT32_MAX); /* others went out under this epoch: this store was set back */
     if (status != SH_OK) {
         if (local.code != SH_OK && s->err != NULL)
             *s->err = local;
         return status;
     }
+    if (acked.last != 0) /* a tombstone's rest begins with the next epoch */
+        l->send_from[ack->cls] = SH_MIN(l->send_from[ack->cls], acked.last + 1);
     SH_TRY(load_counts(s));
-    return bury_gap(s, &outbox, ack);
+    return bury_gap(s, &outbox, &acked);
 }
 
 static void on_want(const sh_link_step *s, const sh_hash_list *want)
@@ -484,20 +513,28 @@ static void on_want(const sh_link_step *s, const sh_hash_list *want)
     } /* what finds no room is asked for again */
 }
 
-static void on_welcome(const sh_link_step *s, const sh_msg_welcome *welcome)
+static sh_status on_welcome(const sh_link_step *s, const sh_msg_welcome *welcome)
 {
     sh_link *l = s->link;
     if (l->state == SH_LINK_DOWN)
-        return; /* late: the next link enrols anew */
+        return SH_OK; /* late: the next link enrols anew */
     if (!welcome->accepted) {
         l->state = SH_LINK_REJECTED;
         l->options.callbacks->on_rejected(s->arg);
         if (l->enrol.due_ms == SH_LINK_NEVER)
             sh_link_arm(s, &l->enrol);
-        return;
+        if (welcome->retry_after_ms > 0)
+            l->enrol.due_ms = s->now_ms + SH_MIN(welcome->retry_after_ms, l->options.retry_max_ms);
+        return SH_OK;
     }
+    bool other = welcome->epoch != 0 && welcome->epoch != l->epoch;
+    if (l->enrol.due_ms == SH_LINK_NEVER || other)
+        return SH_OK; /* of an ENROL that was answered already */
+    if (welcome->renew)
+        return renew(s, welcome->common);
     l->state = SH_LINK_WELCOME;
     l->enrol = (sh_retry){.due_ms = SH_LINK_NEVER};
+    return link_welcomed(s);
 }
 
 static sh_status on_plan(const sh_link_step *s, const sh_msg_plan *plan)
@@ -548,8 +585,7 @@ sh_status sh_link_receive(const sh_link_step *s, sh_bytes message)
         return sh_link_refuse(s, status, "the message cannot be read");
     switch (msg.type) {
     case SH_MSG_WELCOME:
-        on_welcome(s, &msg.welcome);
-        return SH_OK;
+        return on_welcome(s, &msg.welcome);
     case SH_MSG_PLAN:
         return on_plan(s, &msg.plan);
     case SH_MSG_ACK:

@@ -9,6 +9,12 @@
  * going down forgets the flight, not the item. Retries are exponential with full jitter; a silent
  * peer therefore costs one message an interval of each kind.
  *
+ * Identity: what the store's class calls sequence n goes out as n - base of the epoch whose segment
+ * it lies in. There is one epoch and its base is 0 until the aggregator says that another sender,
+ * a copy of this store, has it too; then what the two have not in common gets a new epoch
+ * (docs/protocol.md, "Leases"). From protocol version 3 on nothing but ENROL goes out on a link
+ * before its WELCOME.
+ *
  * Threads: one at a time. Ownership: the struct is the owner's memory and holds nothing to release.
  * All functions work inside the caller's write transaction; after an error the transaction must be
  * aborted and the link opened again. Determinism: same store, calls and rng, same messages.
@@ -33,11 +39,12 @@
 #define SH_LINK_WANT_MIN       8u /* chunks asked for at a time, after the peer sent fewer */
 #define SH_LINK_RETURN_MIN_MS  100u
 #define SH_LINK_RETURN_MAX_MS  (7u * 24 * 3600 * 1000)
+#define SH_LINK_SEGMENTS_MAX   16u     /* epochs of which something is owed */
 #define SH_LINK_META_EPOCH     "epoch" /* key in the outbox's meta table; 8 bytes, big-endian */
 
 typedef enum {
     SH_LINK_DOWN,
-    SH_LINK_TRYING, /* enrolment sent, the rest goes on */
+    SH_LINK_TRYING, /* enrolment sent; below version 3 the rest goes on */
     SH_LINK_WELCOME,
     SH_LINK_REJECTED
 } sh_link_state;
@@ -60,6 +67,7 @@ typedef struct {
     /* All chunks of the last WANT are in the chunk table. */
     sh_status (*on_chunks)(void *arg);
     void (*on_rejected)(void *arg); /* the aggregator does not know our key */
+    void (*on_renewed)(void *arg);  /* the epoch is a new one */
     void (*on_refused)(void *arg);  /* a message was bad: for counting */
 } sh_link_callbacks;
 
@@ -67,7 +75,8 @@ typedef struct {
     const sh_link_callbacks *callbacks;  /* borrowed for the link's life */
     sh_outbox outbox;                    /* arg is replaced by the step's */
     unsigned chunk_table;                /* in the same store */
-    sh_msg_enrol enrol;                  /* what ENROL says; epoch is filled in; texts borrowed */
+    sh_msg_enrol enrol;                  /* what ENROL says; texts and token borrowed; epoch and
+                                            leases are filled in */
     uint64_t retry_min_ms, retry_max_ms; /* 1 <= least <= most <= SH_LINK_RETURN_MAX_MS */
 } sh_link_options;
 
@@ -92,10 +101,26 @@ typedef struct {
     sh_retry retry;
 } sh_in_flight;
 
+typedef struct {
+    uint64_t epoch;
+    uint64_t base[SH_CLASSES];
+} sh_link_segment;
+
+typedef struct { /* oldest first; a segment ends where the next one begins */
+    uint32_t n;
+    sh_link_segment items[SH_LINK_SEGMENTS_MAX];
+} sh_link_segments;
+
+typedef struct {
+    uint64_t epoch, seq;
+} sh_wire_id;
+
 typedef struct { /* read freely; written by the functions below only */
     sh_link_options options;
-    uint64_t epoch;
-    sh_outbox_counts counts; /* as in the store */
+    uint64_t epoch; /* of what is made now: the last segment's */
+    sh_link_segments segments;
+    uint32_t renewals, renewals_here; /* of the store's life, on this link */
+    sh_outbox_counts counts;          /* as in the store */
     sh_link_state state;
     uint32_t version; /* of the protocol, that this link speaks */
     uint64_t hold_ms; /* the aggregator asked for quiet until then */
@@ -119,7 +144,8 @@ typedef struct {
     sh_error *err;
 } sh_link_step;
 
-/* Makes the link, down, from what the store holds; in an empty one draws an epoch and stores it. */
+/* Makes the link, down, from what the store holds; in an empty one draws an epoch. Stores a lease
+ * drawn for this start: rng must not give what it gave to an earlier start. */
 SH_MUST_USE sh_status sh_link_open(const sh_link_step *s, const sh_link_options *options);
 void sh_link_up(const sh_link_step *s);
 void sh_link_down(const sh_link_step *s);
@@ -143,6 +169,11 @@ SH_MUST_USE sh_status sh_link_refuse(const sh_link_step *s, sh_status code, cons
 /* Sets the time of the next try: retry_min, which an answer may take, and full jitter. */
 void sh_link_arm(const sh_link_step *s, sh_retry *retry);
 
+/* What local sequence seq of a class is called on the wire. */
+sh_wire_id sh_link_wire_id(const sh_link_segments *segments, uint8_t cls, uint64_t seq);
+/* The epochs of a store of which something is owed, and the present one: for audits. */
+SH_MUST_USE sh_status sh_link_stored_segments(sh_txn *txn, const sh_outbox *outbox,
+                                              sh_link_segments *out, sh_error *err);
 /* The epoch of a store's META table. SH_ERR_NOT_FOUND without an error's text. */
 SH_MUST_USE sh_status sh_link_stored_epoch(sh_txn *txn, unsigned meta_table, uint64_t *epoch,
                                            sh_error *err);

@@ -7,6 +7,7 @@
  *                   (8 each, little-endian)
  * An item's bytes are its key, its value and what weigh says that it holds elsewhere. At most one
  * tombstone a class, and it is the class's oldest item: dropping always begins at the oldest.
+ * It may span several epochs' sequences; then it is acknowledged epoch by epoch, from its start.
  */
 #include "shared/sync/codec.h"
 #include "shared/sync/sync.h"
@@ -237,34 +238,50 @@ static uint64_t ack_last(const sh_msg_ack *ack)
     return ack->high_water;
 }
 
-sh_status sh_outbox_ack(const sh_outbox *outbox, sh_txn *txn, const sh_msg_ack *ack,
+/* What is left of a tombstone of which the sequences up to `last` were acknowledged. */
+static sh_status put_rest(const sh_outbox *outbox, sh_txn *txn, const sh_msg_item *item,
+                          uint64_t last, sh_outbox_counts *counts, sh_error *err)
+{
+    sh_msg_item rest = *item;
+    rest.seq = last + 1;
+    rest.payload = (sh_bytes){0};
+    counts->items[item->cls]++;
+    counts->bytes[item->cls] += item_bytes(outbox, &rest);
+    return put_item(outbox, txn, &rest, err);
+}
+
+sh_status sh_outbox_ack(const sh_outbox *outbox, sh_txn *txn, const sh_outbox_acked *acked,
                         sh_outbox_fn fn, void *arg, sh_error *err)
 {
+    const sh_msg_ack *ack = acked->ack;
     if (ack->cls >= SH_CLASSES || ack->high_water > SH_SEQ_MAX)
         return sh_fail(err, SH_ERR_INVALID, "acknowledgement of class %u up to %llu: no such",
                        ack->cls, (unsigned long long)ack->high_water);
     sh_outbox_counts counts;
     SH_TRY(sh_outbox_get_counts(outbox, txn, &counts, err));
-    if (ack_last(ack) >= counts.next_seq[ack->cls])
+    uint64_t base = acked->base, made = counts.next_seq[ack->cls] - 1;
+    if (acked->last == 0 && ack_last(ack) > made - base)
         return sh_fail(err, SH_ERR_INVALID,
                        "acknowledgement of class %u up to %llu: only %llu were ever made", ack->cls,
-                       (unsigned long long)ack_last(ack),
-                       (unsigned long long)counts.next_seq[ack->cls] - 1);
+                       (unsigned long long)ack_last(ack), (unsigned long long)(made - base));
+    uint64_t last = acked->last == 0 ? made : acked->last;
     bool changed = false;
-    uint64_t from = 0;
-    for (;;) {
+    for (uint64_t from = base + 1; from <= last;) {
         sh_msg_item item;
         sh_status status = sh_outbox_next(outbox, txn, ack->cls, from, &item);
         if (status == SH_ERR_NOT_FOUND)
             break;
         if (status != SH_OK)
             return sh_fail(err, status, "outbox: class %u cannot be read", ack->cls);
-        if (item.seq > ack_last(ack))
+        if (item.seq > last || item.seq - base > ack_last(ack))
             break;
         from = item.last_seq + 1;
-        if (!ack_covers(ack, item.seq, item.last_seq))
+        if (!ack_covers(ack, item.seq - base, SH_MIN(item.last_seq, last) - base))
             continue;
+        bool tombstone = item.kind == SH_ITEM_TOMBSTONE;
         SH_TRY(take_out(outbox, txn, &item, &counts, fn, arg, err));
+        if (tombstone && item.last_seq > last)
+            SH_TRY(put_rest(outbox, txn, &item, last, &counts, err));
         changed = true;
     }
     return changed ? put_counts(outbox, txn, &counts, err) : SH_OK;

@@ -47,10 +47,18 @@ SH_MUST_USE sh_status sh_outbox_put(const sh_outbox *outbox, sh_txn *txn, sh_cla
  * set. */
 SH_MUST_USE sh_status sh_outbox_next(const sh_outbox *outbox, sh_txn *txn, sh_class cls,
                                      uint64_t from, sh_msg_item *item);
-/* Removes what ack covers; calls fn (may be NULL) for each removed item first. SH_ERR_INVALID,
- * nothing changed, when it acknowledges what was never made. The epoch is the caller's to check. */
-SH_MUST_USE sh_status sh_outbox_ack(const sh_outbox *outbox, sh_txn *txn, const sh_msg_ack *ack,
-                                    sh_outbox_fn fn, void *arg, sh_error *err);
+typedef struct { /* an acknowledgement, and the part of the class that its epoch numbers */
+    const sh_msg_ack *ack;
+    uint64_t base; /* its sequence n is base + n in the outbox */
+    uint64_t last; /* in the outbox; 0: what is made now still goes under it */
+} sh_outbox_acked;
+/* Removes what is acknowledged; calls fn (may be NULL) for each removed item first. Of a tombstone
+ * that goes on beyond `last` the rest stays. SH_ERR_INVALID, nothing changed, when what was never
+ * made is acknowledged; beyond `last` another sender may have made it. The epoch is the caller's to
+ * check. */
+SH_MUST_USE sh_status sh_outbox_ack(const sh_outbox *outbox, sh_txn *txn,
+                                    const sh_outbox_acked *acked, sh_outbox_fn fn, void *arg,
+                                    sh_error *err);
 SH_MUST_USE sh_status sh_outbox_get_counts(const sh_outbox *outbox, sh_txn *txn,
                                            sh_outbox_counts *out, sh_error *err);
 

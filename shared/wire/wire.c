@@ -75,6 +75,8 @@ static const wire_field welcome_fields[] = {
     MSG_TEXT(welcome, text, 0),
     MSG_FIELD(welcome, renew, WIRE_BOOL),
     MSG_U64(welcome, retry_after_ms),
+    MSG_U64(welcome, epoch),
+    MSG_U32(welcome, common),
 };
 
 #define CHECKIN_FIELDS_2 17

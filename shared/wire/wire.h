@@ -26,7 +26,7 @@
 #define SH_WIRE_FORMAT_MAX   15
 #define SH_WIRE_WANT_MAX     64u   /* chunks asked for in one WANT */
 #define SH_ACK_BITMAP_WORDS  16u   /* 1,024 sequences above the high-water mark */
-#define SH_WIRE_LEASES_MAX   8u    /* in one ENROL */
+#define SH_WIRE_LEASES_MAX   32u   /* in one ENROL */
 #define SH_WIRE_TOKEN_MAX    64u   /* bytes of a token */
 #define SH_WIRE_CLASS_MAX    31    /* bytes of a device class's name */
 #define SH_WIRE_TIME_MAX     96u   /* bytes of a signed time */
@@ -93,6 +93,9 @@ typedef struct {
     /* from version 3 on */
     bool renew;              /* another sender has this epoch: take a new one */
     uint64_t retry_after_ms; /* not accepted: enrol again after so long; 0: as the node likes */
+    uint64_t epoch;          /* of the ENROL that this answers; 0: not said */
+    uint32_t common;         /* renew: index in ENROL's leases of the newest that the other sender
+                                had as well; their number: none */
 } sh_msg_welcome;
 
 /* Bits of sh_msg_checkin.conditions: what the device says of itself now. */

@@ -77,6 +77,27 @@ static void open_store(rig *r)
     }
 }
 
+static void set_key(rig *r, const sh_hash *key, bool allowed)
+{
+    for (size_t i = 0; i < r->n_keys; i++)
+        if (sh_hash_equal(&r->keys[i], key)) {
+            r->key_allowed[i] = allowed;
+            return;
+        }
+    assert_true(r->n_keys < RIG_KEYS_MAX);
+    r->keys[r->n_keys] = *key;
+    r->key_allowed[r->n_keys++] = allowed;
+}
+
+bool rig_may_connect(const rig *r, unsigned node)
+{
+    sh_hash key = rig_key(node);
+    for (size_t i = 0; i < r->n_keys; i++)
+        if (sh_hash_equal(&r->keys[i], &key))
+            return r->key_allowed[i];
+    return false;
+}
+
 static void carry_out(rig *r, sh_coord_actions *actions)
 {
     assert_true(actions->n <= SH_COORD_ACTIONS_MAX);
@@ -106,6 +127,13 @@ static void carry_out(rig *r, sh_coord_actions *actions)
             assert_true(r->n_up < RIG_UP_MAX);
             r->up[r->n_up++] = a->message;
             a->message = (sh_buf){0};
+            break;
+        case SH_COORD_KEY:
+            set_key(r, &a->node, a->access == SH_KEY_ALLOWED);
+            break;
+        case SH_COORD_DROP:
+            r->drops++;
+            r->dropped = a->node;
             break;
         }
     }

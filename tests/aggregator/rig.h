@@ -14,6 +14,7 @@
 #define RIG_MAIL_MAX     4096
 #define RIG_NOTES        32
 #define RIG_UP_MAX       512
+#define RIG_KEYS_MAX     512
 
 enum { RIG_SOUND, RIG_CRASH_BEFORE, RIG_CRASH_AFTER };
 
@@ -39,6 +40,10 @@ typedef struct {
     uint32_t jobs;    /* started */
     uint32_t notes[RIG_NOTES];
     uint64_t last_number[RIG_NOTES];
+    sh_hash keys[RIG_KEYS_MAX], dropped; /* keys that were allowed or shut; dropped last */
+    bool key_allowed[RIG_KEYS_MAX];
+    size_t n_keys;
+    uint32_t drops;
     /* faults */
     size_t commits, crash_at; /* the commit to crash around, from 1 */
     int crash_mode;
@@ -55,6 +60,7 @@ void rig_release(rig *r);
 void rig_reboot(rig *r); /* kill and start again; messages and jobs under way are lost */
 /* True when the step was committed and its actions carried out. */
 bool rig_step(rig *r, sh_coord_event *event);
+bool rig_may_connect(const rig *r, unsigned node); /* as the actions said */
 sh_coord_status rig_status(const rig *r);
 
 sh_hash rig_key(unsigned node);

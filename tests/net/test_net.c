@@ -207,6 +207,59 @@ static void test_dropped_key_is_cut_off(void **state)
     sh_net_server_destroy(&server, 0);
 }
 
+/* Whoever was dropped is disconnected without a word of his, and hears what was sent before. */
+static void test_dropped_key_is_disconnected(void **state)
+{
+    (void)state;
+    guests.keys[1] = other_keys.public_key;
+    atomic_store(&guests.n, 2);
+    sh_net_server *server = make_server(net, &server_keys, &guests);
+    sh_net_client *client = dial(server, &node_keys), *other = dial(server, &other_keys);
+    client_until(client, server, SH_NET_UP);
+    client_until(other, server, SH_NET_UP);
+    say(client, "hello");
+    (void)server_message(server);
+    say(other, "hello");
+    (void)server_message(server);
+    OK(sh_net_server_send(server, &node_keys.public_key, "farewell", 8, &err));
+    sh_net_server_drop(server, &node_keys.public_key);
+    sh_net_event event = client_until(client, server, SH_NET_MESSAGE);
+    expect_text(&event, "farewell");
+    client_until(client, server, SH_NET_DOWN);
+    client_until(client, server, SH_NET_UP); /* it may come again, and is heard */
+    say(client, "again");
+    event = server_message(server);
+    expect_text(&event, "again");
+    say(other, "still here"); /* the other one never went */
+    event = server_message(server);
+    expect_text(&event, "still here");
+    assert_int_equal(sh_net_server_ignored(server), 0);
+    sh_net_client_destroy(&client, 0);
+    sh_net_client_destroy(&other, 0);
+    sh_net_server_destroy(&server, 0);
+}
+
+static void test_silence_is_bounded(void **state)
+{
+    (void)state;
+    guests.keys[1] = other_keys.public_key;
+    atomic_store(&guests.n, 2);
+    sh_net_server *server = make_server(net, &server_keys, &guests);
+    sh_net_client *client = dial(server, &node_keys), *silent = dial(server, &other_keys);
+    client_until(client, server, SH_NET_UP);
+    client_until(silent, server, SH_NET_UP);
+    say(client, "a word");
+    (void)server_message(server);
+    sh_net_server_set_silence(server, 300);
+    client_until(silent, server, SH_NET_DOWN);
+    say(client, "on the same connection");
+    sh_net_event event = server_message(server);
+    expect_text(&event, "on the same connection");
+    sh_net_client_destroy(&client, 0);
+    sh_net_client_destroy(&silent, 0);
+    sh_net_server_destroy(&server, 0);
+}
+
 /* Two connections of one key: answers go to the newer one. */
 static void test_newest_connection_wins(void **state)
 {
@@ -667,6 +720,8 @@ int main(void)
         CASE(test_wrong_server_key),
         CASE(test_servers_are_apart),
         CASE(test_dropped_key_is_cut_off),
+        CASE(test_dropped_key_is_disconnected),
+        CASE(test_silence_is_bounded),
         CASE(test_newest_connection_wins),
         CASE(test_plain_client_gets_nothing),
         CASE(test_several_frames),

@@ -59,6 +59,52 @@ rig *rig_open(uint64_t seed)
     return r;
 }
 
+sh_store *rig_copy_store(const rig *r)
+{
+    sh_store *copy = open_store(sh_node_tables, SH_NODE_TABLES);
+    sh_txn *from = NULL, *to = NULL;
+    OK(sh_txn_begin(r->store, SH_TXN_READ, &from, &test_err));
+    OK(sh_txn_begin(copy, SH_TXN_WRITE, &to, &test_err));
+    for (unsigned table = 0; table < SH_NODE_TABLES; table++) {
+        sh_cursor *cursor = NULL;
+        sh_slice key, value;
+        OK(sh_cursor_open(from, table, &cursor, &test_err));
+        sh_status status = sh_cursor_seek(cursor, NULL, 0, &key, &value);
+        for (; status == SH_OK; status = sh_cursor_next(cursor, &key, &value))
+            OK(sh_txn_put(to, table, key.data, key.n, value.data, value.n, &test_err));
+        assert_int_equal(status, SH_ERR_NOT_FOUND);
+        sh_cursor_close(&cursor);
+    }
+    OK(sh_txn_commit(&to, &test_err));
+    sh_txn_abort(&from);
+    return copy;
+}
+
+void rig_swap(rig *r, rig_copy *copy)
+{
+    rig_copy was = {.store = r->store, .node = r->node, .timer = r->timer, .link = r->link};
+    SAME(r->n_jobs, 0); /* they are not carried over */
+    was.n_packets = r->n_packets;
+    memcpy(was.packets, r->packets, r->n_packets * sizeof(r->packets[0]));
+    r->store = copy->store;
+    r->node = copy->node;
+    r->timer = copy->node == NULL ? RIG_TIMER_NONE : copy->timer;
+    r->link = copy->link;
+    r->n_packets = copy->n_packets;
+    memcpy(r->packets, copy->packets, copy->n_packets * sizeof(r->packets[0]));
+    *copy = was;
+    if (r->node == NULL)
+        rig_start(r);
+}
+
+void rig_copy_release(rig_copy *copy)
+{
+    for (size_t i = 0; i < copy->n_packets; i++)
+        sh_buf_release(&copy->packets[i].bytes);
+    sh_node_destroy(&copy->node);
+    sh_store_close(&copy->store);
+}
+
 static void drop_volatile(rig *r)
 {
     for (size_t i = 0; i < r->n_jobs; i++)
@@ -195,6 +241,8 @@ static void agg_mark(rig *r, sh_txn *txn, const sh_msg_item *item)
         r->n_evaluations++;
     }
     r->n_taken[item->cls] += item->kind != SH_ITEM_TOMBSTONE;
+    if (r->on_taken != NULL && item->kind != SH_ITEM_TOMBSTONE)
+        r->on_taken(r->arg, item);
     agg_send(r, &msg);
 }
 
@@ -278,6 +326,45 @@ static void agg_on_want(rig *r, sh_txn *txn, const sh_hash_list *want)
     }
 }
 
+static uint32_t find_lease(const uint8_t *leases, uint32_t n, const uint8_t *lease)
+{
+    uint32_t i = 0;
+    while (i < n && memcmp(leases + i * sizeof(sh_hash), lease, sizeof(sh_hash)) != 0)
+        i++;
+    return i;
+}
+
+/* docs/protocol.md, "Leases". */
+static void agg_on_enrol(rig *r, const sh_msg_enrol *enrol)
+{
+    sh_msg reply = {.type = SH_MSG_WELCOME};
+    const sh_hash_list *leases = &enrol->leases;
+    reply.welcome =
+        (sh_msg_welcome){.accepted = !r->reject, .text = "hello", .epoch = enrol->epoch};
+    rig_epoch *e = r->epochs;
+    while (e < r->epochs + r->n_epochs && e->epoch != enrol->epoch)
+        e++;
+    if (!r->reject && leases->n > 0) {
+        assert_true(e < r->epochs + RIG_EPOCHS);
+        if (e == r->epochs + r->n_epochs)
+            r->epochs[r->n_epochs++] = (rig_epoch){.epoch = enrol->epoch};
+        uint32_t newer = e->n == 0 ? leases->n : find_lease(leases->hashes, leases->n, e->leases);
+        if (e->n > 0 && newer == leases->n) {
+            uint32_t *i = &reply.welcome.common;
+            reply.welcome.renew = true;
+            r->renewed++;
+            while (*i < leases->n && find_lease(e->leases, e->n, leases->hashes + *i * 32) == e->n)
+                ++*i;
+        } else {
+            uint32_t kept = SH_MIN(e->n, SH_WIRE_LEASES_MAX - newer);
+            memmove(e->leases + newer * sizeof(sh_hash), e->leases, kept * sizeof(sh_hash));
+            memcpy(e->leases, leases->hashes, newer * sizeof(sh_hash));
+            e->n = newer + kept;
+        }
+    }
+    agg_send(r, &reply);
+}
+
 static void agg_receive(rig *r, const void *bytes, size_t n)
 {
     sh_msg msg, reply = {0};
@@ -295,9 +382,7 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
     OK(sh_txn_begin(r->agg, SH_TXN_WRITE, &txn, &test_err));
     switch (msg.type) {
     case SH_MSG_ENROL:
-        reply.type = SH_MSG_WELCOME;
-        reply.welcome = (sh_msg_welcome){.accepted = !r->reject, .text = "hello"};
-        agg_send(r, &reply);
+        agg_on_enrol(r, &msg.enrol);
         break;
     case SH_MSG_CHECKIN:
         r->checkin = msg.checkin;
@@ -384,7 +469,7 @@ void rig_start(rig *r)
 {
     sh_txn *txn = NULL;
     sh_rng rng;
-    sh_rng_init(&rng, r->seed, 0, 79);
+    sh_rng_init(&rng, r->seed, r->starts++, 79);
     OK(sh_txn_begin(r->store, SH_TXN_WRITE, &txn, &test_err));
     OK(sh_node_create(&r->options, rig_manifest(r, 1), r->now, &rng, txn, &r->actions, &r->node,
                       &test_err));

@@ -20,7 +20,8 @@
 #define RIG_JOBS       8u
 #define RIG_SEQS       4096u
 #define RIG_PENDING    64u
-#define RIG_NOTES      24u
+#define RIG_NOTES      32u
+#define RIG_EPOCHS     256u
 #define RIG_RELEASES   8u
 #define RIG_TIMER_NONE UINT64_MAX
 
@@ -42,6 +43,22 @@ typedef struct {
     sh_buf manifest, model;
     uint8_t *hashes;
 } rig_release;
+
+typedef struct { /* of the aggregator: who sends under it */
+    uint64_t epoch;
+    uint32_t n;
+    uint8_t leases[SH_WIRE_LEASES_MAX * sizeof(sh_hash)];
+} rig_epoch;
+
+/* What belongs to one copy of the node. */
+typedef struct {
+    sh_store *store;
+    sh_node *node;
+    uint64_t timer;
+    bool link;
+    rig_packet packets[RIG_PACKETS];
+    size_t n_packets;
+} rig_copy;
 
 typedef struct {
     sh_store *store, *agg;
@@ -70,7 +87,7 @@ typedef struct {
     uint64_t active_version;
     uint32_t active_slot;
     bool drop_cancelled; /* cancelled jobs end without a result; else they did not notice */
-    unsigned notes[RIG_NOTES], cancelled, sent[SH_MSG_ERROR + 1];
+    unsigned notes[RIG_NOTES], cancelled, sent[SH_MSG_ROTATE + 1];
     uint64_t note_number[RIG_NOTES];
 
     /* jobs' results */
@@ -84,6 +101,11 @@ typedef struct {
 
     /* aggregator */
     uint32_t speaks; /* the highest version that it knows */
+    rig_epoch epochs[RIG_EPOCHS];
+    size_t n_epochs;
+    unsigned renewed;                                     /* ENROLs that were told to renew */
+    void (*on_taken)(void *arg, const sh_msg_item *item); /* NULL: none; not of tombstones */
+    void *arg;
     unsigned n_evaluations;
     sh_evaluation evaluation; /* the last one */
     sh_msg_plan plan;
@@ -100,7 +122,7 @@ typedef struct {
     sh_buf pending_payload[RIG_PENDING];
     size_t n_pending;
 
-    uint64_t steps, crash_at;
+    uint64_t starts, steps, crash_at;
     rig_crash crash;
     bool crashed; /* the last step crashed before its commit: its event did not happen */
     uint64_t fed; /* inferences that were committed */
@@ -123,6 +145,13 @@ extern sh_error test_err;
 rig *rig_open(uint64_t seed); /* genesis made, node not started: options may be changed */
 void rig_start(rig *r);
 void rig_close(rig **r);
+
+/* A copy of the store as it is, as of a disk of a device that is off: not started. */
+sh_store *rig_copy_store(const rig *r);
+/* Another copy of the node runs from now on, against the same aggregator; the one that ran is put
+ * into *copy as it stands, its network with it. copy->node NULL: it is off, and is started. */
+void rig_swap(rig *r, rig_copy *copy);
+void rig_copy_release(rig_copy *copy);
 
 /* One step of the node: transaction, commit, actions. False: it crashed before the commit. */
 bool rig_step(rig *r, const sh_node_event *event);

@@ -159,6 +159,7 @@ static void a_corrupt_chunk_is_asked_for_again(void **state)
     rig_make_release(r, 2, 3 * SH_CHUNK_BYTES);
     rig_start(r);
     rig_link(r, true);
+    rig_run(r, 500, true);
     r->mute = true;
     plan_with(r, rig_manifest(r, 2));
     SAME(r->sent[SH_MSG_WANT], 1);

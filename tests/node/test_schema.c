@@ -46,19 +46,31 @@ static void dump(rig *r, const char *path)
     OK(dump_write(r->store, sh_node_tables, SH_NODE_TABLES, path, &test_err));
 }
 
+/* A row's line; the one of META "lease", which each start writes anew, is left out. */
+static bool next_row(FILE *f, char **line, size_t *cap)
+{
+    ssize_t n;
+    do
+        n = getline(line, cap, f);
+    while (n > 0 && strncmp(*line, "meta 6c65617365 ", 16) == 0);
+    return n > 0;
+}
+
 static void assert_same_files(const char *a, const char *b)
 {
     FILE *f = fopen(a, "r"), *g = fopen(b, "r");
     assert_true(f != NULL && g != NULL);
-    int x, y;
-    long at = 0;
+    char *x = NULL, *y = NULL;
+    size_t cap_x = 0, cap_y = 0;
+    bool more;
     do {
-        x = getc(f);
-        y = getc(g);
-        if (x != y)
-            fail_msg("%s and %s differ at byte %ld", a, b, at);
-        at++;
-    } while (x != EOF);
+        more = next_row(f, &x, &cap_x);
+        assert_int_equal(next_row(g, &y, &cap_y), more);
+        if (more)
+            assert_string_equal(x, y);
+    } while (more);
+    free(x);
+    free(y);
     fclose(f);
     fclose(g);
 }
@@ -135,7 +147,7 @@ static void test_from_version_1(void **state)
     SAME(stored_schema(r), 1);
     rig_start(r);
     SAME(r->active_version, 2);
-    SAME(stored_schema(r), 2);
+    SAME(stored_schema(r), 3);
     assert_as_it_was(r);
     /* The second start migrates nothing. */
     dump(r, first);
@@ -194,12 +206,12 @@ static void test_newer_is_refused(void **state)
     load(r);
     sh_rng_init(&rng, SEED, 0, 79);
     OK(sh_txn_begin(r->store, SH_TXN_WRITE, &txn, &test_err));
-    OK(sh_txn_put(txn, SH_NODE_T_META, "schema", 6, "\x03\0\0\0", 4, &test_err));
+    OK(sh_txn_put(txn, SH_NODE_T_META, "schema", 6, "\x04\0\0\0", 4, &test_err));
     SAME(sh_node_create(&r->options, rig_manifest(r, 1), r->now, &rng, txn, &r->actions, &r->node,
                         &test_err),
          SH_ERR_UNSUPPORTED);
-    assert_non_null(strstr(test_err.text, "schema version 3"));
-    assert_non_null(strstr(test_err.text, "up to 2"));
+    assert_non_null(strstr(test_err.text, "schema version 4"));
+    assert_non_null(strstr(test_err.text, "up to 3"));
     assert_null(r->node);
     sh_txn_abort(&txn);
     rig_close(&r);

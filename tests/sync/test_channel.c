@@ -110,7 +110,8 @@ static void deliver(world *w)
         agg_receive(w, &p);
         return;
     }
-    OK(sh_outbox_ack(&w->outbox, w->node.txn, &p.ack, NULL, NULL, &test_err));
+    OK(sh_outbox_ack(&w->outbox, w->node.txn, &(sh_outbox_acked){.ack = &p.ack}, NULL, NULL,
+                     &test_err));
     if (w->faults && sh_rng_below(&w->rng, 10) == 0) {
         sh_txn_abort(&w->node.txn);
         OK(sh_txn_begin(w->node.store, SH_TXN_WRITE, &w->node.txn, &test_err));

@@ -20,7 +20,7 @@ typedef struct {
     uint64_t now;
     sh_buf out[OUT_MAX];
     size_t n_out, room; /* messages that fit in a step */
-    unsigned plans, rejected, refused, whole, acked;
+    unsigned plans, rejected, refused, renewed, whole, acked;
     uint64_t examples;       /* the owner's number in a check-in */
     const sh_blob *fetching; /* NULL: nothing is wanted */
 } peer;
@@ -80,13 +80,19 @@ static void on_rejected(void *arg)
     ((peer *)arg)->rejected++;
 }
 
+static void on_renewed(void *arg)
+{
+    ((peer *)arg)->renewed++;
+}
+
 static void on_refused(void *arg)
 {
     ((peer *)arg)->refused++;
 }
 
-static const sh_link_callbacks callbacks = {may_send, take,      fill_checkin, on_plan,   on_acked,
-                                            missing,  on_chunks, on_rejected,  on_refused};
+static const sh_link_callbacks callbacks = {may_send,   take,      fill_checkin, on_plan,
+                                            on_acked,   missing,   on_chunks,    on_rejected,
+                                            on_renewed, on_refused};
 
 static sh_link_step step_of(peer *p)
 {
@@ -504,7 +510,8 @@ static void bad_messages_are_answered(void **state)
     (void)state;
     peer *p = peer_open(13);
     come_up(p);
-    ack(p, 9, 0); /* never made */
+    sh_msg foreign = {.type = SH_MSG_ACK, .ack = {.epoch = p->link.epoch ^ 1}};
+    receive(p, &foreign);
     SAME(p->refused, 1);
     (void)only(p, SH_MSG_ERROR);
     sh_link_step s = step_of(p);
@@ -514,6 +521,177 @@ static void bad_messages_are_answered(void **state)
     sh_msg enrol = {.type = SH_MSG_ENROL, .enrol = {.agent = "", .kernel = "", .device_class = ""}};
     receive(p, &enrol);
     SAME(p->refused, 3);
+    peer_close(p);
+}
+
+static sh_msg enrolment(peer *p)
+{
+    sh_link_step s = step_of(p);
+    sh_link_up(&s);
+    pump(p);
+    return only(p, SH_MSG_ENROL);
+}
+
+static void welcome(peer *p, bool renew, uint32_t common)
+{
+    sh_msg msg = {.type = SH_MSG_WELCOME,
+                  .welcome = {.accepted = true, .text = "", .renew = renew, .common = common}};
+    receive(p, &msg);
+}
+
+/* Each start has a lease of its own, and tells those before it until one is welcomed. */
+static void leases_are_told(void **state)
+{
+    (void)state;
+    peer *p = peer_open(14);
+    uint8_t first[32], second[32];
+    sh_msg enrol = enrolment(p);
+    SAME(enrol.enrol.leases.n, 1);
+    memcpy(first, enrol.enrol.leases.hashes, 32);
+    open_link(p);
+    enrol = enrolment(p);
+    SAME(enrol.enrol.leases.n, 2);
+    memcpy(second, enrol.enrol.leases.hashes, 32);
+    assert_memory_equal(enrol.enrol.leases.hashes + 32, first, 32);
+    assert_memory_not_equal(second, first, 32);
+    welcome(p, false, 0);
+    enrol = enrolment(p);
+    SAME(enrol.enrol.leases.n, 1);
+    open_link(p);
+    enrol = enrolment(p);
+    SAME(enrol.enrol.leases.n, 2);
+    assert_memory_equal(enrol.enrol.leases.hashes + 32, second, 32);
+    for (unsigned i = 0; i < 2 * SH_WIRE_LEASES_MAX; i++) /* the last welcomed one stays */
+        open_link(p);
+    enrol = enrolment(p);
+    SAME(enrol.enrol.leases.n, SH_WIRE_LEASES_MAX);
+    assert_memory_equal(enrol.enrol.leases.hashes + (SH_WIRE_LEASES_MAX - 1) * 32, second, 32);
+    peer_close(p);
+}
+
+static void nothing_goes_before_the_welcome(void **state)
+{
+    (void)state;
+    peer *p = peer_open(15);
+    put_windows(p, 1);
+    (void)enrolment(p);
+    p->now += 3 * RETRY_MAX;
+    pump(p);
+    SAME(p->n_out, 1);
+    (void)only(p, SH_MSG_ENROL);
+    welcome(p, false, 0);
+    pump(p);
+    SAME(count(p, SH_MSG_ITEM), 1);
+    SAME(count(p, SH_MSG_CHECKIN), 1);
+    peer_close(p);
+}
+
+/* Three starts that nobody welcomed, two windows in each; told that the second one's lease is the
+ * newest that the other copy has: the third one's windows are its own, and those after it. */
+static void a_copy_takes_a_new_epoch(void **state)
+{
+    (void)state;
+    peer *p = peer_open(16);
+    uint64_t epoch = p->link.epoch;
+    for (unsigned i = 0; i < 3; i++) {
+        if (i > 0)
+            open_link(p);
+        put_windows(p, 2);
+    }
+    (void)enrolment(p);
+    welcome(p, true, 1);
+    SAME(p->renewed, 1);
+    SAME(p->link.renewals, 1);
+    assert_true(p->link.epoch != epoch);
+    pump(p);
+    SAME(p->n_out, 1); /* again, and alone */
+    SAME(only(p, SH_MSG_ENROL).enrol.epoch, p->link.epoch);
+    SAME(only(p, SH_MSG_ENROL).enrol.leases.n, 1);
+    receive(p, &(sh_msg){.type = SH_MSG_WELCOME, /* of the ENROL before */
+                         .welcome = {.accepted = true, .text = "", .epoch = epoch}});
+    SAME(p->link.state, SH_LINK_TRYING);
+    welcome(p, false, 0);
+    pump(p);
+    SAME(count(p, SH_MSG_ITEM), 6);
+    for (unsigned i = 0; i < 6; i++) { /* the check-in is the first message */
+        sh_msg_item item = sent(p, i + 1).item;
+        SAME(item.epoch, i < 4 ? epoch : p->link.epoch);
+        SAME(item.seq, i < 4 ? i + 1 : i - 3);
+    }
+    welcome(p, true, 0); /* an old answer, come twice */
+    SAME(p->renewed, 1);
+    uint64_t now = p->link.epoch;
+    p->link.epoch = epoch; /* ack() names it */
+    ack(p, 9, 0);          /* the other copy made more */
+    p->link.epoch = now;
+    SAME(p->acked, 4);
+    SAME(p->refused, 0);
+    open_link(p); /* what was settled is forgotten */
+    SAME(p->link.segments.n, 1);
+    SAME(p->link.epoch, now);
+    (void)enrolment(p);
+    welcome(p, false, 0);
+    ack(p, 2, 0);
+    SAME(p->acked, 6);
+    peer_close(p);
+}
+
+static void a_store_that_was_set_back_finds_out(void **state)
+{
+    (void)state;
+    peer *p = peer_open(17);
+    uint64_t epoch = p->link.epoch;
+    come_up(p);
+    put_windows(p, 2);
+    pump(p);
+    ack(p, 7, 0); /* never made */
+    SAME(p->refused, 0);
+    SAME(p->renewed, 1);
+    assert_true(p->link.epoch != epoch);
+    SAME(p->acked, 0);
+    pump(p);
+    welcome(p, false, 0);
+    pump(p);
+    SAME(count(p, SH_MSG_ITEM), 2);
+    SAME(sent(p, p->n_out - 1).item.epoch, p->link.epoch);
+    peer_close(p);
+}
+
+/* A quota drops what two epochs have numbered: two tombstones on the wire, one after the other. */
+static void a_tombstone_ends_with_its_epoch(void **state)
+{
+    (void)state;
+    peer *p = peer_open(18);
+    uint64_t epoch = p->link.epoch;
+    put_windows(p, 3);
+    open_link(p);
+    put_windows(p, 3);
+    (void)enrolment(p);
+    welcome(p, true, 1);
+    p->link.options.outbox.quota_bytes[SH_CLASS_WINDOW] = 45; /* a tombstone and one more */
+    put_windows(p, 1);
+    SAME(p->link.counts.items[SH_CLASS_WINDOW], 2);
+    pump(p);
+    welcome(p, false, 0);
+    pump(p);
+    sh_msg_item first = sent(p, 1).item;
+    SAME(first.kind, SH_ITEM_TOMBSTONE);
+    SAME(first.epoch, epoch);
+    SAME(first.seq, 1);
+    SAME(first.last_seq, 3);
+    uint64_t now = p->link.epoch;
+    p->link.epoch = epoch;
+    ack(p, 3, 0);
+    p->link.epoch = now;
+    pump(p);
+    sh_msg_item second = only(p, SH_MSG_ITEM).item;
+    SAME(second.kind, SH_ITEM_TOMBSTONE);
+    SAME(second.epoch, now);
+    SAME(second.seq, 1);
+    SAME(second.last_seq, 3);
+    ack(p, 4, 0);
+    SAME(p->link.counts.items[SH_CLASS_WINDOW], 0);
+    SAME(p->link.counts.bytes[SH_CLASS_WINDOW], 0);
     peer_close(p);
 }
 
@@ -533,6 +711,11 @@ int main(void)
         cmocka_unit_test(speaks_what_the_other_speaks),
         cmocka_unit_test(is_quiet_when_asked),
         cmocka_unit_test(bad_messages_are_answered),
+        cmocka_unit_test(leases_are_told),
+        cmocka_unit_test(nothing_goes_before_the_welcome),
+        cmocka_unit_test(a_copy_takes_a_new_epoch),
+        cmocka_unit_test(a_store_that_was_set_back_finds_out),
+        cmocka_unit_test(a_tombstone_ends_with_its_epoch),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

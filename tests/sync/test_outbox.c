@@ -128,7 +128,8 @@ static void same_as_naive(void **state)
             uint8_t cls = (uint8_t)sh_rng_below(&rng, SH_CLASSES);
             if (sh_rng_below(&rng, 5) == 0) {
                 sh_msg_ack ack = random_ack(&rng, cls);
-                OK(sh_outbox_ack(&outbox, f.txn, &ack, NULL, NULL, &test_err));
+                OK(sh_outbox_ack(&outbox, f.txn, &(sh_outbox_acked){.ack = &ack}, NULL, NULL,
+                                 &test_err));
                 naive_ack(&model[cls], &ack);
             } else {
                 uint8_t bytes[QUOTA + 500];
@@ -168,8 +169,8 @@ static void ack_tells_each_item_once(void **state)
         OK(sh_outbox_put(&outbox, f.txn, SH_CLASS_UPDATE, SH_ITEM_UPDATE, (sh_bytes){"abc", 3},
                          &seq, &test_err));
     sh_msg_ack ack = {.cls = SH_CLASS_UPDATE, .high_water = 2, .bitmap = {2}}; /* 1, 2, 4 */
-    OK(sh_outbox_ack(&outbox, f.txn, &ack, collect, &told, &test_err));
-    OK(sh_outbox_ack(&outbox, f.txn, &ack, collect, &told, &test_err));
+    OK(sh_outbox_ack(&outbox, f.txn, &(sh_outbox_acked){.ack = &ack}, collect, &told, &test_err));
+    OK(sh_outbox_ack(&outbox, f.txn, &(sh_outbox_acked){.ack = &ack}, collect, &told, &test_err));
     assert_int_equal(told, 124);
     fixture_close(&f);
 }
@@ -192,7 +193,8 @@ static void impossible_acks(void **state)
         {.cls = SH_CLASS_UPDATE, .high_water = 1},
     };
     for (size_t i = 0; i < SH_COUNT(bad); i++)
-        assert_int_equal(sh_outbox_ack(&outbox, f.txn, &bad[i], NULL, NULL, &test_err),
+        assert_int_equal(sh_outbox_ack(&outbox, f.txn, &(sh_outbox_acked){.ack = &bad[i]}, NULL,
+                                       NULL, &test_err),
                          SH_ERR_INVALID);
     assert_int_equal(sh_txn_count(f.txn, T_OUTBOX), 3);
     uint8_t *big = calloc(1, SH_WIRE_ITEM_MAX + 1);
@@ -238,7 +240,7 @@ static void weight_counts(void **state)
     assert_int_equal(counts.items[SH_CLASS_UPDATE], 3); /* tombstone 1..3, and 4, 5 */
     assert_int_equal(counts.bytes[SH_CLASS_UPDATE], ROW_BYTES + 2 * (ROW_BYTES + 3 + 1000));
     sh_msg_ack ack = {.cls = SH_CLASS_UPDATE, .high_water = 5};
-    OK(sh_outbox_ack(&outbox, f.txn, &ack, NULL, NULL, &test_err));
+    OK(sh_outbox_ack(&outbox, f.txn, &(sh_outbox_acked){.ack = &ack}, NULL, NULL, &test_err));
     OK(sh_outbox_get_counts(&outbox, f.txn, &counts, &test_err));
     assert_int_equal(counts.bytes[SH_CLASS_UPDATE], 0);
     fixture_close(&f);

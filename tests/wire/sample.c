@@ -239,6 +239,8 @@ void sample_msg_3(sh_rng *rng, sample *out)
     case SH_MSG_WELCOME:
         m->welcome.renew = sh_rng_below(rng, 2) == 1;
         m->welcome.retry_after_ms = number(rng, UINT64_MAX);
+        m->welcome.epoch = number(rng, UINT64_MAX);
+        m->welcome.common = (uint32_t)number(rng, UINT32_MAX);
         break;
     case SH_MSG_CHECKIN:
         sample_checkin_3(rng, &m->checkin);

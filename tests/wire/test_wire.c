@@ -101,6 +101,8 @@ static void assert_msg(const sh_msg *a, const sh_msg *b)
         assert_text(a->welcome.text, b->welcome.text);
         assert_int_equal(a->welcome.renew, b->welcome.renew);
         assert_int_equal(a->welcome.retry_after_ms, b->welcome.retry_after_ms);
+        assert_int_equal(a->welcome.epoch, b->welcome.epoch);
+        assert_int_equal(a->welcome.common, b->welcome.common);
         break;
     case SH_MSG_CHECKIN:
         assert_checkin(&a->checkin, &b->checkin);
@@ -305,9 +307,10 @@ static void test_pinned_bytes_3(void **state)
     enrol_2_body[0] = 0x95;
     sh_msg bare = {.type = SH_MSG_ENROL, .enrol = {.epoch = 1}}; /* no text, token, leases */
     static const uint8_t bare_body[] = {0x9a, 1, 0xa0, 0xa0, 0, 0, 0xa0, 0, 0, 0xc4, 0, 0xc4, 0};
-    sh_msg welcome = {.type = SH_MSG_WELCOME,
-                      .welcome = {true, "ok", .renew = true, .retry_after_ms = 128}};
-    static const uint8_t welcome_body[] = {0x94, 0xc3, 0xa2, 'o', 'k', 0xc3, 0xcc, 128};
+    sh_msg welcome = {
+        .type = SH_MSG_WELCOME,
+        .welcome = {true, "ok", .renew = true, .retry_after_ms = 128, .epoch = 7, .common = 3}};
+    static const uint8_t welcome_body[] = {0x96, 0xc3, 0xa2, 'o', 'k', 0xc3, 0xcc, 128, 7, 3};
     sh_msg welcome_2 = welcome;
     welcome_2.version = 2;
     static const uint8_t welcome_2_body[] = {0x92, 0xc3, 0xa2, 'o', 'k'};
@@ -529,13 +532,15 @@ static void test_hostile_bodies_3(void **state)
     broken_3(&enrol, 15, 31, SH_ERR_INVALID, "leases");
     enrol.enrol.token.n = SH_WIRE_TOKEN_MAX;
     broken_3(&enrol, 11, SH_WIRE_TOKEN_MAX + 1, SH_ERR_LIMIT, "token");
-    static const uint8_t leases[] = {0x9a, 0, 0xa0, 0xa0, 0, 0, 0xa0, 0, 0, 0xc4, 0, 0xc5, 1, 32};
-    uint8_t nine[sizeof(leases) + sizeof(bytes)] = {0};
-    memcpy(nine, leases, sizeof(leases));
-    assert_body_in(3, SH_MSG_ENROL, (sh_bytes){nine, sizeof(nine)}, SH_ERR_LIMIT, "leases");
+    static const uint8_t leases[] = {0x9a, 0, 0xa0, 0xa0, 0, 0, 0xa0, 0, 0, 0xc4, 0, 0xc5, 4, 32};
+    uint8_t too_many[sizeof(leases) + sizeof(bytes)] = {0};
+    memcpy(too_many, leases, sizeof(leases));
+    assert_body_in(3, SH_MSG_ENROL, (sh_bytes){too_many, sizeof(too_many)}, SH_ERR_LIMIT, "leases");
     sh_msg welcome = {.type = SH_MSG_WELCOME};
     broken_3(&welcome, 3, 0, SH_ERR_INVALID, "renew");
     broken_3(&welcome, 4, 0xc0, SH_ERR_INVALID, "retry_after_ms");
+    broken_3(&welcome, 5, 0xc0, SH_ERR_INVALID, "epoch");
+    broken_3(&welcome, 6, 0xc0, SH_ERR_INVALID, "common");
     sh_msg checkin = {.type = SH_MSG_CHECKIN, .checkin.conditions = SH_CONDITIONS_ALL};
     broken_3(&checkin, 25, 0xcd, SH_ERR_LIMIT, "conditions"); /* cd ff 00 */
     sh_msg plan = {.type = SH_MSG_PLAN};
@@ -684,7 +689,7 @@ static void test_unsendable(void **state)
     assert_unsendable(SH_ERR_LIMIT, "token is 65 bytes");
     m->enrol.token.n = SH_WIRE_TOKEN_MAX;
     m->enrol.leases = (sh_hash_list){SH_WIRE_LEASES_MAX + 1, s.hashes};
-    assert_unsendable(SH_ERR_LIMIT, "leases is 9");
+    assert_unsendable(SH_ERR_LIMIT, "leases is 33");
     *m = (sh_msg){.type = SH_MSG_CHECKIN, .checkin.conditions = SH_CONDITIONS_ALL + 1};
     assert_unsendable(SH_ERR_LIMIT, "conditions is 256");
     *m = (sh_msg){.type = SH_MSG_PLAN, .plan.time = {s.bytes, SH_WIRE_TIME_MAX + 1}};
@@ -750,7 +755,7 @@ static void test_versions_apart(void **state)
     static const int counts[][SH_MSG_ROTATE + 1] = {
         [1] = {[SH_MSG_ENROL] = 5, [SH_MSG_WELCOME] = 2, [SH_MSG_CHECKIN] = 17, [SH_MSG_PLAN] = 3},
         [2] = {[SH_MSG_ENROL] = 5, [SH_MSG_WELCOME] = 2, [SH_MSG_CHECKIN] = 17, [SH_MSG_PLAN] = 4},
-        [3] = {[SH_MSG_ENROL] = 10, [SH_MSG_WELCOME] = 4, [SH_MSG_CHECKIN] = 27, [SH_MSG_PLAN] = 5},
+        [3] = {[SH_MSG_ENROL] = 10, [SH_MSG_WELCOME] = 6, [SH_MSG_CHECKIN] = 27, [SH_MSG_PLAN] = 5},
     };
     for (int type = SH_MSG_ENROL; type <= SH_MSG_ERROR; type++)
         for (uint32_t from = 1; from <= 3; from++)
