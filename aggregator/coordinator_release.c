@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "aggregator/coordinator_internal.h"
+#include "shared/sync/link.h"
 
 void coord_release_release(coord_release *release)
 {
@@ -319,8 +320,8 @@ sh_status coord_restored(coord_step *s, uint64_t made_ms)
                        (unsigned long long)state->version,
                        (unsigned long long)state->version_floor));
     coord_note(s, SH_CNOTE_RESTORED, NULL, state->version_floor);
-    if (c->options.relay) /* releases are the root's, and so are their numbers */
-        return SH_OK;
+    if (c->options.relay) /* releases are the root's; the original may have sent since */
+        return sh_link_forget_identity(s->txn, SH_COORD_T_META, s->err);
     return republish(s, "restored from a backup");
 }
 
