@@ -401,7 +401,7 @@ sh_status sh_coord_step(sh_coord *coord, const sh_coord_event *event, sh_txn *tx
         SH_TRY(on_timer(&s));
         break;
     case SH_COORD_MESSAGE:
-        SH_TRY(coord_on_message(&s, &event->node, event->message));
+        SH_TRY(coord_on_message(&s, &event->node, event->message, event->checked));
         break;
     case SH_COORD_GONE:
         SH_TRY(coord_sender_find(&s, &event->node));

@@ -210,6 +210,7 @@ typedef struct {
     uint64_t now_ms;
     sh_hash node; /* MESSAGE, GONE; ENROL, REVOKE */
     sh_bytes message;
+    bool checked; /* MESSAGE: the shell has decoded it, with SH_CHECK_NAME, and it was good */
     sh_coord_job_result result;
     sh_coord_command command;
     uint64_t number;

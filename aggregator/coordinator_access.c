@@ -546,12 +546,13 @@ sh_status coord_enrol_key(coord_step *s, const sh_hash *key, const char *name, b
     key_row row;
     uint32_t drifting = 0;
     SH_TRY(key_get(s->txn, key, &row, s->err));
-    *done = row.state != COORD_KEY_RETIRED && (name == NULL || coord_good_name(name));
+    *done = name == NULL || coord_good_name(name);
     if (!*done)
         return SH_OK;
     if (row.state == COORD_KEY_PENDING)
         SH_TRY(void_claim(s, key, &row.node));
-    const sh_hash *first = row.state == COORD_KEY_CURRENT ? &row.node : key;
+    /* A node is known by any key that it has or had; it connects with the one that it has. */
+    const sh_hash *first = row.state == COORD_KEY_PENDING ? key : &row.node;
     sh_status status = coord_node_get(s->txn, first, &node, s->err);
     if (status != SH_OK && status != SH_ERR_NOT_FOUND)
         return status;

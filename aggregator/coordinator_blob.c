@@ -72,7 +72,7 @@ static coord_waiting **waiting_of(const sh_coord *c, const sh_hash *node, size_t
     *n = 0;
     while (at + *n < c->n_waiting && sh_hash_equal(&c->waiting[at + *n]->id.node, node))
         ++*n;
-    return c->waiting + at;
+    return *n > 0 ? c->waiting + at : NULL;
 }
 
 /* What was asked for is not expected any more. */

@@ -185,7 +185,7 @@ static sh_status on_item(coord_step *s, sh_node_row *node, const sh_msg_item *it
     return take_item(s, &id, item);
 }
 
-sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message)
+sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message, bool checked)
 {
     sh_msg msg;
     sh_error why = {0};
@@ -194,7 +194,8 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message)
     if (!pass)
         return SH_OK;
     SH_TRY(coord_sender_find(s, key));
-    sh_status status = sh_msg_decode(message.data, message.n, &msg, &why);
+    sh_status status = sh_msg_decode_checked(message.data, message.n,
+                                             checked ? SH_CHECK_DONE : SH_CHECK_NAME, &msg, &why);
     if (status == SH_ERR_NO_MEMORY)
         return sh_fail(s->err, status, "%s", why.text);
     if (status != SH_OK) {

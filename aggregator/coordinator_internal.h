@@ -355,7 +355,7 @@ sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol 
 sh_status coord_epochs_migrate(coord_step *s);
 
 /* ---- coordinator_inbox.c ---- */
-sh_status coord_on_message(coord_step *s, const sh_hash *node, sh_bytes message);
+sh_status coord_on_message(coord_step *s, const sh_hash *node, sh_bytes message, bool checked);
 /* Counts and notes what a peer did wrong, and tells it. */
 sh_status coord_bad_message(coord_step *s, const sh_hash *node, sh_status code, const char *text);
 /* Marks the item as committed with this step; the acknowledgement goes out after the commit. */

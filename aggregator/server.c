@@ -128,6 +128,7 @@ static sh_status open_sockets(sh_server *s, sh_error *err)
     SH_TRY(sh_net_create_with(&net, &s->net, err));
     SH_TRY(sh_net_server_create(s->net, &nodes, &s->nodes, err));
     SH_TRY(server_parent_open(s, err));
+    SH_TRY(server_fetch_create(s->nodes, &s->fetch, err));
     SH_TRY(sh_admin_create(s->net, SH_ADMIN_ENDPOINT, &s->keys, &s->admin_keys.public_key,
                            &s->admin, err));
     return sh_http_create(&http, &s->http, err);
@@ -192,6 +193,7 @@ bool sh_server_destroy(sh_server **sp)
     sh_http_destroy(&s->http);
     sh_admin_destroy(&s->admin);
     sh_net_client_destroy(&s->parent, LINGER_MS);
+    server_fetch_destroy(&s->fetch);
     sh_net_server_destroy(&s->nodes, LINGER_MS);
     sh_net_destroy(&s->net);
     sh_coord_destroy(&s->coord);
@@ -223,17 +225,20 @@ static void stop(sh_server *s, const char *reason)
 static sh_status serve_nodes(sh_server *s, sh_error *err)
 {
     sh_net_event event;
+    bool checked;
     if (s->coord == NULL || sh_clock_mono_ms() < s->hold_until_ms)
         return SH_OK;
     for (;;) {
-        SH_TRY(sh_net_server_next(s->nodes, &event, err));
+        SH_TRY(server_fetch_next(s->fetch, &event, &checked, err));
         if (event.kind == SH_NET_NONE)
             break;
         if (event.kind != SH_NET_MESSAGE)
             continue;
         s->counters.messages_in++;
-        sh_coord_event e = {
-            .kind = SH_COORD_MESSAGE, .node = event.key, .message = {event.data, event.n}};
+        sh_coord_event e = {.kind = SH_COORD_MESSAGE,
+                            .node = event.key,
+                            .message = {event.data, event.n},
+                            .checked = checked};
         if (!server_step(s, &e))
             return SH_OK;
         if (server_group_full(s))
@@ -362,7 +367,8 @@ sh_status sh_server_run(sh_server *s, sh_error *err)
                                   .n_clients = s->parent != NULL && s->coord != NULL,
                                   .fds = fds,
                                   .n_fds = SH_COUNT(fds),
-                                  .timeout_ms = wait_ms(s)};
+                                  .timeout_ms =
+                                      !deaf && server_fetch_has(s->fetch) ? 0 : wait_ms(s)};
         SH_TRY(sh_net_wait(&waiting, err));
         serve_signals(s);
         serve_worker(s);

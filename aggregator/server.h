@@ -20,10 +20,10 @@
 
 #include "aggregator/settings.h"
 
-#define SERVER_GROUP_STEPS     64u        /* messages stepped in one transaction, at most */
-#define SERVER_GROUP_IN_BYTES  (1u << 20) /* of them */
+#define SERVER_GROUP_STEPS     256u       /* messages stepped in one transaction, at most */
+#define SERVER_GROUP_IN_BYTES  (4u << 20) /* of them */
 #define SERVER_GROUP_OUT_BYTES (8u << 20) /* answers that wait for the commit */
-#define SERVER_GROUP_MS        5u         /* from the first step to the commit */
+#define SERVER_GROUP_MS        20u        /* from the first step to the commit */
 /* What one node can make the process hold, beside what libzmq needs for a connection (net.h):
  * SERVER_PEER_IN messages of SERVER_PEER_IN_BYTES that wait to be stepped and one that is being
  * read, and the answers of two WANTs, which come one at a time. A node that keeps to the protocol

@@ -2,6 +2,7 @@
  * What the server's files share.
  *   server.c         create, the loop, destroy
  *   server_step.c    transactions around the core's steps; actions after them
+ *   server_fetch.c   reads and hashes messages while the loop waits for the disk
  *   server_worker.c  merge, gate, backup and clearing of objects, on a thread of its own
  *   server_parent.c  a relay's connection to its parent
  *   server_keys.c    which keys may connect
@@ -13,6 +14,7 @@
 #define SH_AGGREGATOR_SERVER_INTERNAL_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 
 #include "aggregator/folder.h"
 #include "aggregator/jobs.h"
@@ -107,6 +109,18 @@ bool server_worker_busy(server_worker *worker);
 server_task *server_task_create(server_task_kind kind);
 void server_task_destroy(server_task **task);
 
+/* ---- server_fetch.c ---- */
+typedef struct server_fetch server_fetch;
+sh_status server_fetch_create(sh_net_server *nodes, server_fetch **out, sh_error *err);
+void server_fetch_destroy(server_fetch **fetch); /* before its socket */
+/* From begin to end the nodes' socket is not the loop's. */
+void server_fetch_begin(server_fetch *fetch);
+void server_fetch_end(server_fetch *fetch);
+/* The next message: what was read meanwhile, then what the socket has. checked: see
+ * sh_coord_event. */
+sh_status server_fetch_next(server_fetch *fetch, sh_net_event *event, bool *checked, sh_error *err);
+bool server_fetch_has(const server_fetch *fetch);
+
 /* ---- server_view.c ---- */
 #define VIEW_RELEASES_MAX 40u
 #define VIEW_NODES_MAX    200u
@@ -164,6 +178,7 @@ struct sh_server {
     sh_net_client *parent; /* NULL: this is no relay */
     sh_net_keys parent_keys;
     bool parent_up, parent_told, parent_refused; /* told: what the core knows of `up` */
+    server_fetch *fetch;
     sh_admin *admin;
     sh_http *http;
     server_keys allowed;

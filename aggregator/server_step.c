@@ -10,7 +10,8 @@
 #define QUEUED_MAX        (SERVER_GROUP_STEPS * SH_COORD_ACTIONS_MAX)
 #define BOOT_PAUSE_MS     1000u
 #define BOOT_PAUSE_MAX_MS 60000u
-#define GONE_DEPTH        4 /* peers found gone while others are told so */
+#define FETCH_BYTES       (64u << 10) /* of a group, from which on others are read meanwhile */
+#define GONE_DEPTH        4           /* peers found gone while others are told so */
 #define HOLD_MS           60000u
 #define HOLD_MAX_MS       3600000u
 
@@ -356,7 +357,12 @@ bool server_commit(sh_server *s, const server_task_kind *stage)
     if (s->group_evaluating && !sh_coord_get_status(s->coord).evaluating)
         server_failpoint(s, "canary.before_commit");
     server_failpoint(s, "aggregator.before_commit");
+    bool fetch = s->group_in >= FETCH_BYTES;
+    if (fetch)
+        server_fetch_begin(s->fetch);
     sh_status status = sh_txn_commit(&s->txn, &err);
+    if (fetch)
+        server_fetch_end(s->fetch);
     if (status != SH_OK) {
         err.code = status;
         fall(s, &err);

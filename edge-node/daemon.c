@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "edge-node/daemon_internal.h"
+#include "edge-node/setup.h"
 #include "shared/base/clock.h"
 #include "shared/base/log.h"
 
@@ -87,21 +88,9 @@ static sh_status read_files(sh_daemon *d, sh_error *err)
     return read_token(d, err);
 }
 
-static sh_status open_store(sh_daemon *d, sh_error *err)
+static uint64_t steady_ms(void *arg)
 {
-    sh_store_options o = {.tables = sh_node_tables,
-                          .n_tables = SH_NODE_TABLES,
-                          .bytes_max = (uint64_t)d->settings->v.store_bytes_max};
-    sh_status status = sh_store_open_lmdb(SH_NODE_DIR_STORE, &o, &d->store, err);
-    if (status == SH_ERR_EXISTS)
-        return sh_fail_in(err, "%s: is another shoal-node running on it?", d->settings->dir);
-    return status;
-}
-
-static uint64_t wall_ms(void *arg)
-{
-    (void)arg;
-    return sh_clock_wall_ms();
+    return daemon_now(arg);
 }
 
 /* What every release of a fleet shares is made from the genesis model, which is then closed. */
@@ -129,27 +118,40 @@ static sh_status make_engine(sh_daemon *d, sh_error *err)
                            .threads = sh_settings_threads(v),
                            .kv = strcmp(v->engine_kv, "f32") == 0 ? SH_KV_F32 : SH_KV_F16,
                            .share_prefix = v->engine_share_prefix,
-                           .now_ms = wall_ms,
+                           .now_ms = steady_ms,
                            .finished = daemon_finished,
                            .arg = d};
     return sh_engine_create(&o, &d->engine, err);
 }
 
-static sh_status make_net(sh_daemon *d, sh_error *err)
+sh_status daemon_open_admin(sh_daemon *d, sh_error *err)
 {
-    const sh_node_settings_values *v = &d->settings->v;
     sh_net_keys admin = {0};
     SH_TRY(sh_net_keys_load(SH_NODE_FILE_ADMIN_KEYS, &admin, err));
     sh_hash admin_key = admin.public_key;
     sh_net_keys_forget(&admin);
-    SH_TRY(sh_net_create(&d->net, err));
-    SH_TRY(sh_admin_create(d->net, SH_ADMIN_ENDPOINT, &d->keys, &admin_key, &d->admin, err));
-    if (!v->sync || !v->aggregator || !v->aggregator[0])
-        return SH_OK;
+    sh_admin_destroy(&d->admin);
+    return sh_admin_create(d->net, SH_ADMIN_ENDPOINT, &d->keys, &admin_key, &d->admin, err);
+}
+
+sh_status daemon_connect(sh_daemon *d, const sh_net_keys *keys, sh_error *err)
+{
     sh_net_client_options o = {
-        .endpoint = v->aggregator, .keys = &d->keys, .message_max = SH_WIRE_MESSAGE_MAX};
+        .endpoint = d->settings->v.aggregator, .keys = keys, .message_max = SH_WIRE_MESSAGE_MAX};
     SH_TRY(read_hex_file(SH_NODE_FILE_AGGREGATOR, &o.server_key, err));
     return sh_net_client_create(d->net, &o, &d->client, err);
+}
+
+static sh_status make_net(sh_daemon *d, sh_error *err)
+{
+    const sh_node_settings_values *v = &d->settings->v;
+    SH_TRY(sh_net_create(&d->net, err));
+    SH_TRY(daemon_open_admin(d, err));
+    if (!v->sync || !v->aggregator || !v->aggregator[0])
+        return SH_OK;
+    SH_TRY(daemon_rotation_load(d, err));
+    d->rotate.since_ms = sh_clock_mono_ms();
+    return daemon_connect(d, &d->keys, err);
 }
 
 /* A handler and not a signalfd: OpenBLAS makes threads before main, which block no signal. */
@@ -189,6 +191,16 @@ static sh_status arm_failpoints(sh_daemon *d, sh_error *err)
     return SH_OK;
 }
 
+/* Of a node that was set up with one and was not let in yet. */
+static sh_status read_enrol_token(sh_daemon *d, sh_error *err)
+{
+    if (!sh_file_exists(SH_NODE_FILE_TOKEN))
+        return SH_OK;
+    SH_TRY(sh_setup_read_token(SH_NODE_FILE_TOKEN, &d->enrol_token, err));
+    d->options.token = (sh_bytes){d->enrol_token.b, sizeof d->enrol_token.b};
+    return SH_OK;
+}
+
 static sh_status make_folders(sh_error *err)
 {
     static const char *const names[] = {SH_NODE_DIR_STORE, SH_NODE_DIR_MODELS, SH_NODE_DIR_WORK};
@@ -218,28 +230,30 @@ static sh_status start(sh_daemon *d, sh_error *err)
     sh_rng_init(&d->rng, seed, 0, 0x6e6f6465u);
     sh_settings_node_options(&d->settings->v, &d->options);
     SH_TRY(read_files(d, err));
+    SH_TRY(read_enrol_token(d, err));
     SH_TRY(make_folders(err));
-    SH_TRY(open_store(d, err)); /* from here on the folder is ours alone */
+    SH_TRY(daemon_store_open(d, err)); /* from here on the folder is ours alone */
     daemon_empty_work();
     (void)unlink(SH_NODE_DIR_MODELS "/candidate.gguf");
     SH_TRY(daemon_inbox_init(&d->inbox, err));
     SH_TRY(make_engine(d, err));
     SH_TRY(make_net(d, err));
     SH_TRY(daemon_worker_start(d, err));
-    d->remake = true;
+    d->remake = d->resume_erasure = true;
     daemon_settle(d);
     if (d->fatal != SH_OK) {
         *err = d->fatal_err;
         return d->fatal;
     }
-    if (!d->node)
-        return sh_fail(err, SH_ERR_FULL, "%s/%s: the disk or the store is full", d->settings->dir,
-                       SH_NODE_DIR_STORE);
+    if (!d->node) /* no room: it serves, and the loop tries again */
+        SH_TRY(daemon_serve_without_core(d, err));
     /* Ids that a kill took out of the loss window were given to clients already: ids of this life
      * begin above them, at the clock, so that no old id ever names another completion. */
-    sh_engine_set_last_id(d->engine, SH_MAX(sh_node_get_status(d->node).last_completion,
-                                            daemon_now(d) << DAEMON_ID_CLOCK_SHIFT));
-    daemon_resume_erasure(d);
+    sh_node_status status = d->node ? sh_node_get_status(d->node) : (sh_node_status){0};
+    uint64_t clock_ms = SH_MAX(daemon_now(d), status.wall_ms);
+    sh_engine_set_last_id(d->engine,
+                          SH_MAX(status.last_completion, clock_ms << DAEMON_ID_CLOCK_SHIFT));
+    SH_TRY(daemon_signals_start(d, err));
     daemon_refresh_stats(d, true);
     return daemon_api_create(d, err);
 }
@@ -298,6 +312,7 @@ static void release(sh_daemon *d)
         daemon_inbox_close(&d->inbox);
     sh_api_destroy(&d->api);
     daemon_worker_stop(d);
+    daemon_signals_stop(d);
     sh_child_release(&d->child);
     if (d->store)
         daemon_empty_work();
@@ -310,6 +325,7 @@ static void release(sh_daemon *d)
     sh_node_actions_clear(&d->actions);
     sh_store_close(&d->store);
     sh_buf_release(&d->genesis);
+    sh_buf_release(&d->kept_bytes);
     sh_net_keys_forget(&d->keys);
     memset(d->token, 0, sizeof d->token);
     free(d->kept);
@@ -337,8 +353,11 @@ static int wait_ms(sh_daemon *d)
     uint64_t now = sh_clock_mono_ms(), commit_ms = (uint64_t)d->settings->v.commit_ms;
     uint64_t due = now + WAIT_MS_MAX;
     due = SH_MIN(due, daemon_inbox_due(&d->inbox, commit_ms));
-    if (d->timer_at_ms && d->node)
-        due = SH_MIN(due, SH_MAX(d->timer_due_ms, d->full_until_ms));
+    if (d->timer_at_ms && d->node) {
+        uint64_t steady = daemon_now(d); /* it counts sleep, the other does not */
+        uint64_t wait = d->timer_at_ms > steady ? d->timer_at_ms - steady : 0;
+        due = SH_MIN(due, SH_MAX(now + SH_MIN(wait, (uint64_t)WAIT_MS_MAX), d->full_until_ms));
+    }
     if (d->remake)
         due = SH_MIN(due, d->full_until_ms); /* 0: at once */
     if (d->erase.wanted || (d->erase.running && d->erase.done))
@@ -390,6 +409,8 @@ static sh_status turn(sh_daemon *d, sh_error *err)
         daemon_flush(d);
     daemon_end_jobs(d);
     daemon_run_timer(d);
+    daemon_take_signals(d);
+    daemon_advance_rotation(d);
     daemon_advance_erasure(d); /* last: any of the others may have ended one */
     daemon_refresh_stats(d, false);
     if (d->fatal != SH_OK)
@@ -415,7 +436,8 @@ sh_status sh_daemon_run(const sh_settings *settings, sh_error *err)
     *d = (sh_daemon){.settings = settings, .signal_fd = -1};
     d->inbox.event_fd = -1;
     d->started_ms = sh_clock_mono_ms();
-    d->started_wall_ms = sh_clock_wall_ms();
+    d->started_wall_ms = d->base_ms = sh_clock_wall_ms();
+    d->boot_ms = sh_clock_boot_ms();
     pthread_mutex_init(&d->stats_lock, NULL);
     sh_status status = start(d, err);
     if (status == SH_OK) {

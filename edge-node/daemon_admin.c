@@ -17,6 +17,30 @@
 #include "shared/base/clock.h"
 #include "shared/base/log.h"
 
+static const char *const policy_names[SH_POLICIES] = {"feedback", "windows", "download", "train"};
+
+static void device_json(sh_daemon *d, json_t *o, const sh_node_status *s)
+{
+    char text[64], key[48];
+    for (int i = 0; i < SH_POLICIES; i++) {
+        snprintf(key, sizeof key, "policy_%s", policy_names[i]);
+        sh_json_set(o, key, json_boolean(s->holds[i]));
+    }
+    snprintf(text, sizeof text, "%#x", s->conditions);
+    sh_json_set(o, "conditions", json_string(text));
+    sh_json_set(o, "bytes_up_day", json_integer((json_int_t)s->bytes_up_day));
+    sh_json_set(o, "bytes_down_day", json_integer((json_int_t)s->bytes_down_day));
+    sh_json_set(o, "bytes_up_month", json_integer((json_int_t)s->bytes_up_month));
+    sh_json_set(o, "bytes_down_month", json_integer((json_int_t)s->bytes_down_month));
+    sh_json_set(o, "wall_ms", json_integer((json_int_t)s->wall_ms));
+    sh_json_set(o, "clock_trusted", json_boolean(s->clock_trusted));
+    sh_json_set(o, "refused_full", json_integer((json_int_t)(s->refused_full + d->refused_full)));
+    uint64_t dropped = 0;
+    for (int c = 0; c < SH_CLASSES; c++)
+        dropped += s->dropped[c];
+    sh_json_set(o, "dropped_quota", json_integer((json_int_t)dropped));
+}
+
 static json_t *status_json(sh_daemon *d)
 {
     char text[SH_HASH_HEX_BYTES];
@@ -37,6 +61,7 @@ static json_t *status_json(sh_daemon *d)
                                              : "off"));
     sh_json_set(o, "store_bytes", json_integer((json_int_t)sh_store_bytes_used(d->store)));
     sh_json_set(o, "store_full", json_boolean(d->full_until_ms != 0));
+    sh_json_set(o, "stores_lost", json_integer(d->stores_lost));
     sh_json_set(o, "serving_version", json_integer((json_int_t)d->active_version));
     sh_json_set(o, "requests", json_integer((json_int_t)engine.requests));
     sh_json_set(o, "running", json_integer(engine.running));
@@ -45,6 +70,8 @@ static json_t *status_json(sh_daemon *d)
     sh_node_status s = sh_node_get_status(d->node);
     snprintf(text, sizeof text, "%016llx", (unsigned long long)s.epoch);
     sh_json_set(o, "epoch", json_string(text));
+    sh_json_set(o, "renewals", json_integer((json_int_t)s.renewals));
+    sh_json_set(o, "rotating", json_string(daemon_rotation_state(d)));
     sh_json_set(o, "active_version", json_integer((json_int_t)s.active_version));
     sh_json_set(o, "confirmed_version", json_integer((json_int_t)s.confirmed_version));
     sh_json_set(o, "active_slot", json_integer(s.active_slot));
@@ -59,6 +86,7 @@ static json_t *status_json(sh_daemon *d)
     sh_json_set(o, "outbox_items", json_integer((json_int_t)s.outbox_items));
     sh_json_set(o, "outbox_bytes", json_integer((json_int_t)s.outbox_bytes));
     sh_json_set(o, "last_sync_ms", json_integer((json_int_t)s.last_sync_ms));
+    device_json(d, o, &s);
     return o;
 }
 
@@ -93,6 +121,19 @@ static json_t *begin_erasure(sh_daemon *d, const json_t *request, sh_admin_calle
     return NULL;
 }
 
+/* Goes on by itself, over restarts; status says how far it is. */
+static json_t *begin_rotation(sh_daemon *d)
+{
+    sh_error err = {0};
+    char hex[SH_HASH_HEX_BYTES];
+    if (daemon_rotation_begin(d, &err) != SH_OK)
+        return sh_admin_error(&err);
+    sh_hex(d->rotate.next.public_key.b, sizeof d->rotate.next.public_key.b, hex);
+    json_t *o = accept_command();
+    sh_json_set(o, "key", json_string(hex));
+    return o;
+}
+
 static json_t *set_level(const json_t *request)
 {
     const char *level = json_string_value(json_object_get(request, "level"));
@@ -113,13 +154,16 @@ static json_t *run_command(sh_daemon *d, const json_t *request, sh_admin_caller 
         return status_json(d);
     if (strcmp(command, "erase") == 0)
         return begin_erasure(d, request, caller);
+    if (strcmp(command, "rotate") == 0)
+        return begin_rotation(d);
     if (strcmp(command, "log-level") == 0)
         return set_level(request);
     if (strcmp(command, "stop") == 0) {
         daemon_stop(d, "command");
         return accept_command();
     }
-    return refuse(SH_ERR_USAGE, "unknown command; there are status, erase, log-level, stop");
+    return refuse(SH_ERR_USAGE,
+                  "unknown command; there are status, erase, rotate, log-level, stop");
 }
 
 void daemon_take_commands(sh_daemon *d)
@@ -176,6 +220,7 @@ static sh_status compact(sh_daemon *d, sh_error *err)
 {
     sh_node_destroy(&d->node);
     SH_TRY(sh_store_compact(d->store, err));
+    daemon_store_forget_aside();
     (void)unlink(SH_NODE_FILE_ERASING);
     return daemon_make_core(d, err);
 }

@@ -103,19 +103,45 @@ static void sync_metrics(const daemon_stats *s, sh_buf *out)
     sh_metric_one(out, "shoal_spool_items", "gauge", "Items owed to the aggregator.",
                   (double)s->node.outbox_items);
     sh_metric_family(out, "shoal_spool_dropped_total", "counter",
-                     "Items given up: by class when its quota was passed, and inference records "
-                     "when the store was full.");
+                     "Items given up: by class when its quota was passed, and inferences and "
+                     "feedback when the store was full.");
     for (int c = 0; c < SH_CLASSES; c++) {
         char reason[32];
         snprintf(reason, sizeof reason, "%s-quota", classes[c]);
         labelled(out, "shoal_spool_dropped_total", "reason", reason, (double)s->node.dropped[c]);
     }
-    labelled(out, "shoal_spool_dropped_total", "reason", "store-full", (double)s->dropped_full);
+    labelled(out, "shoal_spool_dropped_total", "reason", "store-full",
+             (double)(s->node.refused_full + s->refused_full));
+    sh_metric_one(out, "shoal_stores_lost_total", "counter",
+                  "Stores that were corrupt, set aside and begun anew.", (double)s->stores_lost);
     sh_metric_one(out, "shoal_sync_link_up", "gauge", "1 while the aggregator is connected.",
                   s->net_up);
     sh_metric_one(out, "shoal_sync_last_success_timestamp_seconds", "gauge",
                   "When the last plan came from the aggregator; 0: never.",
                   (double)s->node.last_sync_ms / 1000);
+}
+
+static void device_metrics(const daemon_stats *s, sh_buf *out)
+{
+    static const char *const policies[SH_POLICIES] = {"feedback", "windows", "download", "train"};
+    static const char *const conditions[] = {"store-full", "metered", "battery", "busy",
+                                             "hot",        "hours",   "budget",  "clock"};
+    static const char *const bytes = "shoal_sync_bytes";
+    sh_metric_family(out, "shoal_policy_holds", "gauge",
+                     "1 while the policy lets its work be done.");
+    for (int i = 0; i < SH_POLICIES; i++)
+        labelled(out, "shoal_policy_holds", "policy", policies[i], s->node.holds[i]);
+    sh_metric_family(out, "shoal_condition", "gauge", "1 while the device is in this condition.");
+    for (size_t i = 0; i < SH_COUNT(conditions); i++)
+        labelled(out, "shoal_condition", "condition", conditions[i], s->node.conditions >> i & 1);
+    sh_metric_family(out, bytes, "gauge", "Bytes of messages in this day and month.");
+    labelled(out, bytes, "period", "up-day", (double)s->node.bytes_up_day);
+    labelled(out, bytes, "period", "down-day", (double)s->node.bytes_down_day);
+    labelled(out, bytes, "period", "up-month", (double)s->node.bytes_up_month);
+    labelled(out, bytes, "period", "down-month", (double)s->node.bytes_down_month);
+    sh_metric_one(out, "shoal_clock_trusted", "gauge",
+                  "1 when the aggregator's signed time was seen since the start.",
+                  s->node.clock_trusted);
 }
 
 static void metrics(void *arg, sh_buf *out)
@@ -124,6 +150,7 @@ static void metrics(void *arg, sh_buf *out)
     daemon_stats s = read_stats(d);
     quality_metrics(&s, out);
     sync_metrics(&s, out);
+    device_metrics(&s, out);
     sh_metric_one(out, "shoal_store_bytes", "gauge", "Bytes that the store takes.",
                   (double)s.store_bytes);
     sh_metric_one(out, "shoal_store_full", "gauge", "1 while the store takes no more.", s.full);

@@ -6,8 +6,10 @@
  * the same path as after a crash. A full store is tried again after DAEMON_FULL_PAUSE_MS; until
  * then inferences are dropped and counted, and ratings are refused.
  */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "edge-node/daemon_internal.h"
 #include "shared/base/clock.h"
@@ -18,10 +20,9 @@
 #define STATS_EVERY_MS   1000u
 #define RESERVE_EVERY_MS 1000u
 
-uint64_t daemon_now(sh_daemon *d)
+uint64_t daemon_now(const sh_daemon *d)
 {
-    d->last_now_ms = SH_MAX(d->last_now_ms, sh_clock_wall_ms());
-    return d->last_now_ms;
+    return d->base_ms + (sh_clock_boot_ms() - d->boot_ms);
 }
 
 /* ---- actions ---- */
@@ -41,6 +42,18 @@ static void log_alarm(sh_daemon *d, uint64_t metric)
     double e = metric < SH_METRICS ? s.log_evalue[metric] : 0;
     sh_log(SH_LOG_WARN, "alarm", "metric=%s window=%llu log_evalue=%.3f",
            sh_metric_name((sh_metric)metric), (unsigned long long)s.windows, e);
+}
+
+/* The aggregator has let us in: it knows our key from now on. */
+static void forget_token(sh_daemon *d)
+{
+    if (d->options.token.n == 0)
+        return;
+    d->options.token = (sh_bytes){0};
+    explicit_bzero(&d->enrol_token, sizeof d->enrol_token);
+    if (unlink(SH_NODE_FILE_TOKEN) != 0)
+        sh_log(SH_LOG_WARN, "token_not_removed", "file=%s error=\"%s\"", SH_NODE_FILE_TOKEN,
+               strerror(errno));
 }
 
 static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
@@ -82,6 +95,7 @@ static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
         sh_log(SH_LOG_WARN, "job_failed", "status=%s", sh_status_name((sh_status)number));
         break;
     case SH_NOTE_CHECKED_IN:
+        forget_token(d);
         sh_log(SH_LOG_INFO, "checked_in", "number=%llu", n);
         break;
     case SH_NOTE_EVALUATED:
@@ -108,7 +122,7 @@ static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
         d->net_refused = true;
         break;
     case SH_NOTE_RENEWED:
-        sh_log(SH_LOG_WARN, "renewed", "renewals=%llu reason=copied_store", n);
+        sh_log(SH_LOG_WARN, "store_copied", "renewals=%llu", n);
         break;
     }
 }
@@ -152,12 +166,9 @@ static void carry_out(sh_daemon *d, sh_node_action *actions, size_t n)
         case SH_NODE_SEND:
             send_message(d, &a->message);
             break;
-        case SH_NODE_SET_TIMER: {
-            uint64_t now = daemon_now(d);
+        case SH_NODE_SET_TIMER:
             d->timer_at_ms = SH_MAX(a->at_ms, 1);
-            d->timer_due_ms = sh_clock_mono_ms() + (a->at_ms > now ? a->at_ms - now : 0);
             break;
-        }
         case SH_NODE_START_JOB:
             daemon_start_job(d, &a->job);
             break;
@@ -167,6 +178,10 @@ static void carry_out(sh_daemon *d, sh_node_action *actions, size_t n)
             break;
         case SH_NODE_ACTIVATE:
             activate(d, a->version, a->slot);
+            break;
+        case SH_NODE_SWITCH_KEY:
+            d->rotate.answered = d->rotate.pending && !d->rotate.trying &&
+                                 sh_hash_equal(&a->key, &d->rotate.next.public_key);
             break;
         case SH_NODE_NOTE:
             take_note(d, a->note, a->number);
@@ -216,9 +231,11 @@ sh_status daemon_make_core(sh_daemon *d, sh_error *err)
                            &d->rng, d->txn, &d->actions, &d->node, err));
     SH_GOTO(sh_txn_commit(&d->txn, err));
     d->lost_slots = 0;
+    d->lives++;
     SH_GOTO(keep(d, err));
     carry_out(d, d->kept, d->n_kept);
     clear_kept(d);
+    daemon_signals_repeat(d);
     return link_step(d, err);
 cleanup:
     sh_txn_abort(&d->txn);
@@ -227,17 +244,39 @@ cleanup:
     return status;
 }
 
+static sh_status settle_once(sh_daemon *d, sh_error *err)
+{
+    if (d->store_corrupt)
+        SH_TRY(daemon_store_replace(d, err));
+    SH_TRY(daemon_make_core(d, err));
+    if (d->node && d->resume_erasure) {
+        d->resume_erasure = false;
+        daemon_resume_erasure(d);
+    }
+    return SH_OK;
+}
+
 void daemon_settle(sh_daemon *d)
 {
     for (unsigned i = 0; d->remake && d->fatal == SH_OK; i++) {
         sh_error err = {0};
-        if (!d->node && sh_clock_mono_ms() < d->full_until_ms)
+        bool fresh = d->store_corrupt; /* a store that was just made is not set aside, too */
+        if (fresh && !daemon_worker_idle(d))
+            return; /* it reads the store; its end wakes the loop */
+        if (!fresh && !d->node && sh_clock_mono_ms() < d->full_until_ms)
             return;
-        sh_status status = daemon_make_core(d, &err);
+        sh_status status = settle_once(d, &err);
         if (status == SH_ERR_FULL) {
+            if (!d->full_until_ms)
+                sh_log(SH_LOG_ERROR, "store", "state=full error=\"%s\"", err.text);
             d->full_until_ms = sh_clock_mono_ms() + DAEMON_FULL_PAUSE_MS;
             d->remake = true;
             return;
+        }
+        if (status == SH_ERR_CORRUPT && !fresh && d->fatal == SH_OK) {
+            d->store_corrupt = d->remake = true;
+            d->corrupt_err = err;
+            continue;
         }
         if (status != SH_OK || (d->remake && i + 1 == REMAKE_MAX)) {
             d->fatal = status != SH_OK ? status : SH_ERR_CORRUPT;
@@ -263,6 +302,7 @@ static sh_status batch_step(sh_daemon *d, const sh_node_event *event, sh_error *
 {
     sh_node_event e = *event;
     e.now_ms = daemon_now(d);
+    e.wall_ms = sh_clock_wall_ms();
     SH_TRY(sh_node_step(d->node, &e, d->txn, &d->actions, err));
     return keep(d, err);
 }
@@ -289,6 +329,12 @@ static void batch_fail(sh_daemon *d, sh_status status, const sh_error *err)
     sh_node_actions_clear(&d->actions);
     clear_kept(d);
     d->remake = true;
+    if (status == SH_ERR_CORRUPT && !d->store_corrupt) {
+        d->store_corrupt = true;
+        d->corrupt_err = *err;
+        sh_node_destroy(&d->node);
+        return;
+    }
     if (status == SH_ERR_FULL) {
         if (!d->full_until_ms)
             sh_log(SH_LOG_ERROR, "store", "state=full error=\"%s\"", err->text);
@@ -457,9 +503,7 @@ static void commit_or_drop(sh_daemon *d, const post *p)
         return;
     }
     if (status != SH_OK) {
-        pthread_mutex_lock(&d->stats_lock);
-        d->stats.dropped_full += p->n;
-        pthread_mutex_unlock(&d->stats_lock);
+        d->refused_full += p->n + p->n_ratings;
     }
     for (size_t i = 0; i < p->n_ratings; i++) {
         daemon_rating *r = p->ratings[i];
@@ -562,12 +606,10 @@ void daemon_take_messages(sh_daemon *d)
 void daemon_run_timer(sh_daemon *d)
 {
     sh_node_event e = {.kind = SH_NODE_TIMER};
-    uint64_t now = sh_clock_mono_ms();
     bool erases = d->erase.running && !d->erase.done;
-    if (d->timer_at_ms == 0 || !d->node || now < d->timer_due_ms ||
-        (now < d->full_until_ms && !erases))
+    if (d->timer_at_ms == 0 || !d->node || daemon_now(d) < d->timer_at_ms ||
+        (sh_clock_mono_ms() < d->full_until_ms && !erases))
         return;
-    d->last_now_ms = SH_MAX(d->last_now_ms, d->timer_at_ms); /* also when the clock was set back */
     d->timer_at_ms = 0;
     (void)daemon_step(d, &e, NULL);
 }
@@ -588,6 +630,8 @@ void daemon_refresh_stats(sh_daemon *d, bool now)
     s->full = d->full_until_ms != 0;
     s->net_up = d->net_up;
     s->net_refused = d->net_refused;
+    s->refused_full = d->refused_full;
+    s->stores_lost = d->stores_lost;
     if (bytes)
         s->store_bytes = used;
     s->window_n = w->nll_n;

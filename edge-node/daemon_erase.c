@@ -105,6 +105,7 @@ sh_status sh_erase_offline(const sh_settings *settings, uint64_t user, uint64_t 
     }
     sh_node_destroy(&e.node);
     SH_GOTO(sh_store_compact(e.store, err));
+    daemon_store_forget_aside();
     (void)unlink(SH_NODE_FILE_ERASING);
     *rows = e.rows;
 cleanup:

@@ -38,7 +38,7 @@ void daemon_inbox_release(daemon_inbox *inbox)
     *inbox = (daemon_inbox){0};
 }
 
-static void wake(daemon_inbox *inbox)
+void daemon_inbox_wake(daemon_inbox *inbox)
 {
     uint64_t one = 1;
     if (write(inbox->event_fd, &one, sizeof one) < 0)
@@ -68,7 +68,7 @@ void daemon_inbox_put(daemon_inbox *inbox, const sh_record *record, const sh_com
             inbox->first_ms = sh_clock_mono_ms();
         inbox->waiting[inbox->n_waiting++] = item;
         if (inbox->n_waiting == 1 || inbox->n_waiting == DAEMON_WAITING_MAX)
-            wake(inbox);
+            daemon_inbox_wake(inbox);
     }
     pthread_mutex_unlock(&inbox->lock);
 }
@@ -84,7 +84,7 @@ sh_status daemon_inbox_rate(daemon_inbox *inbox, daemon_rating *rating, sh_error
                          DAEMON_RATINGS_MAX);
     } else {
         inbox->ratings[inbox->n_ratings++] = rating;
-        wake(inbox);
+        daemon_inbox_wake(inbox);
         while (!rating->done)
             pthread_cond_wait(&inbox->answered, &inbox->lock);
         status = rating->status;
@@ -103,7 +103,7 @@ void daemon_inbox_put_done(daemon_inbox *inbox, daemon_work *work)
         at = &(*at)->next;
     work->next = NULL;
     *at = work;
-    wake(inbox);
+    daemon_inbox_wake(inbox);
     pthread_mutex_unlock(&inbox->lock);
 }
 
@@ -111,7 +111,7 @@ void daemon_inbox_put_api_closed(daemon_inbox *inbox)
 {
     pthread_mutex_lock(&inbox->lock);
     inbox->api_closed = true;
-    wake(inbox);
+    daemon_inbox_wake(inbox);
     pthread_mutex_unlock(&inbox->lock);
 }
 

@@ -6,6 +6,8 @@
  *   daemon_jobs.c   installations, smoke tests, evaluations on the worker
  *   daemon_train.c  the training child
  *   daemon_slots.c  model files of the two slots
+ *   daemon_store.c  the store's environment; one that is corrupt is set aside
+ *   daemon_signals.c  probes of the device, on a thread of their own
  *   daemon_admin.c  commands and erasure
  *   daemon_api.c    the API's backend: ratings, health, metrics
  * All but the inbox, the worker's body and the API's backend runs on the loop's thread.
@@ -19,17 +21,19 @@
 #include "edge-node/child.h"
 #include "edge-node/daemon.h"
 #include "edge-node/learn.h"
+#include "edge-node/probe.h"
 #include "shared/base/failpoint.h"
 #include "shared/net/admin.h"
 
-#define DAEMON_WAITING_MAX         256u  /* inferences that wait for their commit */
-#define DAEMON_RATINGS_MAX         64u   /* ratings that wait for theirs */
-#define DAEMON_JOBS_MAX            8u    /* jobs that wait for the worker */
-#define DAEMON_MESSAGES_MAX        16u   /* messages of the aggregator in one transaction */
-#define DAEMON_FULL_PAUSE_MS       5000u /* between two tries at a full store */
-#define DAEMON_FAILURES_MAX        5u    /* steps that fail one after another before we give up */
-#define DAEMON_ID_CLOCK_SHIFT      16    /* 65,536 ids a ms; a next life repeats none */
-#define DAEMON_RATING_DISTANCE_MAX 64u   /* tokens that an edit distance is made of */
+#define DAEMON_WAITING_MAX         256u   /* inferences that wait for their commit */
+#define DAEMON_RATINGS_MAX         64u    /* ratings that wait for theirs */
+#define DAEMON_JOBS_MAX            8u     /* jobs that wait for the worker */
+#define DAEMON_MESSAGES_MAX        16u    /* messages of the aggregator in one transaction */
+#define DAEMON_ROTATE_TRY_MS       60000u /* a refused key is tried before the other one is */
+#define DAEMON_FULL_PAUSE_MS       5000u  /* between two tries at a full store */
+#define DAEMON_FAILURES_MAX        5u     /* steps that fail one after another before we give up */
+#define DAEMON_ID_CLOCK_SHIFT      16     /* 65,536 ids a ms; a next life repeats none */
+#define DAEMON_RATING_DISTANCE_MAX 64u    /* tokens that an edit distance is made of */
 
 /* ---- what other threads post ---- */
 typedef struct {
@@ -78,6 +82,7 @@ void daemon_inbox_put(daemon_inbox *inbox, const sh_record *record, const sh_com
 SH_MUST_USE sh_status daemon_inbox_rate(daemon_inbox *inbox, daemon_rating *rating, sh_error *err);
 void daemon_inbox_put_done(daemon_inbox *inbox, daemon_work *work);
 void daemon_inbox_put_api_closed(daemon_inbox *inbox);
+void daemon_inbox_wake(daemon_inbox *inbox);  /* the loop has something to look at */
 void daemon_inbox_close(daemon_inbox *inbox); /* wakes everybody */
 /* The loop's side. take_waiting moves at most `max` inferences out; their tokens are the caller's.
  */
@@ -100,11 +105,24 @@ typedef struct {
     bool started, busy, stop;
 } daemon_worker;
 
+/* ---- probes ---- */
+typedef struct {
+    pthread_t thread;
+    bool started;
+    int stop_fd;
+    uint32_t interval_ms, timeout_ms;
+    sh_probe probes[SH_PROBES]; /* the thread's */
+    pthread_mutex_t lock;
+    sh_node_signals latest;
+    bool asked, fresh; /* there is an answer; the core has not got it */
+} daemon_signals;
+
 /* What the loop says to other threads; under stats_lock. */
 typedef struct {
     sh_node_status node;
     bool has_node, full, net_up, net_refused;
-    uint64_t store_bytes, dropped_full;
+    uint64_t store_bytes, refused_full; /* the latter: that the core has not counted yet */
+    uint32_t stores_lost;
     uint64_t trainings_ok, trainings_failed, trainings_cancelled;
     uint64_t window_n, rated_n; /* of the last closed window, or of the open one */
     double nll, accept_ratio;
@@ -121,7 +139,8 @@ typedef struct {
     sh_store *store;
     sh_node *node; /* NULL: the store was too full to make it again; tried later */
     sh_node_options options;
-    sh_buf genesis; /* signed manifest */
+    sh_hash enrol_token; /* that options.token is, until the aggregator has let us in */
+    sh_buf genesis;      /* signed manifest */
     sh_hash genesis_sha256;
     sh_frozen *frozen;
     sh_engine *engine;
@@ -140,11 +159,17 @@ typedef struct {
     sh_node_actions actions; /* of the step that runs */
     sh_node_action *kept;    /* of the open batch, in order */
     size_t n_kept, kept_cap;
-    uint64_t last_now_ms, timer_at_ms; /* wall clock; timer 0: none */
-    uint64_t timer_due_ms;             /* monotonic */
-    uint64_t full_until_ms;            /* monotonic; 0: not full */
-    uint64_t reserve_due_ms;           /* when the store's reserve may be used again */
-    bool remake;                       /* the core must be made again */
+    uint64_t base_ms, boot_ms; /* daemon_now() at the start, and the boot clock then */
+    uint64_t timer_at_ms;      /* daemon_now(); 0: none */
+    uint64_t full_until_ms;    /* monotonic; 0: not full */
+    uint64_t reserve_due_ms;   /* when the store's reserve may be used again */
+    bool remake;               /* the core must be made again */
+    bool store_corrupt;        /* the store must be set aside before that */
+    bool resume_erasure;       /* one may have been interrupted: look when there is a core */
+    sh_error corrupt_err;
+    uint32_t stores_lost;
+    uint64_t refused_full; /* by a full store, and not told to the core yet */
+    sh_buf kept_bytes;     /* options.kept_manifest */
     unsigned failures;
     sh_status fatal; /* not SH_OK: the loop ends with it */
     sh_error fatal_err;
@@ -163,6 +188,16 @@ typedef struct {
 
     /* network */
     bool net_up, net_refused;
+
+    /* rotation of the key; see daemon_rotate.c */
+    struct {
+        sh_net_keys next;
+        sh_hash token;
+        bool pending, trying, answered;
+        uint64_t since_ms;  /* monotonic, of the present link's key */
+        uint64_t told_life; /* of the core that was asked to tell the aggregator */
+    } rotate;
+    uint64_t lives; /* cores made */
 
     /* erasure */
     struct {
@@ -183,6 +218,7 @@ typedef struct {
     daemon_stats stats;
     uint64_t stats_due_ms;
     daemon_inbox inbox;
+    daemon_signals signals;
 } sh_daemon;
 
 /* ---- daemon.c ---- */
@@ -190,8 +226,16 @@ void daemon_stop(sh_daemon *d, const char *reason);
 /* Logs and raises SIGKILL where the environment armed the point. */
 void daemon_failpoint(sh_daemon *d, const char *name);
 
+/* Dials the aggregator. */
+sh_status daemon_connect(sh_daemon *d, const sh_net_keys *keys, sh_error *err);
+/* Opens the socket of the folder's commands, under the node's present key, in place of an open one.
+ */
+sh_status daemon_open_admin(sh_daemon *d, sh_error *err);
+
 /* ---- daemon_core.c ---- */
-uint64_t daemon_now(sh_daemon *d); /* wall clock; never goes back */
+/* Steady: begins at what the device's clock said, goes on while it sleeps, never jumps. Any thread.
+ */
+uint64_t daemon_now(const sh_daemon *d);
 sh_status daemon_make_core(sh_daemon *d, sh_error *err);
 /* One event, one transaction. A failure is logged and the core made again: the event did not
  * happen. */
@@ -209,9 +253,24 @@ void daemon_slot_unpack(const char *path);
 /* Serves a slot's model. SH_ERR_CORRUPT: the file is not what its manifest says, nor can it be made
  * so. */
 sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_error *err);
+/* Serves what was served last, or the genesis model, while a full store lets no core be made. */
+sh_status daemon_serve_without_core(sh_daemon *d, sh_error *err);
 /* What ends the writing of every file here: fsync, rename, fsync of the folder. */
 sh_status daemon_file_end(int fd, const char *temporary, const char *path, sh_error *err);
 sh_status daemon_copy_file(const char *from, const char *to, sh_error *err);
+
+/* ---- daemon_store.c ---- */
+sh_status daemon_store_open(sh_daemon *d, sh_error *err);
+/* Sets the open one aside for corrupt_err and begins a new one. The worker is idle. */
+sh_status daemon_store_replace(sh_daemon *d, sh_error *err);
+void daemon_store_forget_aside(void); /* they hold what users wrote */
+void daemon_keep_manifest(uint32_t slot, sh_bytes manifest);
+
+/* ---- daemon_signals.c ---- */
+sh_status daemon_signals_start(sh_daemon *d, sh_error *err);
+void daemon_signals_stop(sh_daemon *d);
+void daemon_signals_repeat(sh_daemon *d); /* a new core knows nothing yet */
+void daemon_take_signals(sh_daemon *d);
 
 /* ---- daemon_jobs.c ---- */
 sh_status daemon_worker_start(sh_daemon *d, sh_error *err);
@@ -219,7 +278,8 @@ void daemon_worker_stop(sh_daemon *d); /* waits for the job that runs */
 bool daemon_worker_idle(sh_daemon *d);
 /* A job that cannot begin ends at once, as every job does: through the inbox. */
 void daemon_start_job(sh_daemon *d, const sh_node_job *job);
-void daemon_end_jobs(sh_daemon *d); /* takes finished ones in */
+void daemon_end_jobs(sh_daemon *d);  /* takes finished ones in */
+void daemon_drop_jobs(sh_daemon *d); /* forgets finished ones: their core is gone */
 
 /* ---- daemon_train.c ---- */
 sh_status daemon_start_training(sh_daemon *d, const sh_node_job *job, sh_error *err);
@@ -234,6 +294,12 @@ void daemon_advance_erasure(sh_daemon *d);
  * in between is brought to its end at the next start. */
 sh_status daemon_mark_erasing(sh_error *err);
 void daemon_resume_erasure(sh_daemon *d);
+
+/* ---- daemon_rotate.c ---- */
+sh_status daemon_rotation_load(sh_daemon *d, sh_error *err); /* one that a kill interrupted */
+sh_status daemon_rotation_begin(sh_daemon *d, sh_error *err);
+const char *daemon_rotation_state(const sh_daemon *d); /* "no", "asked", "trying" */
+void daemon_advance_rotation(sh_daemon *d);
 
 /* ---- daemon_api.c ---- */
 sh_status daemon_api_create(sh_daemon *d, sh_error *err);

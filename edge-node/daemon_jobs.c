@@ -295,6 +295,13 @@ static const char *kind_name(sh_node_job_kind kind)
     return names[(size_t)kind < SH_COUNT(names) ? kind : 0];
 }
 
+void daemon_drop_jobs(sh_daemon *d)
+{
+    daemon_work *work;
+    while ((work = daemon_inbox_take_done(&d->inbox)) != NULL)
+        free_work(work);
+}
+
 void daemon_end_jobs(sh_daemon *d)
 {
     daemon_work *work;

@@ -17,6 +17,7 @@
 #include "shared/math/kernel.h"
 
 #define COPY_BYTES (1u << 16)
+#define SLOT_NONE  UINT32_MAX
 
 void daemon_slot_path(uint32_t slot, char *out, size_t n)
 {
@@ -88,8 +89,8 @@ cleanup:
     return status;
 }
 
-/* What the slot's file must be. */
-static sh_status wanted(sh_daemon *d, uint32_t slot, sh_hash *sha256, sh_error *err)
+/* What the slot's file must be; copy: its manifest, initialized by the caller. */
+static sh_status wanted(sh_daemon *d, uint32_t slot, sh_hash *sha256, sh_buf *copy, sh_error *err)
 {
     sh_txn *txn = NULL;
     sh_bytes bytes;
@@ -98,6 +99,8 @@ static sh_status wanted(sh_daemon *d, uint32_t slot, sh_hash *sha256, sh_error *
     sh_status status = sh_node_get_slot(txn, slot, &bytes, err);
     if (status == SH_OK)
         status = sh_manifest_verify(bytes.data, bytes.n, &d->options.release_key, &manifest, err);
+    if (status == SH_OK && sh_buf_append(copy, bytes.data, bytes.n) != SH_OK)
+        status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a manifest");
     if (status == SH_OK)
         *sha256 = manifest.model.sha256;
     sh_txn_abort(&txn);
@@ -150,26 +153,11 @@ static sh_status pack_model(const sh_daemon *d, const char *path, sh_model *mode
     return status;
 }
 
-sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_error *err)
+/* Takes the model over, in either case. */
+static sh_status serve(sh_daemon *d, const char *path, sh_model *model, uint64_t version,
+                       sh_error *err)
 {
-    char path[64];
-    sh_hash sha256;
-    sh_model *model = NULL;
-    daemon_slot_path(slot, path, sizeof path);
-    SH_TRY(wanted(d, slot, &sha256, err));
-    sh_status status = open_model(path, &sha256, &model, err);
-    bool genesis = sh_hash_equal(&sha256, &d->genesis_sha256);
-    if (status != SH_OK && status != SH_ERR_NO_MEMORY && genesis) {
-        if (sh_file_exists(path))
-            sh_log(SH_LOG_WARN, "slot_repaired", "slot=%u from=%s", slot, SH_NODE_FILE_GENESIS);
-        status = daemon_copy_file(SH_NODE_FILE_GENESIS, path, err);
-        if (status == SH_OK)
-            status = open_model(path, &sha256, &model, err);
-    } else if (status != SH_OK && status != SH_ERR_NO_MEMORY) {
-        return SH_ERR_CORRUPT; /* whatever it is: the slot cannot be served */
-    }
-    SH_TRY(status);
-    status = pack_model(d, path, model, err);
+    sh_status status = pack_model(d, path, model, err);
     sh_chat_family family = sh_chat_detect(model->gguf);
     if (status == SH_OK)
         status = sh_engine_activate(d->engine, &model, version, err);
@@ -180,7 +168,74 @@ sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_erro
     sh_log(SH_LOG_INFO, "model_active", "release=%llu kernel=%s chat=%s",
            (unsigned long long)version, sh_kernel_level(), sh_chat_family_name(family));
     d->active_version = version;
-    d->active_slot = slot;
     d->serving = true;
+    return SH_OK;
+}
+
+/* Opens the slot's file, which a genesis model may be put into again. */
+static sh_status open_slot(sh_daemon *d, uint32_t slot, const char *path, sh_model **model,
+                           sh_error *err)
+{
+    sh_hash sha256;
+    sh_buf manifest;
+    sh_buf_init(&manifest, SH_WIRE_MANIFEST_MAX);
+    sh_status status = wanted(d, slot, &sha256, &manifest, err);
+    if (status != SH_OK) {
+        sh_buf_release(&manifest);
+        return status;
+    }
+    status = open_model(path, &sha256, model, err);
+    bool genesis = sh_hash_equal(&sha256, &d->genesis_sha256);
+    if (status != SH_OK && status != SH_ERR_NO_MEMORY && genesis) {
+        if (sh_file_exists(path))
+            sh_log(SH_LOG_WARN, "slot_repaired", "slot=%u from=%s", slot, SH_NODE_FILE_GENESIS);
+        status = daemon_copy_file(SH_NODE_FILE_GENESIS, path, err);
+        if (status == SH_OK)
+            status = open_model(path, &sha256, model, err);
+    } else if (status != SH_OK && status != SH_ERR_NO_MEMORY) {
+        status = SH_ERR_CORRUPT; /* whatever it is: the slot cannot be served */
+    }
+    if (status == SH_OK)
+        daemon_keep_manifest(slot, (sh_bytes){manifest.data, manifest.len});
+    sh_buf_release(&manifest);
+    return status;
+}
+
+sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_error *err)
+{
+    char path[64];
+    sh_model *model = NULL;
+    daemon_slot_path(slot, path, sizeof path);
+    sh_status status = open_slot(d, slot, path, &model, err);
+    if (status == SH_ERR_FULL) { /* no room for a copy */
+        path[0] = 0;
+        status = open_model(SH_NODE_FILE_GENESIS, &d->genesis_sha256, &model, err);
+    }
+    SH_TRY(status);
+    SH_TRY(serve(d, path[0] ? path : SH_NODE_FILE_GENESIS, model, version, err));
+    d->active_slot = slot;
+    return SH_OK;
+}
+
+sh_status daemon_serve_without_core(sh_daemon *d, sh_error *err)
+{
+    sh_txn *txn = NULL;
+    uint64_t version = 0;
+    uint32_t slot = 0;
+    sh_model *model = NULL;
+    sh_manifest genesis;
+    sh_status status = sh_txn_begin(d->store, SH_TXN_READ, &txn, err);
+    if (status == SH_OK)
+        status = sh_node_stored_active(txn, &version, &slot, err);
+    sh_txn_abort(&txn);
+    if (status == SH_OK)
+        status = daemon_activate(d, version, slot, err);
+    if (status == SH_OK)
+        return SH_OK;
+    SH_TRY(sh_manifest_verify(d->genesis.data, d->genesis.len, &d->options.release_key, &genesis,
+                              err));
+    SH_TRY(open_model(SH_NODE_FILE_GENESIS, &d->genesis_sha256, &model, err));
+    SH_TRY(serve(d, SH_NODE_FILE_GENESIS, model, genesis.version, err));
+    d->active_slot = SLOT_NONE; /* the core's first ACTIVATE is another one */
     return SH_OK;
 }

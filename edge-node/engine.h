@@ -68,7 +68,7 @@ typedef struct {
     uint32_t threads;              /* of a pass; 0: 1 */
     sh_kv_type kv;                 /* of the slots' caches */
     bool share_prefix;             /* starts of texts among users */
-    uint64_t (*now_ms)(void *arg); /* wall clock, for ids and records */
+    uint64_t (*now_ms)(void *arg); /* for records */
     /* Each request that ended without an error, early or not, on its thread: the record and the row
      * (tokens borrowed; without those of a stop string) for the core. May block for as long as its
      * queue is full. */

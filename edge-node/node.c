@@ -75,6 +75,28 @@ static sh_status check_options(const sh_node_options *o, sh_error *err)
     return SH_OK;
 }
 
+/* Begins with the release of options.kept_manifest in place of the genesis. */
+static sh_status keep_release(node_step *s)
+{
+    sh_node *n = s->n;
+    node_state *st = &n->state;
+    sh_bytes kept = n->options.kept_manifest;
+    uint32_t slot = n->options.kept_slot;
+    sh_manifest manifest;
+    n->options.kept_manifest = (sh_bytes){NULL, 0};
+    if (kept.n == 0)
+        return SH_OK;
+    SH_ASSERT(slot < NODE_SLOTS);
+    if (sh_manifest_verify(kept.data, kept.n, &n->options.release_key, &manifest, s->err) != SH_OK)
+        return sh_fail_in(s->err, "the manifest of the release that is kept");
+    if (manifest.version <= st->confirmed_version)
+        return SH_OK;
+    st->slots[slot] = (node_release){manifest.version, manifest.model.sha256, manifest.model.bytes};
+    st->active_slot = slot;
+    st->confirmed_version = manifest.version;
+    return node_manifest_put(s, slot == 0 ? node_meta_slot0 : node_meta_slot1, kept);
+}
+
 /* A store without state: a new epoch, the genesis release active and confirmed. */
 static sh_status make_new(node_step *s, sh_bytes genesis)
 {
@@ -96,9 +118,10 @@ static sh_status make_new(node_step *s, sh_bytes genesis)
         .slots[0] = {manifest.version, manifest.model.sha256, manifest.model.bytes},
     };
     SH_TRY(node_manifest_put(s, node_meta_slot0, genesis));
+    SH_TRY(keep_release(s));
     n->options.monitor.origin = n->link.epoch;
     SH_TRY(sh_monitor_create(&n->options.monitor, &n->monitor, s->err));
-    sh_monitor_set_release(n->monitor, (uint32_t)manifest.version);
+    sh_monitor_set_release(n->monitor, (uint32_t)node_active(n)->version);
     n->dirty = n->monitor_dirty = true;
     return SH_OK;
 }
@@ -208,6 +231,9 @@ static sh_status dispatch(node_step *s, const sh_node_event *event)
         return node_on_rating(s, &event->rating);
     case SH_NODE_ERASE:
         return node_on_erase(s, event->user);
+    case SH_NODE_ROTATE:
+        node_on_rotate(s, &event->key, event->token);
+        return SH_OK;
     case SH_NODE_JOB_DONE:
         return on_job(s, &event->result);
     case SH_NODE_SIGNALS: /* node_policy_update has it */

@@ -105,6 +105,7 @@ typedef struct {
     uint32_t cores;
     uint64_t memory_bytes, disk_bytes; /* disk: that the store may take */
     const char *device_class;          /* as its owner names it; NULL: not said. Borrowed, too */
+    sh_bytes token; /* one-time token of the enrolment, borrowed; goes into ENROL until a WELCOME */
     sh_monitor_options monitor;
     /* Rings: the oldest go when one of its limits is passed. 0 is no limit of that kind, but for
      * the counts. */
@@ -122,10 +123,17 @@ typedef struct {
     bool send_only_if_better;     /* own held-out loss must improve (design section 5) */
     bool evaluate;                /* take part in federated evaluation when a plan asks for it */
     uint64_t evaluate_tokens_min; /* target tokens of feedback below which it has nothing to say */
+    /* For a store that is new where there was one before: the signed manifest of a release, newer
+     * than the genesis, whose file lies in kept_slot and is sound: it is active and confirmed. */
+    sh_bytes kept_manifest; /* borrowed for create */
+    uint32_t kept_slot;
     /* Bit i: the file of slot i is not what its manifest says. Create forgets that release, without
      * refusing it; where it was the active one, the other slot's is active, or else the genesis
      * release in slot 0. */
     uint32_t lost_slots;
+    /* While the shell is connected by the key of a SWITCH_KEY: the token of its ROTATE. Borrowed.
+     */
+    sh_bytes rotate_token;
 } sh_node_options;
 
 typedef enum {
@@ -139,6 +147,7 @@ typedef enum {
     SH_NODE_ERASE, /* everything that a user (0: anyone) wrote; a running training is cancelled */
     SH_NODE_JOB_DONE,
     SH_NODE_SIGNALS, /* what the shell sees of its device; the last one counts */
+    SH_NODE_ROTATE, /* tell the aggregator the node's next key, until it answers or the core ends */
 } sh_node_event_kind;
 
 /* What a user's correction teaches: the tokens that the author really wrote after the context.
@@ -223,6 +232,8 @@ typedef struct {
     sh_rating rating; /* RATING; an id that is not there, or was rated otherwise, is noted and
                          changes nothing: look first (sh_node_get_completion) */
     uint64_t user;    /* ERASE */
+    sh_hash key;      /* ROTATE: public half of the next pair, */
+    sh_bytes token;   /* and 16 to SH_WIRE_TOKEN_MAX random bytes that prove it later */
     sh_node_job_result result;
     sh_node_signals signals;
 } sh_node_event;
@@ -232,8 +243,10 @@ typedef enum {
     SH_NODE_SET_TIMER, /* call TIMER at at_ms (replaces the earlier one) */
     SH_NODE_START_JOB,
     SH_NODE_CANCEL_JOB,
-    SH_NODE_ACTIVATE, /* requests that begin from now on use this slot's model */
-    SH_NODE_NOTE,     /* for the log: code and a number */
+    SH_NODE_ACTIVATE,   /* requests that begin from now on use this slot's model */
+    SH_NODE_NOTE,       /* for the log: code and a number */
+    SH_NODE_SWITCH_KEY, /* the aggregator awaits `key`: make the core again with rotate_token and
+                           connect with it. When it is welcomed the old key is no more */
 } sh_node_action_kind;
 
 typedef enum {
@@ -255,7 +268,7 @@ typedef enum {
     SH_NOTE_TRAIN_STOPPED, /* its policy no longer holds; number: round */
     SH_NOTE_CLOCK_SET,     /* by the aggregator's signed time; number: seconds that it was off */
     SH_NOTE_BUDGET,        /* a byte budget is used up; number: 0 up, 1 down */
-    SH_NOTE_RENEWED,    /* another sender had this epoch, a copy of the store; number: renewals */
+    SH_NOTE_RENEWED, /* another sender had this epoch, a copy of the store; number: renewals */
 } sh_node_note;
 
 typedef struct {
@@ -268,6 +281,7 @@ typedef struct {
     uint32_t slot;
     sh_node_note note;
     uint64_t number;
+    sh_hash key; /* SWITCH_KEY */
 } sh_node_action;
 
 typedef struct {
@@ -333,6 +347,10 @@ SH_MUST_USE sh_status sh_node_stored_epoch(sh_txn *txn, uint64_t *epoch, sh_erro
 /* The first epoch that it had. Another one than the present: copies of the store may have sent
  * under it, and under those between the two. */
 SH_MUST_USE sh_status sh_node_stored_origin(sh_txn *txn, uint64_t *epoch, sh_error *err);
+
+/* The release that was active, and the slot of its file. SH_ERR_NOT_FOUND as above. */
+SH_MUST_USE sh_status sh_node_stored_active(sh_txn *txn, uint64_t *version, uint32_t *slot,
+                                            sh_error *err);
 
 /* The row of a completion; tokens borrowed from the transaction or `copy` (initialized by the
  * caller). SH_ERR_NOT_FOUND: never there, or past its retention. */

@@ -230,6 +230,7 @@ void node_monitor_release(node_step *s); /* the active release has changed */
 /* ---- node_sync.c ---- */
 sh_status node_on_message(node_step *s, sh_bytes message);
 void node_on_link(node_step *s, bool up);
+void node_on_rotate(node_step *s, const sh_hash *key, sh_bytes token);
 sh_status node_pump(node_step *s);
 sh_link_step node_link(node_step *s);
 sh_status node_link_open(node_step *s);

@@ -169,11 +169,13 @@ void node_policy_gates(sh_node *n)
     closed->chunks = closed->items[SH_CLASS_UPDATE];
     closed->want = !small || !n->policy.holds[SH_POLICY_DOWNLOAD] || chunks == 0;
     closed->want_max = chunks;
-    closed->contact_ms = 0;
+    closed->enrol_ms = closed->contact_ms = 0;
     if (!small)
         closed->contact_ms = NODE_NEVER;
     else if (!n->policy.holds[SH_POLICY_FEEDBACK] && n->policy.plan_ms != NODE_NEVER)
         closed->contact_ms = n->policy.plan_ms + n->options.checkin_blocked_ms;
+    if (!may_send(n, SH_CLASS_WINDOW) && closed->want) /* these need a WELCOME, too */
+        closed->enrol_ms = closed->contact_ms;
 }
 
 uint32_t node_policy_conditions(const sh_node *n)

@@ -247,6 +247,18 @@ sh_status sh_node_stored_epoch(sh_txn *txn, uint64_t *epoch, sh_error *err)
                                       : status;
 }
 
+sh_status sh_node_stored_active(sh_txn *txn, uint64_t *version, uint32_t *slot, sh_error *err)
+{
+    node_state state = {0};
+    sh_status status = node_state_load(txn, &state, err);
+    if (status == SH_ERR_NOT_FOUND)
+        return sh_fail(err, status, "no node was made in this store");
+    SH_TRY(status);
+    *slot = state.active_slot;
+    *version = state.slots[state.active_slot].version;
+    return SH_OK;
+}
+
 sh_status sh_node_stored_origin(sh_txn *txn, uint64_t *epoch, sh_error *err)
 {
     node_state state = {0};

@@ -240,6 +240,13 @@ static void on_renewed(void *arg)
     node_note(arg, SH_NOTE_RENEWED, s->n->link.renewals);
 }
 
+static void on_rotated(void *arg, const sh_hash *key)
+{
+    sh_node_action *action = node_act(arg, SH_NODE_SWITCH_KEY);
+    SH_ASSERT(action != NULL); /* a message's step has sent nothing yet */
+    action->key = *key;
+}
+
 static void on_refused(void *arg)
 {
     sh_node *n = ((node_step *)arg)->n;
@@ -257,6 +264,7 @@ static const sh_link_callbacks callbacks = {
     .on_chunks = on_chunks,
     .on_rejected = on_rejected,
     .on_renewed = on_renewed,
+    .on_rotated = on_rotated,
     .on_refused = on_refused,
 };
 
@@ -284,7 +292,8 @@ sh_status node_link_open(node_step *s)
                   .memory_bytes = o->memory_bytes,
                   .device_class = o->device_class ? o->device_class : "",
                   .disk_bytes = o->disk_bytes,
-                  .slots = NODE_SLOTS},
+                  .slots = NODE_SLOTS,
+                  .token = o->rotate_token.n > 0 ? o->rotate_token : o->token},
         .retry_min_ms = o->retry_min_ms,
         .retry_max_ms = o->retry_max_ms,
     };
@@ -302,6 +311,12 @@ void node_on_link(node_step *s, bool up)
     sh_link_up(&link);
     if (s->n->state.take == TAKE_DOWNLOAD || s->n->evaluate)
         sh_link_want(&link);
+}
+
+void node_on_rotate(node_step *s, const sh_hash *key, sh_bytes token)
+{
+    sh_link_step link = node_link(s);
+    sh_link_rotate(&link, key, token);
 }
 
 void node_checkin_soon(node_step *s)

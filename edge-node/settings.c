@@ -2,10 +2,12 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/sysinfo.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "shared/base/log.h"
@@ -19,6 +21,23 @@
 #define THREADS_DEFAULT_MAX 4
 #define OUTBOX_RECORDS      (1u << 20)      /* this version sends no records */
 #define BYTES_MAX           1099511627776.0 /* 1 TiB */
+
+#define UTC_OFFSET_UNSET 9999
+
+/* The conditions of one policy; unknown: what its default is where a signal is not known. */
+#define POLICY(kind, name, unknown_default, what)                                                  \
+    SH_OPT_FLAG(V, policies[kind].unmetered, 0, "policy." name ".unmetered",                       \
+                what " only on a network that costs nothing by the byte"),                         \
+        SH_OPT_FLAG(V, policies[kind].power, 0, "policy." name ".power",                           \
+                    "only on external power"),                                                     \
+        SH_OPT_INT(V, policies[kind].idle_minutes, 0, "policy." name ".idle-minutes", "MIN", 0, 0, \
+                   100000, "only when the device was not used for so long; 0: always"),            \
+        SH_OPT_STRING(V, policies[kind].hours, 0, "policy." name ".hours", "HH:MM-HH:MM", NULL,    \
+                      "only inside these hours, which may pass midnight"),                         \
+        SH_OPT_REAL(V, policies[kind].temperature_max, 0, "policy." name ".temperature-max",       \
+                    "DEGREES", 0, 0, 150, "only below so many degrees Celsius; 0: at any"),        \
+        SH_OPT_STRING(V, policies[kind].unknown, 0, "policy." name ".unknown", "HOW",              \
+                      unknown_default, "where a signal is needed and not known: allow or wait")
 
 static const sh_option table[] = {
     SH_OPT_STRING(V, dir, 'd', "dir", "DIR", NULL, "the node's folder, made by shoal-node init"),
@@ -112,6 +131,41 @@ static const sh_option table[] = {
     SH_OPT_INT(V, retry_max_ms, 0, "retry.max-ms", "MS", 600000, 1, 604800000, "longest pause"),
     SH_OPT_INT(V, confirm_inferences, 0, "confirm-inferences", "N", 32, 0, 1e6,
                "healthy inferences that confirm a release; until then it can fall back"),
+    /* opportunistic mode */
+    POLICY(SH_POLICY_FEEDBACK, "feedback", "allow", "updates, alarms and check-ins go up"),
+    POLICY(SH_POLICY_WINDOWS, "windows", "allow", "windows of statistics go up"),
+    POLICY(SH_POLICY_DOWNLOAD, "download", "allow", "models are fetched"),
+    POLICY(SH_POLICY_TRAIN, "train", "wait", "trains and evaluates"),
+    SH_OPT_INT(V, checkin_blocked_minutes, 0, "policy.checkin-blocked-minutes", "MIN", 360, 1,
+               10080, "between check-ins while policy.feedback does not hold"),
+    SH_OPT_INT(V, utc_offset, 0, "policy.utc-offset", "MIN", UTC_OFFSET_UNSET, -840, 840,
+               "local time less UTC, of hours and days; by default the system's at the start"),
+    SH_OPT_STRING(V, probes[SH_PROBE_NETWORK], 0, "probe.network", "SOURCE", NULL,
+                  "is there a network: sysfs, file:PATH, command:PROGRAM ARG..., always, never; by "
+                  "default only the link says it"),
+    SH_OPT_STRING(V, probes[SH_PROBE_METERED], 0, "probe.metered", "SOURCE", NULL,
+                  "does it cost by the byte; the same sources but sysfs"),
+    SH_OPT_STRING(V, probes[SH_PROBE_POWER], 0, "probe.power", "SOURCE", "sysfs",
+                  "is there external power"),
+    SH_OPT_STRING(V, probes[SH_PROBE_IDLE], 0, "probe.idle", "SOURCE", NULL,
+                  "milliseconds since the device was used, besides the node's own requests; no "
+                  "sysfs"),
+    SH_OPT_STRING(V, probes[SH_PROBE_TEMPERATURE], 0, "probe.temperature", "SOURCE", "sysfs",
+                  "thousandths of a degree Celsius"),
+    SH_OPT_INT(V, probe_interval_s, 0, "probe.interval-seconds", "S", 30, 1, 86400,
+               "between two looks at them"),
+    SH_OPT_INT(V, probe_timeout_ms, 0, "probe.timeout-ms", "MS", 5000, 1, 600000,
+               "what a command may take before it is killed, and says nothing"),
+    SH_OPT_INT(V, budget_up_day, 0, "budget.up-day", "BYTES", 0, 0, BYTES_MAX,
+               "bytes sent to the aggregator a day; then what is large waits; 0: no limit"),
+    SH_OPT_INT(V, budget_up_month, 0, "budget.up-month", "BYTES", 0, 0, BYTES_MAX,
+               "the same a month"),
+    SH_OPT_INT(V, budget_down_day, 0, "budget.down-day", "BYTES", 0, 0, BYTES_MAX,
+               "bytes received a day; then no model is fetched; 0: no limit"),
+    SH_OPT_INT(V, budget_down_month, 0, "budget.down-month", "BYTES", 0, 0, BYTES_MAX,
+               "the same a month"),
+    SH_OPT_STRING(V, device_class, 0, "device.class", "NAME", NULL,
+                  "what kind of device this is, told to the aggregator: phone, gateway, ..."),
     SH_OPT_INT(V, stop_wait_ms, 0, "stop.wait-ms", "MS", 10000, 0, 600000,
                "how long running requests may take at a stop"),
     SH_OPT_STRING(V, log_level, 0, "log.level", "LEVEL", "info", "error, warn, info or debug"),
@@ -186,9 +240,53 @@ static sh_status check_dir(const char *given, char *dir, sh_error *err)
     return make_absolute(given, dir, err);
 }
 
+/* "22:00-06:00"; "": the whole day. */
+static sh_status parse_hours(const char *text, uint32_t *from_min, uint32_t *to_min)
+{
+    unsigned at[4];
+    char rest;
+    *from_min = *to_min = 0;
+    if (text == NULL || text[0] == 0)
+        return SH_OK;
+    if (sscanf(text, "%2u:%2u-%2u:%2u%c", &at[0], &at[1], &at[2], &at[3], &rest) != 4 ||
+        at[0] > 23 || at[1] > 59 || at[2] > 24 || at[3] > 59 || (at[2] == 24 && at[3] > 0))
+        return SH_ERR_USAGE;
+    *from_min = at[0] * 60 + at[1];
+    *to_min = at[2] * 60 + at[3];
+    return *from_min == *to_min ? SH_ERR_USAGE : SH_OK;
+}
+
+static sh_status check_device(const V *v, sh_error *err)
+{
+    static const char *const names[SH_POLICIES] = {"feedback", "windows", "download", "train"};
+    uint32_t from, to;
+    sh_probe probe;
+    for (int i = 0; i < SH_POLICIES; i++) {
+        if (parse_hours(v->policies[i].hours, &from, &to) != SH_OK)
+            return sh_fail(err, SH_ERR_USAGE,
+                           "policy.%s.hours: '%.32s' is not of the form HH:MM-HH:MM, as "
+                           "22:00-06:00",
+                           names[i], v->policies[i].hours);
+        const char *unknown = v->policies[i].unknown;
+        if (strcmp(unknown, "allow") && strcmp(unknown, "wait"))
+            return sh_fail(err, SH_ERR_USAGE, "policy.%s.unknown: '%.32s' is not allow or wait",
+                           names[i], unknown);
+    }
+    for (int i = 0; i < SH_PROBES; i++)
+        SH_TRY(sh_probe_parse((sh_probe_signal)i, v->probes[i], &probe, err));
+    const char *class = v->device_class ? v->device_class : "";
+    for (const char *c = class; *c; c++)
+        if (*c < ' ' || *c > '~' || c - class >= SH_WIRE_CLASS_MAX)
+            return sh_fail(err, SH_ERR_USAGE,
+                           "device.class: a name of at most %d plain characters is wanted",
+                           SH_WIRE_CLASS_MAX);
+    return SH_OK;
+}
+
 static sh_status check_values(const V *v, sh_error *err)
 {
     sh_log_level level;
+    SH_TRY(check_device(v, err));
     if (v->retry_max_ms < v->retry_min_ms)
         return sh_fail(err, SH_ERR_USAGE, "retry.max-ms: %lld is below retry.min-ms, %lld",
                        (long long)v->retry_max_ms, (long long)v->retry_min_ms);
@@ -314,6 +412,38 @@ unsigned sh_settings_threads(const V *v)
     return cores > 0 ? (unsigned)SH_MIN(cores, (long)THREADS_DEFAULT_MAX) : 1;
 }
 
+static int32_t system_utc_offset_min(void)
+{
+    time_t now = time(NULL);
+    struct tm local;
+    return localtime_r(&now, &local) ? (int32_t)(local.tm_gmtoff / 60) : 0;
+}
+
+static void set_device(const V *v, sh_node_options *out)
+{
+    for (int i = 0; i < SH_POLICIES; i++) {
+        sh_node_policy *p = &out->policies[i];
+        p->unmetered = v->policies[i].unmetered;
+        p->power = v->policies[i].power;
+        p->unknown_allowed = strcmp(v->policies[i].unknown, "allow") == 0;
+        p->idle_ms_min = (uint64_t)v->policies[i].idle_minutes * 60000;
+        p->temperature_mc_max = (int32_t)(v->policies[i].temperature_max * 1000);
+        sh_status status = parse_hours(v->policies[i].hours, &p->from_min, &p->to_min);
+        SH_ASSERT(status == SH_OK); /* sh_settings_parse has checked it */
+    }
+    out->checkin_blocked_ms = (uint64_t)v->checkin_blocked_minutes * 60000;
+    out->utc_offset_min =
+        v->utc_offset == UTC_OFFSET_UNSET ? system_utc_offset_min() : (int32_t)v->utc_offset;
+    out->budgets = (sh_node_budgets){
+        .up_day = (uint64_t)v->budget_up_day,
+        .up_month = (uint64_t)v->budget_up_month,
+        .down_day = (uint64_t)v->budget_down_day,
+        .down_month = (uint64_t)v->budget_down_month,
+    };
+    out->device_class = v->device_class;
+    out->disk_bytes = (uint64_t)v->store_bytes_max;
+}
+
 void sh_settings_node_options(const V *v, sh_node_options *out)
 {
     struct sysinfo info = {0};
@@ -345,4 +475,5 @@ void sh_settings_node_options(const V *v, sh_node_options *out)
                     .window_ms_max = (uint64_t)v->window_minutes * 60000,
                     .reference = (uint32_t)v->reference,
                     .average_run_length = v->average_run_length}};
+    set_device(v, out);
 }

@@ -10,18 +10,21 @@
 #define SH_EDGE_SETTINGS_H
 
 #include "edge-node/node.h"
+#include "edge-node/probe.h"
 #include "shared/base/file.h"
 #include "shared/base/option.h"
 
 /* Names in a node's folder. */
 #define SH_NODE_FILE_CONFIG     "node.yaml"
 #define SH_NODE_FILE_KEYS       "node.key"
+#define SH_NODE_FILE_KEYS_NEXT  "node.key.next" /* there while the key is being changed */
 #define SH_NODE_FILE_ADMIN_KEYS "admin.key"
 #define SH_NODE_FILE_AGGREGATOR "aggregator.pub"
 #define SH_NODE_FILE_RELEASE    "release.pub"
 #define SH_NODE_FILE_GENESIS    "genesis.gguf"
 #define SH_NODE_FILE_MANIFEST   "genesis.manifest"
-#define SH_NODE_FILE_ERASING    "erasing" /* there while an erasure is not wholly done */
+#define SH_NODE_FILE_TOKEN      "enrol.token" /* there until the aggregator has let the node in */
+#define SH_NODE_FILE_ERASING    "erasing"     /* there while an erasure is not wholly done */
 #define SH_NODE_DIR_STORE       "store"
 #define SH_NODE_DIR_MODELS      "models"
 #define SH_NODE_DIR_WORK        "work"
@@ -49,6 +52,18 @@ typedef struct {
     int64_t retry_min_ms, retry_max_ms;
     int64_t confirm_inferences, stop_wait_ms;
     const char *log_level;
+    /* opportunistic mode */
+    struct {
+        bool unmetered, power;
+        int64_t idle_minutes;
+        double temperature_max;
+        const char *hours, *unknown;
+    } policies[SH_POLICIES];
+    int64_t checkin_blocked_minutes, utc_offset;
+    const char *probes[SH_PROBES];
+    int64_t probe_interval_s, probe_timeout_ms;
+    int64_t budget_up_day, budget_up_month, budget_down_day, budget_down_month;
+    const char *device_class;
 } sh_node_settings_values;
 
 typedef struct {

@@ -104,9 +104,42 @@ static sh_status write_config(const char *path, const char *aggregator, sh_error
     return status;
 }
 
-sh_status sh_setup_node(const char *dir, const char *bundle, const char *aggregator,
-                        sh_hash *public_key, sh_error *err)
+sh_status sh_setup_read_token(const char *path, sh_hash *token, sh_error *err)
 {
+    uint8_t *text = NULL;
+    size_t n = 0;
+    SH_TRY(sh_file_read(path, PUBLIC_FILE_MAX, &text, &n, err));
+    while (n && (text[n - 1] == '\n' || text[n - 1] == '\r'))
+        text[--n] = 0;
+    sh_status status = sh_hash_parse((const char *)text, token, NULL);
+    explicit_bzero(text, n);
+    free(text);
+    if (status == SH_OK)
+        return SH_OK;
+    return sh_fail(
+        err, SH_ERR_INVALID,
+        "%s: a token is one line of 64 hexadecimal digits, as shoal aggregator token add "
+        "prints it",
+        path);
+}
+
+static sh_status keep_token(const char *dir, const sh_hash *token, sh_error *err)
+{
+    char path[SH_PATH_BYTES], line[SH_HASH_HEX_BYTES + 1];
+    SH_TRY(sh_path_join(path, sizeof path, dir, SH_NODE_FILE_TOKEN, err));
+    sh_hex(token->b, sizeof token->b, line);
+    line[SH_HASH_HEX_BYTES - 1] = '\n';
+    sh_status status = sh_file_write_atomic(path, line, SH_HASH_HEX_BYTES, err);
+    explicit_bzero(line, sizeof line);
+    if (status == SH_OK && chmod(path, 0600) != 0) /* the folder is 0700 already */
+        return sh_fail(err, SH_ERR_IO, "%s: %s", path, strerror(errno));
+    return status;
+}
+
+sh_status sh_setup_node(const char *dir, const char *bundle, const char *aggregator,
+                        const char *token_file, sh_hash *public_key, sh_error *err)
+{
+    sh_hash token;
     char config[SH_PATH_BYTES], from[SH_PATH_BYTES], to[SH_PATH_BYTES];
     if (strpbrk(aggregator, "\"\\\n") != NULL || strncmp(aggregator, "tcp://", 6) != 0)
         return sh_fail(err, SH_ERR_USAGE, "--aggregator: '%s' is not of the form tcp://HOST:PORT",
@@ -115,7 +148,11 @@ sh_status sh_setup_node(const char *dir, const char *bundle, const char *aggrega
     if (sh_file_exists(config))
         return sh_fail(err, SH_ERR_EXISTS, "%s: a node is set up here already", dir);
     SH_TRY(check_bundle(bundle, err));
+    if (token_file)
+        SH_TRY(sh_setup_read_token(token_file, &token, err));
     SH_TRY(make_dirs(dir, err));
+    if (token_file)
+        SH_TRY(keep_token(dir, &token, err));
     for (size_t i = 0; i < SH_COUNT(bundle_files); i++) {
         SH_TRY(sh_path_join(from, sizeof from, bundle, bundle_files[i], err));
         SH_TRY(sh_path_join(to, sizeof to, dir, bundle_files[i], err));

@@ -19,7 +19,7 @@
 #define ERASE_WAIT_MS  600000 /* it waits for running requests and jobs, and rewrites the store */
 
 typedef struct {
-    const char *dir, *bundle, *aggregator;
+    const char *dir, *bundle, *aggregator, *token_file;
 } init_options;
 static const sh_option init_table[] = {
     SH_OPT_STRING(init_options, dir, 'd', "dir", "DIR", NULL, "folder to make"),
@@ -29,10 +29,12 @@ static const sh_option init_table[] = {
         "release.pub"),
     SH_OPT_STRING(init_options, aggregator, 'a', "aggregator", "ENDPOINT", NULL,
                   "where the aggregator listens: tcp://HOST:PORT"),
+    SH_OPT_STRING(init_options, token_file, 't', "token-file", "FILE", NULL,
+                  "an enrolment token (shoal aggregator token add): the node enrols itself"),
 };
 static const sh_command init_command = {
     PROGRAM " init",
-    "--dir DIR --bundle BUNDLE --aggregator tcp://HOST:PORT",
+    "--dir DIR --bundle BUNDLE --aggregator tcp://HOST:PORT [--token-file FILE]",
     init_table,
     SH_COUNT(init_table),
     "Sets a node up: folders, keys, configuration. Prints its public key, with which the\n"
@@ -72,6 +74,21 @@ static const sh_command status_command = {PROGRAM " status",
                                           SH_COUNT(status_table),
                                           "What a running node says of itself.",
                                           PROGRAM " status --dir /var/lib/shoal-node"};
+
+typedef struct {
+    const char *dir;
+} rotate_options;
+static const sh_option rotate_table[] = {
+    SH_OPT_STRING(rotate_options, dir, 'd', "dir", "DIR", NULL, "the node's folder"),
+};
+static const sh_command rotate_command = {
+    PROGRAM " rotate",
+    "--dir DIR",
+    rotate_table,
+    SH_COUNT(rotate_table),
+    "Changes the key of a running node, which stays the same node for its aggregator. Prints the\n"
+    "next public key; the change goes on by itself, and status says how far it is.",
+    PROGRAM " rotate --dir /var/lib/shoal-node"};
 
 static sh_status flush_out(sh_error *err)
 {
@@ -143,14 +160,17 @@ static sh_status init(int argc, char **argv, sh_error *err)
     SH_GOTO(need(o.dir, "--dir", &init_command, err));
     SH_GOTO(need(o.bundle, "--bundle", &init_command, err));
     SH_GOTO(need(o.aggregator, "--aggregator", &init_command, err));
-    SH_GOTO(sh_setup_node(o.dir, o.bundle, o.aggregator, &key, err));
+    SH_GOTO(sh_setup_node(o.dir, o.bundle, o.aggregator, o.token_file, &key, err));
     sh_hex(key.b, sizeof key.b, hex);
-    printf("public key %s\n\n"
-           "Next, on the aggregator's machine:\n"
-           "  shoal aggregator enrol %s --dir AGGREGATOR\n"
-           "and then here:\n"
-           "  " PROGRAM " --dir %s\n",
-           hex, hex, o.dir);
+    if (o.token_file)
+        printf("public key %s\n\nNext:\n  " PROGRAM " --dir %s\n", hex, o.dir);
+    else
+        printf("public key %s\n\n"
+               "Next, on the aggregator's machine:\n"
+               "  shoal aggregator enrol %s --dir AGGREGATOR\n"
+               "and then here:\n"
+               "  " PROGRAM " --dir %s\n",
+               hex, hex, o.dir);
     SH_GOTO(flush_out(err));
 cleanup:
     sh_args_release(&args);
@@ -223,6 +243,34 @@ static sh_status erase(int argc, char **argv, sh_error *err)
     printf("erased %llu rows\n", (unsigned long long)rows);
     SH_GOTO(flush_out(err));
 cleanup:
+    sh_settings_release(&settings);
+    sh_args_release(&args);
+    return status;
+}
+
+static sh_status rotate(int argc, char **argv, sh_error *err)
+{
+    rotate_options o = {0};
+    sh_args args = {0};
+    sh_settings settings = {0};
+    json_t *request = NULL, *reply = NULL;
+    sh_status status;
+    if (!parse(&rotate_command, argc, argv, &o, &args, &status, err))
+        goto cleanup;
+    SH_GOTO(need(o.dir, "--dir", &rotate_command, err));
+    SH_GOTO(enter(o.dir, &settings, err));
+    request = json_object();
+    sh_json_set(request, "command", json_string("rotate"));
+    status = call(request, STATUS_WAIT_MS, &reply, err);
+    if (status == SH_ERR_NOT_FOUND)
+        status = sh_fail(err, SH_ERR_IO, "%s: no shoal-node runs here", o.dir);
+    if (status != SH_OK)
+        goto cleanup;
+    printf("next public key %s\n", json_string_value(json_object_get(reply, "key")));
+    SH_GOTO(flush_out(err));
+cleanup:
+    json_decref(request);
+    json_decref(reply);
     sh_settings_release(&settings);
     sh_args_release(&args);
     return status;
@@ -302,6 +350,7 @@ static const char usage[] =
     "Usage: " PROGRAM " [run] --dir DIR [--config FILE] [options]    serve, learn, sync\n"
     "       " PROGRAM " init --dir DIR --bundle BUNDLE --aggregator ENDPOINT\n"
     "       " PROGRAM " erase --dir DIR (--user NAME | --all)\n"
+    "       " PROGRAM " rotate --dir DIR                              changes its key\n"
     "       " PROGRAM " status --dir DIR [--json]\n"
     "       " PROGRAM " sample-config                               node.yaml with its help\n"
     "       " PROGRAM " COMMAND --help\n\n"
@@ -319,14 +368,9 @@ static const struct {
     const char *name;
     sh_status (*run)(int argc, char **argv, sh_error *err);
 } commands[] = {
-    {"run", run},
-    {"init", init},
-    {"erase", erase},
-    {"status", show_status},
-    {"sample-config", sample_config},
-    {"--version", version},
-    {"--help", help},
-    {"-h", help},
+    {"run", run},           {"init", init},          {"erase", erase},
+    {"rotate", rotate},     {"status", show_status}, {"sample-config", sample_config},
+    {"--version", version}, {"--help", help},        {"-h", help},
     {"help", help},
 };
 
@@ -349,7 +393,8 @@ int main(int argc, char **argv)
         status = run(argc, argv, &err);
     else
         status = sh_fail(&err, SH_ERR_USAGE,
-                         "'%s' is no command; there are run, init, erase, status, sample-config",
+                         "'%s' is no command; there are run, init, erase, rotate, status, "
+                         "sample-config",
                          argv[1]);
 end:
     if (status == SH_OK)

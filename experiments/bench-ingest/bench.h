@@ -18,6 +18,7 @@
 
 #define BENCH_TURN_UPDATES 1000u /* the coordinator's buffer is not much larger */
 #define BENCH_TURN_WINDOWS 20000u
+#define BENCH_NODE_WINDOWS 1024
 #define BENCH_WINDOW_BYTES 8192u
 #define BENCH_SENDERS_MAX  64u
 #define BENCH_FLIGHT_MAX   4u     /* updates of one node that the aggregator takes at a time */
@@ -25,7 +26,8 @@
 
 typedef struct {
     const char *dir;
-    int64_t senders, flight, update_bytes, turns, turn_units, connections, processes, io_threads;
+    int64_t senders, flight, update_bytes, turns, turn_units, connections, processes, io_threads,
+        rate;
     bool windows, json, returning;
     /* of a child */
     const char *child, *endpoint, *server_key, *out;

@@ -34,6 +34,8 @@ static const sh_option table[] = {
     SH_OPT_INT(bench_options, connections, 0, "connections", "N", 10000, 1, 100000, "of --return"),
     SH_OPT_INT(bench_options, processes, 0, "processes", "N", 0, 0, 64,
                "that these are of; 0: as few as the limit of descriptors allows"),
+    SH_OPT_INT(bench_options, rate, 0, "rate", "N", 0, 0, 1000000,
+               "limit.checkins-per-second of --return; 0: as the aggregator has it by itself"),
     SH_OPT_FLAG(bench_options, json, 0, "json", "one JSON object instead of a table"),
     /* what a child of this program is told */
     SH_OPT_STRING(bench_options, child, 0, "child", "KIND", NULL, "internal: raw or clients"),
@@ -209,7 +211,9 @@ int main(int argc, char **argv)
         sh_args_release(&args);
         return code;
     } else if (status == SH_OK) {
-        int64_t most = o.windows ? BENCH_TURN_WINDOWS : BENCH_TURN_UPDATES;
+        int64_t most = BENCH_TURN_UPDATES;
+        if (o.windows) /* of one node the aggregator keeps so many */
+            most = SH_MIN(o.senders * BENCH_NODE_WINDOWS, (int64_t)BENCH_TURN_WINDOWS);
         if (o.turn_units == 0 || o.turn_units > most)
             o.turn_units = most;
         o.turn_units = SH_MAX(o.turn_units, o.senders);

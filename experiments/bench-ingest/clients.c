@@ -14,13 +14,13 @@
 #include "shared/base/clock.h"
 #include "shared/base/rng.h"
 
-#define SWEEP_MS      10
+#define SWEEP_MS      20
+#define DIALS_MAX     100u /* first handshakes under way: all at once is for the return */
+#define QUEUE_MAX     16u
 #define TELL_MS       100u
 #define RETRY_MIN_MS  5000u
 #define RETRY_MAX_MS  40000u
-#define DIAL_MIN_MS   100
-#define DIAL_MAX_MS   1000
-#define SOCKETS_EACH  3u
+#define SOCKETS_EACH  6u /* three, and those that are being closed while it dials again */
 #define SOCKETS_SPARE 64u
 
 typedef struct {
@@ -35,8 +35,9 @@ typedef struct {
 
 typedef struct {
     node *nodes;
-    size_t n;
+    size_t n, dialled;
     sh_net *net;
+    sh_hash server_key;
     sh_rng rng;
     uint8_t window[BENCH_WINDOW_BYTES];
     uint64_t later;
@@ -167,26 +168,33 @@ static void tell(const crowd *c)
             now[1], now[2], now[3], (unsigned long long)c->later);
 }
 
-static sh_status dial_all(crowd *c, const bench_options *o, sh_error *err)
+static sh_status open_net(crowd *c, const bench_options *o, sh_error *err)
 {
-    sh_hash key;
-    SH_TRY(sh_hash_parse(o->server_key, &key, err));
-    SH_TRY(sh_net_create_with(
-        &(sh_net_options){.sockets_max = SOCKETS_EACH * (uint32_t)c->n + SOCKETS_SPARE}, &c->net,
-        err));
+    sh_net_options options = {.sockets_max = SOCKETS_EACH * (uint32_t)c->n + SOCKETS_SPARE};
+    SH_TRY(sh_hash_parse(o->server_key, &c->server_key, err));
+    SH_TRY(sh_net_create_with(&options, &c->net, err));
     for (size_t i = 0; i < c->n; i++) {
-        node *p = &c->nodes[i];
-        p->made = 1;
-        SH_TRY(sh_net_keys_make(&p->keys, err));
-        SH_TRY(sh_net_client_create(c->net,
-                                    &(sh_net_client_options){.endpoint = o->endpoint,
-                                                             .server_key = key,
-                                                             .keys = &p->keys,
-                                                             .message_max = SH_WIRE_MESSAGE_MAX,
-                                                             .queue_max = 16,
-                                                             .reconnect_min_ms = DIAL_MIN_MS,
-                                                             .reconnect_max_ms = DIAL_MAX_MS},
-                                    &p->client, err));
+        c->nodes[i].made = 1;
+        SH_TRY(sh_net_keys_make(&c->nodes[i].keys, err));
+    }
+    return SH_OK;
+}
+
+/* A few at a time, with a node's own pauses between two attempts. */
+static sh_status dial_some(crowd *c, const bench_options *o, sh_error *err)
+{
+    size_t up = 0;
+    for (size_t i = 0; i < c->dialled; i++)
+        up += c->nodes[i].up;
+    for (size_t pending = c->dialled - up; c->dialled < c->n && pending < DIALS_MAX; pending++) {
+        node *p = &c->nodes[c->dialled];
+        sh_net_client_options options = {.endpoint = o->endpoint,
+                                         .server_key = c->server_key,
+                                         .keys = &p->keys,
+                                         .message_max = SH_WIRE_MESSAGE_MAX,
+                                         .queue_max = QUEUE_MAX};
+        SH_TRY(sh_net_client_create(c->net, &options, &p->client, err));
+        c->dialled++;
     }
     return SH_OK;
 }
@@ -211,14 +219,16 @@ static sh_status play(crowd *c, const bench_options *o, sh_error *err)
 {
     int added = 0;
     uint64_t tell_ms = 0;
-    SH_TRY(dial_all(c, o, err));
+    SH_TRY(open_net(c, o, err));
     while (!ending) {
         for (; added < one_more; added++)
             for (size_t i = 0; i < c->n; i++) {
                 c->nodes[i].made++;
                 c->nodes[i].due_ms = c->nodes[i].retry_ms = 0;
             }
-        for (size_t i = 0; i < c->n; i++)
+        if (c->dialled < c->n)
+            SH_TRY(dial_some(c, o, err));
+        for (size_t i = 0; i < c->dialled; i++)
             SH_TRY(serve(c, &c->nodes[i], err));
         if (sh_clock_mono_ms() >= tell_ms) {
             tell(c);

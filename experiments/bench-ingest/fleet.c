@@ -1,9 +1,10 @@
 /*
  * The return of a whole fleet: every node is connected and has been acknowledged a window; each
  * makes another one, and in the middle of these the aggregator is killed (SIGKILL). When all know
- * that it is gone it starts again, and all return at once. Measured: until every node was answered,
- * and until everything owed is acknowledged; what the aggregator took of memory at most. Then its
- * store is audited: what a node was acknowledged is there.
+ * that it is gone each makes a third, the aggregator starts again, and all return at once.
+ * Measured: until every node was answered, and until everything owed is acknowledged; what the
+ * aggregator took of memory at most. Then its store is audited: what a node was acknowledged is
+ * there.
  */
 #include <signal.h>
 #include <stdio.h>
@@ -15,11 +16,12 @@
 #include "experiments/bench-ingest/bench.h"
 #include "shared/base/clock.h"
 
-#define FDS_EACH      5u /* of a client: sockets, their mailboxes, the connection */
+#define FDS_EACH      6u /* of a client: four, and more while it dials again */
 #define FDS_SPARE     500u
 #define PROCESSES_MAX 64u
 #define STAGE_MS      600000u
 #define KILL_SHARE    0.3 /* of the second windows acknowledged, when the aggregator is killed */
+#define WINDOWS       3   /* of each node: before, amid and after */
 #define ACKED_MAX     ((size_t)64 << 20)
 #define POLL_US       2000
 
@@ -139,7 +141,7 @@ static bool all_answered(const fleet_run *f)
 
 static bool all_acked(const fleet_run *f)
 {
-    return all_done(f) && f->acked >= 2 * (double)f->options->connections;
+    return all_done(f) && f->acked >= WINDOWS * (double)f->options->connections;
 }
 
 static sh_status wait_for(fleet_run *f, stage reached, const char *what, sh_error *err)
@@ -230,12 +232,13 @@ static sh_status end_crowds(fleet_run *f, sh_error *err)
 
 static sh_status play(fleet_run *f, json_t *result, sh_error *err)
 {
-    char threads[32], connections[48];
+    char threads[32], connections[48], rate[64];
     uint64_t acked = 0, missing = 0, stored = 0;
     snprintf(threads, sizeof threads, "--io-threads=%lld", (long long)f->options->io_threads);
     snprintf(connections, sizeof connections, "--connections-max=%lld",
              (long long)f->options->connections + 100);
-    const char *const words[] = {threads, connections, NULL};
+    snprintf(rate, sizeof rate, "--limit.checkins-per-second=%lld", (long long)f->options->rate);
+    const char *const words[] = {threads, connections, f->options->rate > 0 ? rate : NULL, NULL};
     SH_TRY(bench_rig_make(&f->rig, f->options->dir, err));
     SH_TRY(bench_rig_start(&f->rig, words, err));
     double begin = bench_now_ms();
@@ -248,6 +251,7 @@ static sh_status play(fleet_run *f, json_t *result, sh_error *err)
     SH_TRY(wait_for(f, some_second, "amid the second window", err));
     SH_TRY(bench_rig_stop(&f->rig, SIGKILL, err));
     SH_TRY(wait_for(f, all_down, "killed", err));
+    signal_all(f, SIGUSR1); /* every one of them owes something when it returns */
     sh_json_set(result, "acked_at_kill", sh_json_number(f->acked));
     begin = bench_now_ms();
     SH_TRY(bench_rig_start(&f->rig, words, err));

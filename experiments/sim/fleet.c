@@ -389,6 +389,8 @@ static sh_status carry_out(sim *s, uint32_t i, sh_node_actions *actions, sh_erro
         case SH_NODE_NOTE:
             take_note(s, i, a->note, a->number);
             break;
+        case SH_NODE_SWITCH_KEY: /* nobody rotates here */
+            break;
         case SH_NODE_CANCEL_JOB: /* its result will be of an id that the core no longer knows */
             break;
         }

@@ -19,3 +19,12 @@ uint64_t sh_clock_mono_ms(void)
 {
     return read_ms(CLOCK_MONOTONIC);
 }
+
+uint64_t sh_clock_boot_ms(void)
+{
+#ifdef CLOCK_BOOTTIME
+    return read_ms(CLOCK_BOOTTIME);
+#else
+    return read_ms(CLOCK_MONOTONIC);
+#endif
+}

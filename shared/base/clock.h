@@ -9,5 +9,6 @@
 
 uint64_t sh_clock_wall_ms(void); /* since 1970, UTC; may jump when the clock is set */
 uint64_t sh_clock_mono_ms(void); /* since some moment; never goes back: for waits */
+uint64_t sh_clock_boot_ms(void); /* the same, and goes on while the machine sleeps */
 
 #endif

@@ -10,10 +10,10 @@
  *   - Every queue has a limit. Past it a send says SH_ERR_LIMIT and nothing is sent.
  *   - A message is one frame of at most message_max bytes; a peer that sends a larger one is
  *     disconnected, and messages of several frames are thrown away.
- * Threads: a server or client belongs to one thread. The ZAP handler runs on a thread of the
- * sh_net and calls `allow` there, under a lock: it is quick, and calls nothing of this header.
- * Ownership: create/destroy; servers and clients go before their sh_net. Nothing blocks at the end:
- * linger_ms bounds how long destroy waits for what is queued.
+ * Threads: a server or client belongs to one thread at a time; a lock may hand it on. The ZAP
+ * handler runs on a thread of the sh_net and calls `allow` there, under a lock: it is quick, and
+ * calls nothing of this header. Ownership: create/destroy; servers and clients go before their
+ * sh_net. Nothing blocks at the end: linger_ms bounds how long destroy waits for what is queued.
  *
  *     SH_TRY(sh_net_create(&net, err));
  *     SH_TRY(sh_net_client_create(net, &options, &client, err));

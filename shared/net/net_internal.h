@@ -56,6 +56,26 @@ void net_peers_drop(net_peers *peers, const sh_hash *key, uint64_t now_ms);
 int net_peers_due(net_peers *peers, uint64_t now_ms, uint32_t silence_ms);
 void net_peers_release(net_peers *peers);
 
+/* ---- connections that no message comes of (net_unheard.c) ---- */
+#define NET_UNHEARD_MAX        (12u << 20) /* bytes: the kernel's own buffer, and some */
+#define NET_UNHEARD_FDS_MAX    (1u << 20)
+#define NET_HEARTBEAT_BYTES_S  256u
+#define NET_UNHEARD_LOOK_MS    100u
+#define NET_UNHEARD_LOOKS_A_MS 10u /* many connections are looked at less often */
+typedef struct {
+    struct net_unheard_slot *slots; /* [n] by descriptor */
+    size_t n, cap, watched;
+    uint64_t last_ms, next_ms;
+} net_unheard;
+void net_unheard_open(net_unheard *u, int fd);
+void net_unheard_close(net_unheard *u, int fd);
+void net_unheard_message(net_unheard *u, int fd);
+uint64_t net_unheard_due(const net_unheard *u); /* of the next look; UINT64_MAX: none */
+/* Looks, when it is time; allowed: bytes of whole messages that were not read yet. */
+void net_unheard_look(net_unheard *u, uint64_t now_ms, uint64_t allowed,
+                      void (*shut)(void *arg, int fd), void *arg);
+void net_unheard_release(net_unheard *u);
+
 /* ---- who may connect (net_zap.c) ---- */
 typedef struct net_gate { /* of one server; the ZAP thread reads it under the lock of its sh_net */
     char domain[24];

@@ -14,7 +14,7 @@
  * first: a socket whose own end is our listening address.
  *
  * What libzmq cannot refuse: a message of any number of frames is put together in memory before we
- * see the first. It takes a key that `allow` lets in.
+ * see the first. It takes a key that `allow` lets in, and net_unheard.c to end it.
  */
 #include <errno.h>
 #include <netinet/in.h>
@@ -43,11 +43,13 @@ struct sh_net_server {
     net_map routes;  /* key -> number of its newest connection */
     net_map dropped; /* key -> generation from which on it is heard */
     uint64_t floor;  /* generation from which on anyone is heard */
-    zmq_msg_t body;  /* what the last event shows */
     net_peers peers;
     uint32_t silence_ms; /* see sh_net_server_set_silence */
     uint64_t looked_ms;
-    bool skipping; /* frames of a message that is thrown away are still to be read */
+    net_unheard unheard;
+    uint64_t queued_max; /* bytes of a peer's messages that wait to be read */
+    zmq_msg_t body;      /* what the last event shows */
+    bool skipping;       /* frames of a message that is thrown away are still to be read */
 };
 
 /* ---- start and end ---- */
@@ -88,6 +90,13 @@ static sh_status listen_at(sh_net_server *s, const sh_net_server_options *o, sh_
     return SH_OK;
 }
 
+static uint64_t receive_queue(const sh_net_server_options *o)
+{
+    if (o->receive_queue_max > 0)
+        return o->receive_queue_max;
+    return o->queue_max > 0 ? o->queue_max : NET_QUEUE_DEFAULT;
+}
+
 sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *o, sh_net_server **out,
                                sh_error *err)
 {
@@ -101,6 +110,8 @@ sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *o, sh_n
                          .connections_max = cap,
                          .message_max = o->message_max,
                          .receive_max = o->receive_max ? o->receive_max : o->message_max,
+                         .queued_max = receive_queue(o) *
+                                       (uint64_t)(o->receive_max ? o->receive_max : o->message_max),
                          .routes = {.max = NET_ROUTES_MAX},
                          .dropped = {.max = NET_DROPPED_MAX}};
     s->gate.allow = o->allow;
@@ -136,6 +147,7 @@ void sh_net_server_destroy(sh_net_server **out, int linger_ms)
     net_map_release(&s->routes);
     net_map_release(&s->dropped);
     net_peers_release(&s->peers);
+    net_unheard_release(&s->unheard);
     atomic_fetch_sub(&s->net->sockets, 1);
     free(s);
     *out = NULL;
@@ -163,7 +175,7 @@ uint64_t sh_net_server_ignored(const sh_net_server *server)
 
 net_waitable net_server_waitable(const sh_net_server *server)
 {
-    return (net_waitable){server->socket, server->monitor, UINT64_MAX};
+    return (net_waitable){server->socket, server->monitor, net_unheard_due(&server->unheard)};
 }
 
 /* ---- connections ---- */
@@ -190,8 +202,9 @@ static bool is_ours(const sh_net_server *s, int fd)
     return port && own != 0 && strtoul(port + 1, NULL, 10) == own;
 }
 
-static void shut(const sh_net_server *s, int fd)
+static void shut(void *server, int fd)
 {
+    const sh_net_server *s = server;
     if (fd >= 0 && is_ours(s, fd))
         shutdown(fd, SHUT_RDWR);
 }
@@ -205,10 +218,12 @@ static void take_connection_events(sh_net_server *s)
         case ZMQ_EVENT_ACCEPTED:
             s->connections++;
             net_peers_opened(&s->peers, (int)value, net_now_ms());
+            net_unheard_open(&s->unheard, (int)value);
             if (s->connections > s->connections_max)
                 shut(s, (int)value);
             break;
         case ZMQ_EVENT_DISCONNECTED:
+            net_unheard_close(&s->unheard, (int)value);
             if (s->connections > 0)
                 s->connections--;
             net_peers_closed(&s->peers, (int)value);
@@ -317,6 +332,7 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
                 (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
             SH_TRY(note_route(s, &event.key, event.connection, err));
             net_peers_heard(&s->peers, zmq_msg_get(&s->body, ZMQ_SRCFD), &event.key);
+            net_unheard_message(&s->unheard, zmq_msg_get(&s->body, ZMQ_SRCFD));
             event.kind = SH_NET_MESSAGE;
             event.data = zmq_msg_data(&s->body);
             event.n = zmq_msg_size(&s->body);
@@ -324,6 +340,9 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
     }
     if (event.kind == SH_NET_NONE)
         shut_peers(s); /* what they have said is heard first */
+    /* With nothing left to read, what no message came of is part of none that is whole. */
+    net_unheard_look(&s->unheard, net_now_ms(), event.kind == SH_NET_NONE ? 0 : s->queued_max, shut,
+                     s);
     *out = event;
     return SH_OK;
 }

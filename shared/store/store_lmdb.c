@@ -141,6 +141,22 @@ static sh_status fail_mdb(const lmdb_store *store, int rc, const char *doing, sh
     return sh_fail(err, status_of(rc), "store '%s': cannot %s: %s", store->dir, doing, reason(rc));
 }
 
+/* Of a call in a transaction. LMDB says MDB_BAD_TXN from the second error on, and where opening a
+ * table's root failed without having been told: that is a damaged file, if nothing of ours failed
+ * before. */
+static sh_status status_in(const sh_txn *txn, int rc)
+{
+    if (rc != MDB_BAD_TXN)
+        return status_of(rc);
+    return txn->failed != SH_OK ? txn->failed : SH_ERR_CORRUPT;
+}
+
+static sh_status fail_in_txn(const sh_txn *txn, int rc, const char *doing, sh_error *err)
+{
+    return sh_fail(err, status_in(txn, rc), "store '%s': cannot %s: %s", store_of(txn)->dir, doing,
+                   reason(rc));
+}
+
 /* ---- transactions ---- */
 
 /* The file never gets shorter: this only grows. */
@@ -338,7 +354,7 @@ static sh_status lmdb_commit(sh_txn *base, sh_error *err)
 {
     lmdb_txn *txn = (lmdb_txn *)base;
     int rc = mdb_txn_commit(txn->mdb);
-    sh_status status = rc ? fail_mdb(store_of(base), rc, "commit", err) : SH_OK;
+    sh_status status = rc ? fail_in_txn(base, rc, "commit", err) : SH_OK;
     end(txn);
     return status;
 }
@@ -366,7 +382,7 @@ static sh_status lmdb_put(sh_txn *base, unsigned table, sh_slice key, sh_slice v
     int rc = mdb_put(txn->mdb, store_of(base)->tables[table], &k, &v, 0);
     if (rc == 0 && txn->limited && pages_taken(txn) > txn->budget)
         rc = MDB_MAP_FULL;
-    return rc ? fail_mdb(store_of(base), rc, "put", err) : SH_OK;
+    return rc ? fail_in_txn(base, rc, "put", err) : SH_OK;
 }
 
 static sh_status lmdb_del(sh_txn *base, unsigned table, sh_slice key, sh_error *err)
@@ -377,7 +393,7 @@ static sh_status lmdb_del(sh_txn *base, unsigned table, sh_slice key, sh_error *
     int rc = mdb_del(txn->mdb, store_of(base)->tables[table], &k, NULL);
     if (rc == 0 && txn->limited && pages_taken(txn) > txn->budget)
         rc = MDB_MAP_FULL;
-    return rc && rc != MDB_NOTFOUND ? fail_mdb(store_of(base), rc, "delete", err) : SH_OK;
+    return rc && rc != MDB_NOTFOUND ? fail_in_txn(base, rc, "delete", err) : SH_OK;
 }
 
 static sh_status lmdb_get(sh_txn *base, unsigned table, sh_slice key, sh_slice *value)
@@ -387,7 +403,7 @@ static sh_status lmdb_get(sh_txn *base, unsigned table, sh_slice key, sh_slice *
     int rc = mdb_get(txn->mdb, store_of(base)->tables[table], &k, &v);
     if (rc == 0 && value)
         *value = (sh_slice){v.mv_data, v.mv_size};
-    return status_of(rc);
+    return status_in(base, rc);
 }
 
 static uint64_t lmdb_count(sh_txn *base, unsigned table)
@@ -408,7 +424,7 @@ static sh_status lmdb_cursor_open(sh_txn *base, unsigned table, sh_cursor **out,
     int rc = mdb_cursor_open(((lmdb_txn *)base)->mdb, store_of(base)->tables[table], &cursor->mdb);
     if (rc) {
         free(cursor);
-        return fail_mdb(store_of(base), rc, "open a cursor", err);
+        return fail_in_txn(base, rc, "open a cursor", err);
     }
     cursor->base = (sh_cursor){.txn = base, .table = table};
     *out = &cursor->base;
@@ -424,7 +440,7 @@ static sh_status move(lmdb_cursor *cursor, MDB_cursor_op op, MDB_val k, sh_slice
     int rc = mdb_cursor_get(cursor->mdb, &k, &v, op);
     cursor->placed = rc == 0;
     if (rc)
-        return status_of(rc);
+        return status_in(&txn->base, rc);
     if (txn->base.kind != SH_TXN_READ) {
         cursor->writes = txn->writes;
         cursor->key_n = SH_MIN(k.mv_size, sizeof(cursor->key));
@@ -564,6 +580,19 @@ static sh_status open_readers_lock(lmdb_store *store, sh_error *err)
     return rc != 0 ? fail_mdb(store, errno, "lock readers.lock", err) : SH_OK;
 }
 
+/* Reading a mapped page that a torn file has not would end the process (SIGBUS). Zeros in its place
+ * LMDB knows for what they are, and pages that no tree needs may well be missing. */
+static sh_status fill_up(const lmdb_store *store, int fd, sh_error *err)
+{
+    struct stat info;
+    uint64_t bytes = high_water(store);
+    if (fstat(fd, &info) != 0)
+        return fail_mdb(store, errno, "look at its file", err);
+    if ((uint64_t)info.st_size >= bytes || ftruncate(fd, (off_t)bytes) == 0)
+        return SH_OK;
+    return fail_mdb(store, errno, "fill up its file", err);
+}
+
 static sh_status open_env(lmdb_store *store, sh_error *err)
 {
     unsigned flags = MDB_NOTLS;
@@ -596,6 +625,8 @@ static sh_status open_env(lmdb_store *store, sh_error *err)
     store->page_bytes = stat.ms_psize;
     if (rc)
         return fail_mdb(store, rc, "read its page size", err);
+    if (!store->base.read_only && fd >= 0)
+        SH_TRY(fill_up(store, fd, err));
     /* A limit that was lowered below what the file takes leaves room for deleting. */
     if (high_water(store) > store->base.bytes_max)
         store->base.bytes_max = high_water(store) + store->base.reserve_bytes;

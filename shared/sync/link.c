@@ -49,6 +49,8 @@ static void set_state(const sh_link_step *s, sh_link_state state)
     forget_flight(l);
     l->n_serve = l->n_asked = l->asked_got = 0;
     l->want_size = SH_WIRE_WANT_MAX;
+    if (l->n_token > 0)
+        l->rotate = (sh_retry){.due_ms = s->now_ms};
     l->hold_ms = 0;
     l->renewals_here = 0;
 }
@@ -331,6 +333,41 @@ static sh_status on_chunk(const sh_link_step *s, const sh_msg_chunk *chunk)
     return SH_OK; /* not asked for, or come twice */
 }
 
+/* ---- rotation ---- */
+
+void sh_link_rotate(const sh_link_step *s, const sh_hash *key, sh_bytes token)
+{
+    sh_link *l = s->link;
+    SH_ASSERT(token.n > 0 && token.n <= sizeof(l->token));
+    l->next_key = *key;
+    memcpy(l->token, token.data, token.n);
+    l->n_token = (uint32_t)token.n;
+    l->rotate = (sh_retry){.due_ms = s->now_ms};
+}
+
+static bool may_rotate(const sh_link *l)
+{
+    return l->n_token > 0 && l->state == SH_LINK_WELCOME && l->version >= 3;
+}
+
+static sh_status send_rotate(const sh_link_step *s)
+{
+    sh_link *l = s->link;
+    sh_msg msg = {.type = SH_MSG_ROTATE,
+                  .rotate = {.key = l->next_key, .token = {l->token, l->n_token}}};
+    sh_link_arm(s, &l->rotate);
+    return send_msg(s, &msg);
+}
+
+static void on_rotate(const sh_link_step *s, const sh_msg_rotate *rotate)
+{
+    sh_link *l = s->link;
+    if (l->n_token == 0 || !sh_hash_equal(&rotate->key, &l->next_key))
+        return; /* of an earlier one, or come twice */
+    l->n_token = 0;
+    l->options.callbacks->on_rotated(s->arg, &l->next_key);
+}
+
 /* ---- pump ---- */
 
 /* More than ENROL may go out. Whether the epoch is ours alone, only WELCOME says. */
@@ -345,10 +382,12 @@ sh_status sh_link_pump(const sh_link_step *s)
     if (l->state == SH_LINK_DOWN || l->hold_ms > s->now_ms)
         return SH_OK;
     bool contact = l->closed.contact_ms <= s->now_ms;
-    if (l->enrol.due_ms <= s->now_ms && contact && may_send(s))
+    if (l->enrol.due_ms <= s->now_ms && l->closed.enrol_ms <= s->now_ms && may_send(s))
         SH_TRY(send_enrol(s));
     if (!is_open(l))
         return SH_OK;
+    if (may_rotate(l) && contact && l->rotate.due_ms <= s->now_ms && may_send(s))
+        SH_TRY(send_rotate(s));
     if (l->checkin.due_ms <= s->now_ms && contact && may_send(s))
         SH_TRY(send_checkin(s));
     SH_TRY(send_items(s));
@@ -362,11 +401,14 @@ uint64_t sh_link_due(const sh_link *l)
 {
     if (l->state == SH_LINK_DOWN)
         return SH_LINK_NEVER;
-    uint64_t due = SH_MAX(l->enrol.due_ms, l->closed.contact_ms);
+    uint64_t contact = l->closed.contact_ms;
+    uint64_t due = SH_MAX(l->enrol.due_ms, l->closed.enrol_ms);
     if (is_open(l)) {
-        due = SH_MIN(due, SH_MAX(l->checkin.due_ms, l->closed.contact_ms));
+        due = SH_MIN(due, SH_MAX(l->checkin.due_ms, contact));
         if (!l->closed.want)
             due = SH_MIN(due, l->want.due_ms);
+        if (may_rotate(l))
+            due = SH_MIN(due, SH_MAX(l->rotate.due_ms, contact));
         for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++)
             if (l->in_flight[i].used && !l->closed.items[l->in_flight[i].cls])
                 due = SH_MIN(due, l->in_flight[i].retry.due_ms);
@@ -533,6 +575,7 @@ static sh_status on_welcome(const sh_link_step *s, const sh_msg_welcome *welcome
     if (welcome->renew)
         return renew(s, welcome->common);
     l->state = SH_LINK_WELCOME;
+    l->options.enrol.token = (sh_bytes){0}; /* it has done its work */
     l->enrol = (sh_retry){.due_ms = SH_LINK_NEVER};
     return link_welcomed(s);
 }
@@ -597,6 +640,9 @@ sh_status sh_link_receive(const sh_link_step *s, sh_bytes message)
         return on_chunk(s, &msg.chunk);
     case SH_MSG_ERROR:
         on_error(s, &msg);
+        return SH_OK;
+    case SH_MSG_ROTATE:
+        on_rotate(s, &msg.rotate);
         return SH_OK;
     default:
         return sh_link_refuse(s, SH_ERR_INVALID, "a node does not take this message");

@@ -68,7 +68,10 @@ typedef struct {
     sh_status (*on_chunks)(void *arg);
     void (*on_rejected)(void *arg); /* the aggregator does not know our key */
     void (*on_renewed)(void *arg);  /* the epoch is a new one */
-    void (*on_refused)(void *arg);  /* a message was bad: for counting */
+    /* The aggregator knows the key that sh_link_rotate told: connect with it. NULL: never rotates.
+     */
+    void (*on_rotated)(void *arg, const sh_hash *key);
+    void (*on_refused)(void *arg); /* a message was bad: for counting */
 } sh_link_callbacks;
 
 typedef struct {
@@ -90,8 +93,8 @@ typedef struct {
  * all are. */
 typedef struct {
     bool items[SH_CLASSES], chunks, want;
-    uint32_t want_max;   /* chunks of one WANT; 0: as many as fit */
-    uint64_t contact_ms; /* no ENROL and CHECKIN before */
+    uint32_t want_max;             /* chunks of one WANT; 0: as many as fit */
+    uint64_t enrol_ms, contact_ms; /* no ENROL, and no CHECKIN and ROTATE, before */
 } sh_link_closed;
 
 typedef struct {
@@ -125,7 +128,10 @@ typedef struct { /* read freely; written by the functions below only */
     uint32_t version; /* of the protocol, that this link speaks */
     uint64_t hold_ms; /* the aggregator asked for quiet until then */
     sh_link_closed closed;
-    sh_retry enrol, checkin, want;
+    sh_retry enrol, checkin, want, rotate;
+    sh_hash next_key; /* of the rotation that goes on while rotate is due some time */
+    uint8_t token[SH_WIRE_TOKEN_MAX];
+    uint32_t n_token;
     sh_retry bury[SH_CLASSES]; /* tombstones for what the aggregator forgot */
     sh_in_flight in_flight[SH_LINK_IN_FLIGHT_MAX];
     uint64_t send_from[SH_CLASSES]; /* lower sequences were sent since the link came up */
@@ -164,6 +170,10 @@ void sh_link_checkin_soon(const sh_link_step *s);
 /* Chunks are wanted (`missing` says which): asks for them at once, and again until none is. */
 void sh_link_want(const sh_link_step *s);
 void sh_link_want_stop(const sh_link_step *s);
+/* Tells the aggregator the next key, with a token of 16 to SH_WIRE_TOKEN_MAX bytes that the ENROL
+ * under it will carry, again and on later links until it answers: on_rotated. Takes the place of an
+ * earlier one. It waits for a link of protocol version 3. */
+void sh_link_rotate(const sh_link_step *s, const sh_hash *key, sh_bytes token);
 /* Answers ERROR to what came, and tells on_refused. */
 SH_MUST_USE sh_status sh_link_refuse(const sh_link_step *s, sh_status code, const char *text);
 /* Sets the time of the next try: retry_min, which an answer may take, and full jitter. */

@@ -84,7 +84,8 @@ SH_MUST_USE sh_status sh_inbox_get_ack(sh_txn *txn, unsigned table, const sh_has
 /* Puts the chunks of bytes into the chunk table (those that are not there). */
 SH_MUST_USE sh_status sh_blob_put(sh_txn *txn, unsigned table, const void *bytes, size_t n,
                                   sh_error *err);
-/* Verifies a chunk against its name and puts it. SH_ERR_CORRUPT when it does not match. */
+/* Verifies a chunk against its name, unless the decoder has, and puts it. SH_ERR_CORRUPT when it
+ * does not match. */
 SH_MUST_USE sh_status sh_chunk_put(sh_txn *txn, unsigned table, const sh_msg_chunk *chunk,
                                    sh_error *err);
 /* The chunks of blob that are missing, at most max; *n 0 when it is whole. Writes 32 bytes each. */

@@ -279,7 +279,31 @@ cleanup:
     return status;
 }
 
+/* See sh_msg_check. */
+static sh_status check_hashes(const envelope *e, sh_msg_check check, sh_msg *msg, sh_error *err)
+{
+    bool named = msg->type == SH_MSG_CHUNK && check != SH_CHECK_ENVELOPE;
+    if (named)
+        msg->chunk.checked = true;
+    if (check == SH_CHECK_DONE)
+        return SH_OK;
+    sh_hash hash = named ? sh_blake2b(msg->chunk.bytes.data, msg->chunk.bytes.n)
+                         : sh_blake2b(e->body.data, e->body.n);
+    if (named && !sh_hash_equal(&hash, &msg->chunk.hash))
+        return sh_fail(err, SH_ERR_CORRUPT, "chunk: its bytes do not match its hash");
+    if (!named && memcmp(hash.b, e->hash.data, HASH_BYTES) != 0)
+        return sh_fail(err, SH_ERR_CORRUPT, "%s: the body's hash is not the one in the envelope",
+                       messages[e->type].name);
+    return SH_OK;
+}
+
 sh_status sh_msg_decode(const void *bytes, size_t n, sh_msg *out, sh_error *err)
+{
+    return sh_msg_decode_checked(bytes, n, SH_CHECK_ENVELOPE, out, err);
+}
+
+sh_status sh_msg_decode_checked(const void *bytes, size_t n, sh_msg_check check, sh_msg *out,
+                                sh_error *err)
 {
     if (n > SH_WIRE_MESSAGE_MAX)
         return sh_fail(err, SH_ERR_LIMIT, "message: %zu bytes, at most %u", n, SH_WIRE_MESSAGE_MAX);
@@ -295,12 +319,12 @@ sh_status sh_msg_decode(const void *bytes, size_t n, sh_msg *out, sh_error *err)
     if (e.type > last_type(e.version))
         return sh_fail(err, SH_ERR_LIMIT, "message: field type is %u, version %u ends at %d",
                        e.type, e.version, (int)last_type(e.version));
-    sh_hash hash = sh_blake2b(e.body.data, e.body.n);
-    if (memcmp(hash.b, e.hash.data, HASH_BYTES) != 0)
-        return sh_fail(err, SH_ERR_CORRUPT, "%s: the body's hash is not the one in the envelope",
-                       messages[e.type].name);
     sh_msg msg = {.version = e.version, .type = e.type};
+    if (e.type != SH_MSG_CHUNK)
+        SH_TRY(check_hashes(&e, check, &msg, err));
     SH_TRY(sh_wire_decode(schema_of(msg.type, e.version), e.body.data, e.body.n, &msg, err));
+    if (e.type == SH_MSG_CHUNK)
+        SH_TRY(check_hashes(&e, check, &msg, err));
     *out = msg;
     sh_wire_rebase_texts(&messages[e.type], out);
     return SH_OK;

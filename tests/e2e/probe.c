@@ -17,7 +17,7 @@
 
 #define FILE_MAX ((size_t)1 << 30)
 
-uint64_t probe_rss(pid_t pid)
+static uint64_t memory_of(pid_t pid, const char *name)
 {
     char path[64], line[256];
     unsigned long long kib = 0;
@@ -25,11 +25,22 @@ uint64_t probe_rss(pid_t pid)
     FILE *f = fopen(path, "r");
     assert_non_null(f);
     while (fgets(line, sizeof line, f))
-        if (sscanf(line, "VmRSS: %llu kB", &kib) == 1)
+        if (strncmp(line, name, strlen(name)) == 0 &&
+            sscanf(line + strlen(name), ": %llu kB", &kib) == 1)
             break;
     fclose(f);
     assert_true(kib > 0);
     return (uint64_t)kib << 10;
+}
+
+uint64_t probe_rss(pid_t pid)
+{
+    return memory_of(pid, "VmRSS");
+}
+
+uint64_t probe_peak(pid_t pid)
+{
+    return memory_of(pid, "VmHWM");
 }
 
 bool probe_is_sanitized(void)

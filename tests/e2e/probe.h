@@ -12,6 +12,7 @@
 
 /* Resident bytes of a process now (VmRSS). */
 uint64_t probe_rss(pid_t pid);
+uint64_t probe_peak(pid_t pid); /* the most that it ever had (VmHWM) */
 /* A sanitizer's own memory is no measure of the program's: limits on it are not looked at then. */
 bool probe_is_sanitized(void);
 /* The value of the sample `name` (labels included) on a page of metrics; -1: not there. */

@@ -1,22 +1,21 @@
 // A node that was written from docs/protocol.md, with npm's "zeromq" and "@msgpack/msgpack" and no
 // code of ours, against an aggregator that runs:
 //
-//   node protocol_node.mjs ENDPOINT BUNDLE ENROL...
+//   node protocol_node.mjs ENDPOINT BUNDLE TOKEN
 //
-// ENROL... is the operator's command, to which the key is added in hexadecimal digits. It enrols,
-// checks in, takes a release down and verifies it, pushes windows, sends things twice and out of
-// order, first in version 3, then with the same key in version 1, then as a copy of its own store.
-// On stdout one line of JSON: what the test then looks for in the aggregator's store.
+// TOKEN is an enrolment token in hexadecimal digits. It enrols, checks in, takes a release down and
+// verifies it, pushes windows, sends things twice and out of order, first in version 3, then with
+// the same key in version 1, then with another key, then as a copy of its own store. On stdout one
+// line of JSON: what the test then looks for in the aggregator's store.
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
 import { createHash, createPublicKey, randomBytes, verify } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { decode, encode } from "@msgpack/msgpack";
 import * as zmq from "zeromq";
 
-const [endpoint, bundle, ...operator] = process.argv.slice(2);
-assert(operator.length > 0, "usage: node protocol_node.mjs ENDPOINT BUNDLE ENROL...");
+const [endpoint, bundle, invitation] = process.argv.slice(2);
+assert(invitation, "usage: node protocol_node.mjs ENDPOINT BUNDLE TOKEN");
 
 // ---- BLAKE2b-256: RFC 7693, section 3, unkeyed ----
 
@@ -81,7 +80,7 @@ assert.equal(blake2b(Buffer.from("abc")).toString("hex"),
 // ---- messages ----
 
 const ENROL = 1, WELCOME = 2, CHECKIN = 3, PLAN = 4, ITEM = 5, ACK = 6, WANT = 7, CHUNK = 8;
-const ERROR = 9, NAMES = ["", "enrol", "welcome", "checkin", "plan", "item", "ack", "want",
+const ERROR = 9, ROTATE = 10, NAMES = ["", "enrol", "welcome", "checkin", "plan", "item", "ack", "want",
     "chunk", "error", "rotate"];
 const WINDOW_CLASS = 2, WINDOW_KIND = 3, TOMBSTONE_KIND = 4;
 const NONE = Buffer.alloc(0);
@@ -223,14 +222,17 @@ class Node {
         this.epoch = epoch;
     }
 
-    async enrol(leases, token = NONE) {
+    // Returns what of WELCOME says whether its epoch is its own.
+    async enrol(leases, token = NONE, expected = true) {
         const fields = [this.epoch, "protocol_node 1", "javascript", 2, u64(8n << 30n)];
         if (this.link.version >= 3)
             fields.push("laptop", u64(1n << 30n), 2, token, Buffer.concat(leases));
-        const [accepted, why, renew, later] = await this.link.ask(ENROL, fields, WELCOME);
-        assert.equal(accepted, true, why);
-        if (this.link.version < 3) assert.deepEqual([renew, later], [undefined, undefined]);
-        return renew;
+        const welcome = await this.link.ask(ENROL, fields, WELCOME);
+        assert.equal(welcome.length, this.link.version >= 3 ? 6 : 2);
+        const [accepted, why, renew, , epoch, common] = welcome;
+        assert.equal(accepted, expected, why);
+        if (accepted && epoch !== undefined) assert.equal(epoch, this.epoch);
+        return { renew, common };
     }
 
     // State up, plan down.
@@ -292,13 +294,15 @@ const unz85 = (string) => {
 const server = z85(hexFile("aggregator.pub"));
 const keys = zmq.curveKeyPair();
 const key = unz85(keys.publicKey).toString("hex");
-execFileSync(operator[0], [...operator.slice(1), key], { stdio: ["ignore", "ignore", "inherit"] });
 
-// Version 3.
-const lease = randomBytes(32);
+// Version 3. First with a token that is none: let in, told no, and shut out.
 let node = new Node(new Link(keys, server, 3), drawEpoch());
-const first = node.epoch;
-assert.equal(await node.enrol([lease]), false, "nobody else has this epoch");
+await node.enrol([], randomBytes(32), false);
+node.link.close();
+const first = node.epoch, lease = randomBytes(32);
+node.link = new Link(keys, server, 3);
+const { renew } = await node.enrol([lease], Buffer.from(invitation, "hex"));
+assert.equal(renew, false, "nobody else has this epoch");
 const plan = await node.checkin(0);
 const manifest = readManifest(plan.manifest);
 if (plan.time.length > 0) {
@@ -343,19 +347,28 @@ assert.deepEqual(await node.item(4, windows[3]), [4, ""]);
 assert.deepEqual(await node.item(4, windows[3]), [4, ""]);
 node.link.close();
 
-// The next start: its lease, and the one of the start before. A start that was never welcomed is in
-// the list, too.
-const next = randomBytes(32);
+// Another key, and the same node. The next start: its lease, and the one of the start before; one
+// that was never welcomed is in the list, too.
+const next = randomBytes(32), token = randomBytes(32), fresh = zmq.curveKeyPair();
 node = new Node(new Link(keys, server, 3), first);
-assert.equal(await node.enrol([next, randomBytes(32), lease]), false);
+assert.equal((await node.enrol([next, randomBytes(32), lease])).renew, false);
+const [pending, nothing] = await node.link.ask(ROTATE, [unz85(fresh.publicKey), token], ROTATE);
+assert(unz85(fresh.publicKey).equals(pending) && nothing.length === 0);
+node.link.close();
+node.link = new Link(fresh, server, 3);
+assert.equal((await node.enrol([next], token)).renew, false);
+assert.deepEqual(await node.item(4, windows[3]), [4, ""], "it goes on under the new key");
 node.link.close();
 
-// And a copy of the store from before that: it is told to renew, and takes a new epoch.
+// And a copy of the store from before that start: it is told to renew, and where the two parted. Its
+// new epoch is made of the first lease that the other has not.
 const copy = randomBytes(32);
-node = new Node(new Link(keys, server, 3), first);
-assert.equal(await node.enrol([copy, lease]), true, "another sender has this epoch");
-node.epoch = drawEpoch();
-assert.equal(await node.enrol([copy]), false);
+node = new Node(new Link(fresh, server, 3), first);
+const told = await node.enrol([copy, lease]);
+assert.deepEqual(told, { renew: true, common: 1 }, "another sender has this epoch");
+node.epoch = blake2b(copy).readBigUInt64LE();
+if (node.epoch < 1n << 32n) node.epoch = Number(node.epoch);
+assert.equal((await node.enrol([copy])).renew, false);
 assert.deepEqual(await node.item(1, makeWindow(78, 5, Number(manifest.release))), [1, ""]);
 node.link.close();
 

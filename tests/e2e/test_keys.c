@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "shared/base/file.h"
 #include "shared/net/net.h"
@@ -136,6 +137,57 @@ static void enrolled_revoked_and_enrolled_again(void **state)
     e2e_fleet_stop(f);
 }
 
+/* A node that was set up with a token needs no operator, and the token is gone when it was of use.
+ */
+static void enrolled_by_a_token(void **state)
+{
+    e2e_fleet *f = *state;
+    char file[SH_PATH_BYTES], kept[SH_PATH_BYTES], dir[SH_PATH_BYTES], bundle[SH_PATH_BYTES];
+    char endpoint[64];
+    int code;
+    OK(sh_path_join(file, sizeof file, f->root.path, "token", err));
+    OK(sh_path_join(dir, sizeof dir, f->root.path, "by-token", err));
+    OK(sh_path_join(kept, sizeof kept, dir, "enrol.token", err));
+    OK(sh_path_join(bundle, sizeof bundle, f->aggregator_dir, "bundle", err));
+    snprintf(endpoint, sizeof endpoint, "tcp://127.0.0.1:%u", f->port);
+    const char *const init[] = {"init",   "--dir",        dir,  "--bundle", bundle, "--aggregator",
+                                endpoint, "--token-file", file, NULL};
+    OK(sh_file_write_atomic(file, "no token", 8, err));
+    run_result bad = run_program(e2e_program(f, "shoal-node"), init, NULL, 0);
+    assert_int_equal(bad.exit_code, 2);
+    assert_non_null(strstr(bad.err, "token"));
+    run_release(&bad);
+    json_t *reply = e2e_tool(f, (const char *const[]){"token", "add", "--uses", "1", NULL}, &code);
+    assert_int_equal(code, 0);
+    const char *token = json_string_value(json_object_get(reply, "token"));
+    OK(sh_file_write_atomic(file, token, strlen(token), err));
+    run_result good = run_program(e2e_program(f, "shoal-node"), init, NULL, 0);
+    assert_int_equal(good.exit_code, 0);
+    assert_null(strstr(good.out, "shoal aggregator enrol")); /* nobody has to */
+    run_release(&good);
+    /* The fleet's node 0 goes on as if it had been set up so. */
+    struct stat st;
+    assert_int_equal(stat(kept, &st), 0);
+    assert_int_equal(st.st_mode & 0777, 0600);
+    OK(sh_path_join(kept, sizeof kept, f->nodes[0].dir, "enrol.token", err));
+    OK(sh_file_write_atomic(kept, token, strlen(token), err));
+    json_decref(reply);
+    e2e_node_start(f, 0, NULL);
+    e2e_node_start(f, 1, NULL); /* has none */
+    assert_true(e2e_node_ready(f, 0) && e2e_node_ready(f, 1));
+    assert_true(e2e_saw(&f->nodes[0].process, "event=checked_in"));
+    E2E_UNTIL(!sh_file_exists(kept), "the token is forgotten");
+    assert_true(last_heard(f, 0) > 0);
+    assert_int_equal(last_heard(f, 1), -1);
+    /* What it is now does not depend on the token any more. */
+    assert_int_equal(e2e_end(&f->nodes[0].process, SIGKILL), 128 + SIGKILL);
+    e2e_node_start(f, 0, NULL);
+    assert_true(e2e_saw(&f->nodes[0].process, "event=checked_in"));
+    expect_serves(f, 1);
+    assert_false(e2e_logged(&f->nodes[1].process, "event=checked_in"));
+    e2e_fleet_stop(f);
+}
+
 /* A revocation outlives both processes. */
 static void revoked_for_good(void **state)
 {
@@ -182,6 +234,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(enrolled_revoked_and_enrolled_again, make, release),
+        cmocka_unit_test_setup_teardown(enrolled_by_a_token, make, release),
         cmocka_unit_test_setup_teardown(revoked_for_good, make, release),
         cmocka_unit_test_setup_teardown(another_aggregator_is_not_believed, make, release),
     };

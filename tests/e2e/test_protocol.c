@@ -95,12 +95,16 @@ static void a_node_in_another_language(void **state)
     agg_rig *r = *state;
     char bundle[SH_PATH_BYTES];
     expected e = {0};
+    int code;
+    json_t *token = agg_tool(r, (const char *[]){"token", "add", "--uses", "1", NULL}, &code);
+    assert_int_equal(code, 0);
     OK(sh_path_join(bundle, sizeof bundle, r->dir, "bundle", err));
     run_result run = run_program(
         "/bin/sh",
         (const char *const[]){SHOAL_SOURCE_DIR "/tests/e2e/protocol_node.test", r->endpoint, bundle,
-                              tool, "aggregator", "enrol", "--dir", r->dir, NULL},
+                              json_string_value(json_object_get(token, "token")), NULL},
         NULL, 0);
+    json_decref(token);
     skipped = run.exit_code == SKIPPED;
     if (skipped)
         print_message("%s", run.out);

@@ -53,6 +53,7 @@ rig *rig_open(uint64_t seed)
     r->slices[1] = (sh_slice_score){SH_SLICE_ACCEPTED, 40, 90.0, 91.0};
     r->speaks = SH_WIRE_VERSION;
     r->plan.return_after_ms = 1000;
+    sh_buf_init(&r->rotate_token, SH_WIRE_TOKEN_MAX);
     r->chunk_budget = SH_WIRE_WANT_MAX;
     rig_make_release(r, 1, 1000);
     r->slots[0] = sh_sha256(r->releases[0].model.data, r->releases[0].model.len);
@@ -125,6 +126,7 @@ void rig_close(rig **rp)
     sh_node_destroy(&r->node);
     sh_store_close(&r->store);
     sh_store_close(&r->agg);
+    sh_buf_release(&r->rotate_token);
     for (size_t i = 0; i < RIG_RELEASES; i++) {
         sh_buf_release(&r->releases[i].manifest);
         sh_buf_release(&r->releases[i].model);
@@ -382,7 +384,19 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
     OK(sh_txn_begin(r->agg, SH_TXN_WRITE, &txn, &test_err));
     switch (msg.type) {
     case SH_MSG_ENROL:
+        r->token_bytes = msg.enrol.token.n;
+        if (r->token_bytes > 0) {
+            SAME(r->token_bytes, r->rotate_token.len);
+            assert_memory_equal(msg.enrol.token.data, r->rotate_token.data, r->token_bytes);
+        }
         agg_on_enrol(r, &msg.enrol);
+        break;
+    case SH_MSG_ROTATE:
+        r->rotate_token.len = 0;
+        OK(sh_buf_append(&r->rotate_token, msg.rotate.token.data, msg.rotate.token.n));
+        reply.type = SH_MSG_ROTATE;
+        reply.rotate.key = msg.rotate.key;
+        agg_send(r, &reply);
         break;
     case SH_MSG_CHECKIN:
         r->checkin = msg.checkin;
@@ -454,6 +468,10 @@ static void carry_out(rig *r)
         case SH_NODE_ACTIVATE:
             r->active_version = a->version;
             r->active_slot = a->slot;
+            break;
+        case SH_NODE_SWITCH_KEY:
+            r->switched++;
+            r->switch_key = a->key;
             break;
         case SH_NODE_NOTE:
             assert_true(a->note < RIG_NOTES);

@@ -103,6 +103,10 @@ typedef struct {
     uint32_t speaks; /* the highest version that it knows */
     rig_epoch epochs[RIG_EPOCHS];
     size_t n_epochs;
+    sh_buf rotate_token; /* of the last ROTATE */
+    size_t token_bytes;  /* in the last ENROL */
+    unsigned switched;   /* SWITCH_KEY actions */
+    sh_hash switch_key;
     unsigned renewed;                                     /* ENROLs that were told to renew */
     void (*on_taken)(void *arg, const sh_msg_item *item); /* NULL: none; not of tombstones */
     void *arg;

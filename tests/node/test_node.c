@@ -563,6 +563,41 @@ static void an_error_asks_for_quiet(void **state)
     rig_close(&r);
 }
 
+/* The next key is told until the aggregator answers, over lost messages and links; the core made
+ * for it enrols with the token. */
+static void a_key_is_rotated(void **state)
+{
+    (void)state;
+    for (uint64_t seed = 1; seed <= 10; seed++) {
+        rig *r = rig_open(seed);
+        uint8_t token[32] = {1, 2, 3};
+        sh_node_event e = {.kind = SH_NODE_ROTATE, .key = {{9}}, .token = {token, sizeof(token)}};
+        rig_start(r);
+        rig_step(r, &e); /* the link is down: it waits */
+        r->lose = r->repeat = 40;
+        for (unsigned i = 0; i < 100 && r->switched == 0; i++) {
+            rig_link(r, i % 2 == 0);
+            rig_run(r, 1000, true);
+        }
+        SAME(r->switched, 1);
+        assert_true(sh_hash_equal(&r->switch_key, &e.key));
+        r->lose = r->repeat = 0;
+        rig_link(r, true);
+        unsigned told = r->sent[SH_MSG_ROTATE];
+        rig_run(r, 20000, true);
+        SAME(r->sent[SH_MSG_ROTATE], told);
+        SAME(r->switched, 1);
+        SAME(r->token_bytes, 0);
+        r->options.rotate_token = e.token;
+        rig_restart(r);
+        rig_link(r, true);
+        rig_run(r, 1000, true);
+        SAME(r->token_bytes, sizeof(token)); /* and the rig compares it */
+        assert_true(rig_status(r).welcome);
+        rig_close(&r);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -581,6 +616,7 @@ int main(void)
         cmocka_unit_test(failing_training_gives_up),
         cmocka_unit_test(offline_then_catches_up),
         cmocka_unit_test(a_mute_aggregator_is_not_flooded),
+        cmocka_unit_test(a_key_is_rotated),
         cmocka_unit_test(dropped_updates_are_counted_and_told),
         cmocka_unit_test(a_quota_bites_in_flight),
         cmocka_unit_test(an_acknowledgement_of_another_epoch_settles_nothing),

@@ -126,10 +126,10 @@ static void test_classes_are_apart(void **state)
         (sh_node_policy){.unmetered = true, .unknown_allowed = true};
     rig_start(r);
     rig_signals(r, &nothing);
+    rig_link(r, true);
+    rig_run(r, 100, true); /* it is welcome */
     r->mute = true;
     windows(r, 1);
-    rig_link(r, true);
-    rig_run(r, 100, true);
     unsigned sent = r->sent[SH_MSG_ITEM];
     assert_true(sent > 0);
     rig_signals(r, &costly);

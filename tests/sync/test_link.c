@@ -90,9 +90,9 @@ static void on_refused(void *arg)
     ((peer *)arg)->refused++;
 }
 
-static const sh_link_callbacks callbacks = {may_send,   take,      fill_checkin, on_plan,
-                                            on_acked,   missing,   on_chunks,    on_rejected,
-                                            on_renewed, on_refused};
+static const sh_link_callbacks callbacks = {may_send,   take,    fill_checkin, on_plan,
+                                            on_acked,   missing, on_chunks,    on_rejected,
+                                            on_renewed, NULL,    on_refused};
 
 static sh_link_step step_of(peer *p)
 {
