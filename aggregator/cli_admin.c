@@ -19,7 +19,7 @@
 
 typedef struct {
     const char *dir, *name, *file;
-    bool json;
+    bool json, relay;
     int64_t limit, timeout_s, uses;
     double hours;
 } admin_options;
@@ -37,6 +37,8 @@ static const sh_option table[] = {
                "token add: how many nodes it enrols"),
     SH_OPT_REAL(admin_options, hours, 0, "hours", "H", 24, 0.001, 87600,
                 "token add: how long it is valid"),
+    SH_OPT_FLAG(admin_options, relay, 0, "relay",
+                "enrol: it is a relay, whose updates stand for those of its nodes"),
     SH_OPT_INT(admin_options, limit, 0, "limit", "N", 50, 1, 1000,
                "releases, audit: newest entries to show"),
     SH_OPT_INT(admin_options, timeout_s, 0, "timeout", "S", 30, 1, 86400,
@@ -113,6 +115,15 @@ static void print_status(const json_t *r)
            " copies of a store, %" PRIu64 " tokens\n",
            uint_of(r, "enrolled"), uint_of(r, "drifting"), uint_of(r, "clones"),
            uint_of(r, "tokens"));
+    if (uint_of(r, "relays") > 0)
+        printf("  relays             %" PRIu64 " of them; what waits stands for %" PRIu64
+               " nodes' updates\n",
+               uint_of(r, "relays"), uint_of(r, "parts"));
+    const json_t *parent = json_object_get(r, "parent");
+    if (parent != NULL)
+        printf("  relay of           %s (%s), %" PRIu64 " updates made for it, %" PRIu64 " owed\n",
+               text_of(parent, "endpoint"), text_of(parent, "state"), uint_of(parent, "updates"),
+               uint_of(parent, "owed"));
     printf("  release            %" PRIu64 " (%" PRIu64 " published, %" PRIu64
            " candidates refused)\n",
            uint_of(r, "release"), uint_of(r, "releases"), uint_of(r, "candidates_refused"));
@@ -253,10 +264,9 @@ static const admin_command commands[] = {
     {"nodes", "", "Nodes that are enrolled or revoked.", NULL, NULL, 0, print_nodes},
     {"audit", "[--limit N]", "Newest entries of the log of decisions; its whole chain is checked.",
      NULL, NULL, 0, print_audit},
-    {"enrol", "(KEY [--name NAME] | --file LIST)",
-     "Lets nodes in, by the keys that shoal-node init printed. The whole list is checked before "
-     "the\n"
-     "first of it is enrolled.",
+    {"enrol", "(KEY [--name NAME] [--relay] | --file LIST)",
+     "Lets nodes in, by the keys that shoal-node init printed; with --relay a relay, by that of\n"
+     "shoal-aggregator init --relay. The whole list is checked before the first of it is enrolled.",
      "shoal aggregator enrol 3f…c1 --name kiosk-7 --dir DIR", "key", 's', print_enrolled},
     {"revoke", "KEY",
      "Shuts a node out at once, with all its keys; its updates that are not merged yet never will "
@@ -360,6 +370,8 @@ static sh_status make_request(const admin_command *command, const admin_options 
             return sh_fail(err, SH_ERR_USAGE, "--name is no UTF-8");
         sh_json_set(request, "name", name);
     }
+    if (o->relay)
+        sh_json_set(request, "relay", json_true());
     sh_json_set(request, "limit", json_integer((json_int_t)o->limit));
     return SH_OK;
 }

@@ -16,6 +16,7 @@ const char *const sh_coord_tables[SH_COORD_TABLES] = {
     [SH_COORD_T_CHUNK] = "chunk", [SH_COORD_T_RELEASE] = "release",
     [SH_COORD_T_AUDIT] = "audit", [SH_COORD_T_EVALUATION] = "evaluation",
     [SH_COORD_T_EPOCH] = "epoch", [SH_COORD_T_ACCESS] = "access",
+    [SH_COORD_T_PART] = "part",   [SH_COORD_T_OUTBOX] = "outbox",
 };
 
 const char *sh_reason_name(sh_reason reason)
@@ -31,6 +32,8 @@ const char *sh_reason_name(sh_reason reason)
         [SH_REASON_GATE] = "gate",
         [SH_REASON_CLOSED] = "closed",
         [SH_REASON_REVOKED] = "revoked",
+        [SH_REASON_TWICE] = "twice",
+        [SH_REASON_RELAY] = "not-a-relay",
     };
     return (unsigned)reason < SH_REASONS ? names[reason] : "unknown";
 }
@@ -101,6 +104,13 @@ sh_status coord_send_retry(coord_step *s, const sh_hash *node, sh_status code, c
     return coord_send(s, node, &msg);
 }
 
+void coord_send_up(coord_step *s, sh_buf *message)
+{
+    sh_coord_action *action = add_action(s, SH_COORD_SEND_UP);
+    action->message = *message;
+    *message = (sh_buf){0};
+}
+
 void coord_set_key(coord_step *s, const sh_hash *key, sh_key_access access)
 {
     sh_coord_action *action = add_action(s, SH_COORD_KEY);
@@ -142,6 +152,8 @@ sh_status coord_start_job(coord_step *s)
     } else {
         job.candidate_model = candidate->sha256;
     }
+    if (c->relay != NULL)
+        coord_relay_job(c, &job);
     add_action(s, SH_COORD_START_JOB)->job = job;
     c->job_id = job.id;
     c->retry_at_ms = 0;
@@ -168,6 +180,10 @@ static sh_status check_options(const sh_coord_options *o, sh_error *err)
         return sh_fail(err, SH_ERR_INVALID,
                        "coordinator: the chunk budget and the time between "
                        "check-ins must be above 0");
+    if (o->relay && (o->relay_retry_min_ms == 0 || o->relay_retry_max_ms < o->relay_retry_min_ms))
+        return sh_fail(
+            err, SH_ERR_INVALID, "coordinator: a relay's retries of %llu to %llu ms are no range",
+            (unsigned long long)o->relay_retry_min_ms, (unsigned long long)o->relay_retry_max_ms);
     if (!(o->load_share >= 0 && o->load_share <= 1))
         return sh_fail(err, SH_ERR_INVALID, "coordinator: a load share of %g is not in [0, 1]",
                        o->load_share);
@@ -187,6 +203,7 @@ static sh_status check_options(const sh_coord_options *o, sh_error *err)
 
 typedef struct {
     sh_coord *c;
+    sh_txn *txn;
     uint64_t now_ms;
     sh_error *err;
 } loading;
@@ -195,11 +212,13 @@ static sh_status load_node(void *arg, const sh_node_row *row)
 {
     const loading *l = arg;
     sh_coord *c = l->c;
-    if (!row->revoked) {
-        coord_admit_load(c, row->last_ms, l->now_ms);
-        c->enrolled++;
-        c->drifting += row->checkin.drifting;
-    }
+    uint32_t drifting = 0;
+    if (row->revoked)
+        return SH_OK;
+    coord_admit_load(c, row->last_ms, l->now_ms);
+    SH_TRY(coord_drifting(l->txn, &row->key, &row->checkin, &drifting, l->err));
+    c->enrolled++;
+    c->drifting += drifting;
     return SH_OK;
 }
 
@@ -212,6 +231,7 @@ static sh_status load_update(void *arg, const sh_update_row *row)
     if (sh_array_reserve((void **)&c->pending, &c->pending_cap, c->n_pending + 1,
                          sizeof *c->pending, SH_COORD_BUFFER_MAX) != SH_OK)
         return sh_fail(l->err, SH_ERR_NO_MEMORY, "coordinator: no memory for the buffer");
+    c->parts += coord_parts_of(&row->meta);
     c->pending[c->n_pending++] = row->id; /* rows come in the order of their keys */
     return coord_chunks_hold(c, row->meta.blob.chunk_hashes, row->meta.blob.n_chunks, l->err);
 }
@@ -221,7 +241,7 @@ static sh_status load_all(coord_step *s, const sh_genesis *genesis)
     sh_coord *c = s->c;
     sh_txn *txn = s->txn;
     sh_error *err = s->err;
-    loading l = {.c = c, .now_ms = s->now_ms, .err = err};
+    loading l = {.c = c, .txn = txn, .now_ms = s->now_ms, .err = err};
     SH_TRY(coord_releases_load(c, txn, err));
     if (genesis != NULL) {
         sh_release_row row;
@@ -234,6 +254,7 @@ static sh_status load_all(coord_step *s, const sh_genesis *genesis)
                            "than this genesis release");
     }
     SH_TRY(coord_waiting_load(c, txn, s->now_ms, err));
+    SH_TRY(coord_relays_count(c, txn, err));
     c->n_evaluations = (uint32_t)sh_txn_count(txn, SH_COORD_T_EVALUATION);
     SH_TRY(sh_coord_each_node(txn, load_node, &l, err));
     SH_TRY(coord_tokens_load(c, txn, err));
@@ -301,6 +322,7 @@ static sh_status begin(coord_step *s, const sh_genesis *genesis)
     } else {
         SH_TRY(begin_new(s, genesis));
     }
+    SH_TRY(coord_relay_open(s, !found));
     SH_TRY(coord_begin_rounds(s));
     if (c->state.phase == PHASE_EVALUATING)
         SH_TRY(coord_canary_consider(s));
@@ -308,6 +330,8 @@ static sh_status begin(coord_step *s, const sh_genesis *genesis)
         SH_TRY(coord_start_job(s)); /* what a crash forgot */
     else
         SH_TRY(coord_advance(s));
+    if (c->relay != NULL)
+        SH_TRY(coord_relay_end(s));
     return c->dirty ? coord_state_save(c, s->txn, s->err) : SH_OK;
 }
 
@@ -338,6 +362,7 @@ void sh_coord_destroy(sh_coord **coord)
     sh_coord *c = *coord;
     if (c == NULL)
         return;
+    coord_relay_close(c);
     coord_candidate_release(&c->candidate);
     for (size_t i = 0; i < COORD_RELEASES_KEPT; i++)
         coord_release_release(&c->kept[i]);
@@ -388,7 +413,14 @@ sh_status sh_coord_step(sh_coord *coord, const sh_coord_event *event, sh_txn *tx
     case SH_COORD_COMMAND:
         SH_TRY(coord_on_command(&s, event));
         break;
+    case SH_COORD_PARENT_UP:
+    case SH_COORD_PARENT_DOWN:
+    case SH_COORD_PARENT_MESSAGE:
+        SH_TRY(coord_relay_event(&s, event));
+        break;
     }
+    if (coord->relay != NULL)
+        SH_TRY(coord_relay_end(&s));
     return coord->dirty ? coord_state_save(coord, txn, err) : SH_OK;
 }
 
@@ -423,6 +455,8 @@ sh_coord_status sh_coord_get_status(const sh_coord *c)
                               .chunk_names = c->chunks.n,
                               .told_later = c->admission.told,
                               .return_ms = coord_admit_return_ms(c),
+                              .parts = c->parts,
+                              .relays = c->relays,
                               .rotations = state->rotations,
                               .token_enrolments = state->token_enrolments,
                               .tokens_refused = state->tokens_refused,
@@ -432,5 +466,7 @@ sh_coord_status sh_coord_get_status(const sh_coord *c)
                               .limited = c->limited,
                               .disconnected = c->disconnected};
     memcpy(status.updates_refused, state->updates_refused, sizeof status.updates_refused);
+    if (c->relay != NULL)
+        coord_relay_status(c, &status);
     return status;
 }

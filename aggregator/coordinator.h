@@ -9,6 +9,11 @@
  * bytes are gated. A refused candidate leaves master and release as they were; a buffer that was
  * merged with another server scale than 1 is merged again (at the configured scale, then at 1),
  * otherwise its updates are refused with reason "gate".
+ *
+ * A relay (options.relay) is an aggregator to its nodes and a node to its parent: it judges and
+ * stacks its nodes' updates, of one base at a time, into one that goes up with its parts named, and
+ * passes releases, plans and the signed time down as they came. It has no release key, no gate and
+ * no candidates. Its upward side is shared/sync/link.h. docs/decisions/0021 says what it decides.
  */
 #ifndef SH_AGGREGATOR_COORDINATOR_H
 #define SH_AGGREGATOR_COORDINATOR_H
@@ -17,10 +22,11 @@
 #include "shared/store/store.h"
 #include "shared/wire/wire.h"
 
-#define SH_COORD_ACTIONS_MAX 256
-#define SH_COORD_NODES_MAX   100000u
-#define SH_COORD_BUFFER_MAX  1024u /* updates a merge */
-#define SH_NODE_NAME_MAX     63
+#define SH_COORD_ACTIONS_MAX    256
+#define SH_COORD_NODES_MAX      100000u
+#define SH_COORD_BUFFER_MAX     1024u /* updates a merge */
+#define SH_COORD_STACK_RANK_MAX 4096u /* of what a relay sends as one: an adapter's most */
+#define SH_NODE_NAME_MAX        63
 
 enum {
     SH_COORD_T_META,    /* "state" */
@@ -36,6 +42,8 @@ enum {
     SH_COORD_T_EVALUATION, /* (candidate, node, epoch, seq) -> sh_evaluation payload */
     SH_COORD_T_EPOCH,      /* (node, epoch) -> lease of its one sender, when it was seen */
     SH_COORD_T_ACCESS,     /* enrolment tokens by hash; further keys of nodes -> first key */
+    SH_COORD_T_PART,       /* as INBOX: nodes' updates that came as parts of relays' updates */
+    SH_COORD_T_OUTBOX,     /* of a relay: what it owes its parent; see shared/sync */
     SH_COORD_TABLES,
     SH_COORD_TABLES_REPORT = SH_COORD_T_EPOCH /* what reports read: the tables before this, which
                                                  stores of schema 2 have, too */
@@ -78,13 +86,22 @@ typedef struct {
     uint64_t canary_tokens_min;
     double canary_share;    /* of the nodes, chosen by their keys, in (0, 1] */
     uint64_t canary_ms_max; /* to wait for their answers */
+    bool relay;             /* release_sk is not used */
+    uint64_t relay_wait_ms; /* an update waits at most so long for others to go up with */
+    uint64_t relay_retry_min_ms, relay_retry_max_ms; /* of messages to the parent */
+    const char *agent;                               /* what a relay says of itself; borrowed */
     /* What one node may send; 0: no limit. A node that is over it is told to wait, and disconnected
      * when it goes on regardless. */
     double limit_messages_s, limit_bytes_s; /* a second, on average */
     double limit_burst_s;                   /* so many seconds' worth may come at once */
 } sh_coord_options;
 
-typedef enum { SH_VERDICT_PENDING, SH_VERDICT_MERGED, SH_VERDICT_REFUSED } sh_verdict;
+typedef enum {
+    SH_VERDICT_PENDING,
+    SH_VERDICT_MERGED,
+    SH_VERDICT_REFUSED,
+    SH_VERDICT_RELAYED /* went up as a part of this relay's update number `version` */
+} sh_verdict;
 typedef enum {
     SH_REASON_NONE,
     SH_REASON_NORM,
@@ -96,6 +113,8 @@ typedef enum {
     SH_REASON_GATE,
     SH_REASON_CLOSED,
     SH_REASON_REVOKED, /* its node's key was revoked before the merge */
+    SH_REASON_TWICE,   /* it, or a part of it, was counted by another way already */
+    SH_REASON_RELAY,   /* it has parts, and its sender is not enrolled as a relay */
     SH_REASONS
 } sh_reason;
 const char *sh_reason_name(sh_reason reason); /* "norm", "direction", ... */
@@ -106,12 +125,13 @@ typedef struct {
 } sh_update_id;
 
 /* ---- jobs ---- */
-typedef enum { SH_COORD_MERGE = 1, SH_COORD_GATE } sh_coord_job_kind;
+typedef enum { SH_COORD_MERGE = 1, SH_COORD_GATE, SH_COORD_STACK } sh_coord_job_kind;
 
 typedef struct {
     sh_update_id id;
     sh_hash sha256;
     double weight;       /* samples x staleness discount, not normalized */
+    bool relayed;        /* it is an average of nodes' updates already */
     double norm, cosine; /* filled by the job */
     sh_reason reason;    /* filled by the job: NONE is merged */
 } sh_merge_input;
@@ -119,6 +139,9 @@ typedef struct {
 /* MERGE: read the blobs from the store (SH_COORD_T_CHUNK by the rows' metadata), judge each, sum
  * the good ones exactly, add scale times the sum to the master, write the new master and the
  * quantized candidate beside the old ones (content-addressed files: running it twice is harmless).
+ * STACK (of a relay): read and judge as MERGE does, and bring the sum as one adapter of stacked
+ * factors. parent_model is a file with the updates' shapes. SH_ERR_LIMIT: too large for one; the
+ * coordinator tries with fewer.
  * GATE: losses of parent, candidate and adapter form on the operator's suites. */
 typedef struct {
     uint64_t id;
@@ -137,7 +160,7 @@ typedef struct {
     uint64_t id;
     sh_status status;
     const char *text;
-    /* MERGE */
+    /* MERGE; STACK, whose candidate is the stacked adapter */
     const sh_merge_input *inputs; /* the job's, with verdicts */
     uint32_t n_inputs;
     sh_hash new_master;
@@ -161,6 +184,10 @@ typedef enum {
     SH_COORD_GONE,    /* a peer's connection ended: its transfers stop */
     SH_COORD_JOB_DONE,
     SH_COORD_COMMAND,
+    /* of a relay's connection to its parent */
+    SH_COORD_PARENT_UP,
+    SH_COORD_PARENT_DOWN,
+    SH_COORD_PARENT_MESSAGE,
 } sh_coord_event_kind;
 typedef enum { /* operator commands */
                SH_COMMAND_PAUSE = 1,
@@ -175,7 +202,8 @@ typedef enum { /* operator commands */
                SH_COMMAND_TOKEN_ADD /* node: BLAKE2b-256 of an enrolment token; number: how many
                                        nodes it enrols; until_ms; name */
                ,
-               SH_COMMAND_TOKEN_REMOVE /* node: as above */
+               SH_COMMAND_TOKEN_REMOVE /* node: as above */,
+               SH_COMMAND_RELAY /* node; number 1: its updates may have parts, 0: not any more */
 } sh_coord_command;
 
 typedef struct {
@@ -198,9 +226,10 @@ typedef enum {
     SH_COORD_SET_TIMER,
     SH_COORD_START_JOB,
     SH_COORD_NOTE,
-    SH_COORD_KEY, /* `node`, a key, is what `access` says from now on */
-    SH_COORD_DROP /* after what was sent to it, end the connections of `node`, which may connect
-                     again if it may at all */
+    SH_COORD_KEY,    /* `node`, a key, is what `access` says from now on */
+    SH_COORD_DROP,   /* after what was sent to it, end the connections of `node`, which may connect
+                       again if it may at all */
+    SH_COORD_SEND_UP /* message to the parent */
 } sh_coord_action_kind;
 typedef enum {
     SH_CNOTE_ENROLLED = 1,
@@ -223,6 +252,11 @@ typedef enum {
     SH_CNOTE_DRIFTING,        /* a node's check-in began to report drift; number: how many now */
     SH_CNOTE_CLONED,          /* two senders have one epoch, this one is told to take a new one;
                                  number: how often that was */
+    SH_CNOTE_RELAYED,         /* number: sequence of the update that waits to go up */
+    SH_CNOTE_RELAY_ACKED,     /* number: sequence of the update that the parent has */
+    SH_CNOTE_TAKEN,           /* number: version of the parent's release that nodes get now */
+    SH_CNOTE_PARENT_REFUSED,  /* the parent does not know this relay's key */
+    SH_CNOTE_PARENT_RENEWED,  /* another copy of this relay's store sends to it: a new epoch */
     SH_CNOTE_ROTATED,         /* number: how often this node */
     SH_CNOTE_LIMITED,         /* disconnected, because it went on over its limit; number: how often
                                  that was */
@@ -263,6 +297,7 @@ typedef struct {
     sh_bytes model; /* bytes of the quantized GGUF */
     const char *format;
     sh_hash master;
+    sh_bytes manifest; /* of a relay: as its parent signed it; format and master are not used */
 } sh_genesis;
 SH_MUST_USE sh_status sh_coord_create(const sh_coord_options *options, const sh_genesis *genesis,
                                       uint64_t now_ms, const sh_rng *rng, sh_txn *txn,
@@ -293,6 +328,13 @@ typedef struct {
     uint64_t chunk_names; /* that the store's chunks and those on their way have */
     uint64_t told_later;  /* answers "later" in this life */
     uint64_t return_ms;   /* what a plan says now, before jitter */
+    uint64_t parts;       /* nodes' updates that the buffered ones stand for */
+    uint32_t relays;
+    bool relay;
+    /* of a relay */
+    bool parent_up, parent_welcome;
+    uint64_t parent_epoch, relayed, relay_owed; /* updates made for the parent; not acknowledged */
+    uint64_t taking;                            /* version that is being fetched; 0: none */
     uint64_t rotations, token_enrolments, tokens_refused;
     uint32_t tokens;                /* that enrol unknown keys: those may connect, to send ENROL */
     uint64_t tokens_until_ms;       /* the last of them expires */

@@ -544,6 +544,7 @@ sh_status coord_enrol_key(coord_step *s, const sh_hash *key, const char *name, b
     sh_coord *c = s->c;
     sh_node_row node = {0};
     key_row row;
+    uint32_t drifting = 0;
     SH_TRY(key_get(s->txn, key, &row, s->err));
     *done = name == NULL || coord_good_name(name);
     if (!*done)
@@ -570,9 +571,18 @@ sh_status coord_enrol_key(coord_step *s, const sh_hash *key, const char *name, b
     coord_set_key(s, &node.current_key, SH_KEY_ALLOWED);
     if (!counted) {
         c->enrolled++;
-        c->drifting += node.checkin.drifting;
+        SH_TRY(coord_drifting(s->txn, &node.key, &node.checkin, &drifting, s->err));
+        c->drifting += drifting;
         coord_note(s, SH_CNOTE_ENROLLED, &node.key, c->enrolled);
     }
+    return SH_OK;
+}
+
+sh_status coord_first_key(sh_txn *txn, const sh_hash *key, sh_hash *first, sh_error *err)
+{
+    key_row row;
+    SH_TRY(key_get(txn, key, &row, err));
+    *first = row.state == COORD_KEY_CURRENT ? row.node : *key;
     return SH_OK;
 }
 
@@ -583,6 +593,7 @@ sh_status coord_revoke_key(coord_step *s, const sh_hash *key, bool *done)
     sh_coord *c = s->c;
     sh_node_row node = {0};
     key_row row;
+    uint32_t drifting = 0;
     SH_TRY(key_get(s->txn, key, &row, s->err));
     sh_status status = coord_node_get(s->txn, &row.node, &node, s->err);
     if (status == SH_ERR_NOT_FOUND || (status == SH_OK && node.revoked)) {
@@ -595,7 +606,8 @@ sh_status coord_revoke_key(coord_step *s, const sh_hash *key, bool *done)
     SH_TRY(coord_node_put(s->txn, &node, s->err));
     coord_set_key(s, &node.current_key, SH_KEY_SHUT);
     c->enrolled--;
-    c->drifting -= node.checkin.drifting;
+    SH_TRY(coord_drifting(s->txn, &node.key, &node.checkin, &drifting, s->err));
+    c->drifting -= drifting;
     SH_TRY(coord_canary_forget(s, &node.key));
     SH_TRY(coord_waiting_refuse(s, &node.key, SH_REASON_REVOKED));
     SH_TRY(coord_refuse_node(s, &node.key, SH_REASON_REVOKED));

@@ -232,6 +232,10 @@ static bool meta_is_sane(const coord_step *s, const sh_update_meta *meta)
 {
     uint64_t model = s->c->kept[0].manifest.model.bytes;
     uint64_t bytes_max = SH_MAX((uint64_t)COORD_UPDATE_BYTES_MIN, model * COORD_UPDATE_FACTOR_MAX);
+    /* Of a relay: that of its parts, in one blob. */
+    if (meta->parts.n > 0)
+        bytes_max =
+            SH_MIN(bytes_max * coord_parts_of(meta), (uint64_t)SH_BLOB_CHUNKS_MAX * SH_CHUNK_BYTES);
     return meta->samples > 0 && meta->samples <= COORD_SAMPLES_MAX && meta->blob.bytes > 0 &&
            meta->blob.bytes <= bytes_max &&
            meta->blob.n_chunks == (meta->blob.bytes + SH_CHUNK_BYTES - 1) / SH_CHUNK_BYTES;
@@ -355,6 +359,8 @@ sh_status coord_on_update(coord_step *s, const sh_update_id *id, sh_bytes payloa
         reason = SH_REASON_BAD_BLOB;
     } else {
         SH_TRY(coord_base_reason(s, &meta, &reason));
+        if (reason == SH_REASON_NONE)
+            SH_TRY(coord_parts_reason(s, id, &meta, &reason));
     }
     if (reason != SH_REASON_NONE) {
         SH_TRY(coord_refuse(s, id, payload, reason));

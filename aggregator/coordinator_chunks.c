@@ -1,9 +1,10 @@
 /*
  * Which chunks are alive: how many lists name each one. Kept releases, the candidate in progress,
- * updates in the buffer and updates on their way up each hold the chunks that they name, as often
- * as they name them; a chunk that nobody holds any more is deleted in the step that let it go. The
- * counts are in memory only: create makes them again from the rows, and a step that fails takes the
- * core with it, so that they are never other than what the store says.
+ * updates in the buffer and updates on their way up, of a relay also the release that comes and
+ * what it owes, each hold the chunks that they name, as often as they name them; a chunk that
+ * nobody holds any more is deleted in the step that let it go. The counts are in memory only:
+ * create makes them again from the rows, and a step that fails takes the core with it, so that they
+ * are never other than what the store says.
  *
  * Open addressing with linear probing, at most half full. Nodes choose the names that they send, so
  * their places depend on the store's secret seed.

@@ -11,6 +11,11 @@
 static sh_status carry_out(coord_step *s, const sh_coord_event *event, bool *done)
 {
     sh_coord *c = s->c;
+    if (c->relay != NULL &&
+        (event->command == SH_COMMAND_ROLLBACK || event->command == SH_COMMAND_SERVER_SCALE)) {
+        *done = false; /* the root's to decide */
+        return SH_OK;
+    }
     switch (event->command) {
     case SH_COMMAND_PAUSE:
         c->state.paused = true;
@@ -41,6 +46,8 @@ static sh_status carry_out(coord_step *s, const sh_coord_event *event, bool *don
         c->state.closing = true;
         SH_TRY(coord_waiting_refuse(s, NULL, SH_REASON_CLOSED));
         return coord_advance(s);
+    case SH_COMMAND_RELAY:
+        return coord_relay_permit(s, &event->node, event->number != 0, done);
     }
     *done = false;
     return SH_OK;
@@ -58,6 +65,7 @@ sh_status coord_on_command(coord_step *s, const sh_coord_event *event)
         [SH_COMMAND_CLOSE] = "close",
         [SH_COMMAND_TOKEN_ADD] = "token-add",
         [SH_COMMAND_TOKEN_REMOVE] = "token-remove",
+        [SH_COMMAND_RELAY] = "relay",
     };
     unsigned command = (unsigned)event->command;
     bool done = command < SH_COUNT(names) && names[command] != NULL;

@@ -68,9 +68,12 @@ static sh_status send_plan(coord_step *s, const sh_hash *key, const sh_msg_check
     msg.plan.train.base_version = current->version;
     msg.plan.train.base_sha256 = current->manifest.model.sha256;
     msg.plan.train.a_seed = round_seed(c);
+    if (c->relay != NULL)
+        coord_relay_plan(s, &msg.plan);
     if (checkin->active_version < current->version)
         msg.plan.manifest = (sh_bytes){current->bytes, current->n};
-    SH_TRY(time_stamp(s, &msg.plan.time));
+    if (c->relay == NULL) /* a relay passes on what its parent has signed */
+        SH_TRY(time_stamp(s, &msg.plan.time));
     SH_TRY(coord_canary_plan(s, key, checkin, &msg.plan.evaluate));
     return coord_send(s, key, &msg);
 }
@@ -79,12 +82,15 @@ static sh_status on_checkin(coord_step *s, sh_node_row *node, const sh_msg_check
 {
     sh_coord *c = s->c;
     bool changed = false, known = false;
+    uint32_t before = 0, after = 0;
     SH_TRY(coord_epoch_see(s, node, checkin->epoch, &known, &changed));
     if (!known)
         return coord_bad_message(s, &node->key, SH_ERR_LIMIT, COORD_TOO_MANY_STORES);
-    c->drifting += checkin->drifting;
-    c->drifting -= node->checkin.drifting;
-    if (checkin->drifting && !node->checkin.drifting)
+    SH_TRY(coord_drifting(s->txn, &node->key, &node->checkin, &before, s->err));
+    SH_TRY(coord_drifting(s->txn, &node->key, checkin, &after, s->err));
+    c->drifting += after;
+    c->drifting -= before;
+    if (after > before)
         coord_note(s, SH_CNOTE_DRIFTING, &node->key, c->drifting);
     coord_admit_seen(s, node->last_ms);
     node->checkin = *checkin;

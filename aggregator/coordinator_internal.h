@@ -13,6 +13,8 @@
  *   coordinator_limit.c   how much a node may send
  *   coordinator_round.c   buffer, merge, gate, what becomes of a candidate
  *   coordinator_canary.c  federated evaluation
+ *   coordinator_parts.c   updates that stand for several: relays below
+ *   coordinator_relay.c   a relay's upward side: plans and releases down, stacked updates up
  *   coordinator_release.c genesis, publishing, rollback, a restored backup
  *   coordinator_command.c operator commands
  *
@@ -39,9 +41,10 @@
 #define COORD_RELEASES_KEPT     2u    /* releases whose chunks the store holds */
 #define COORD_NODE_ITEMS_MAX    1024u /* alarms, windows kept of one (node, epoch) */
 #define COORD_WINDOW_BYTES_MAX  8192u
-#define COORD_WEIGHT_FACTOR_MAX 4.0 /* samples, tokens: at most this times the median's count */
+#define COORD_WEIGHT_FACTOR_MAX 4u /* samples, tokens: at most this times the median's count */
 #define COORD_UPDATE_BYTES_MIN  (1u << 20) /* an update may have this size or */
 #define COORD_UPDATE_FACTOR_MAX 4u         /* this times the model's, whichever is more */
+#define COORD_OWED_MAX          8u         /* updates that a relay owes before it makes no more */
 #define COORD_SAMPLES_MAX       (UINT64_C(1) << 40)
 #define COORD_RETRY_MIN_MS      5000u /* of a failed job, doubled each time */
 #define COORD_RETRY_MAX_MS      300000u
@@ -178,6 +181,7 @@ typedef struct { /* META "state" */
     uint64_t clones, rotations, token_enrolments, tokens_refused;
 } coord_state;
 
+typedef struct coord_relay coord_relay; /* coordinator_relay.c */
 typedef struct coord_bucket coord_bucket;
 
 struct sh_coord {
@@ -197,7 +201,10 @@ struct sh_coord {
     coord_chunks chunks;
     coord_admission admission;
     uint64_t enrolled;
+    uint64_t parts; /* nodes' updates that the pending ones stand for */
     uint32_t drifting;
+    uint32_t relays;        /* keys enrolled as such */
+    coord_relay *relay;     /* NULL: it is none */
     uint32_t n_evaluations; /* answers to the candidate */
     uint64_t job_id;        /* running; 0: none */
     uint64_t retry_at_ms;
@@ -262,6 +269,7 @@ void coord_get_text(coord_reader *r, char *out, size_t out_bytes);
 void coord_note(coord_step *s, sh_coord_note note, const sh_hash *node, uint64_t number);
 sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg);
 sh_status coord_send_error(coord_step *s, const sh_hash *node, sh_status code, const char *text);
+void coord_send_up(coord_step *s, sh_buf *message); /* takes the bytes over */
 /* Says when to come back; coord_send_error says the time between check-ins. */
 sh_status coord_send_retry(coord_step *s, const sh_hash *node, sh_status code, const char *text,
                            uint64_t retry_after_ms);
@@ -427,7 +435,18 @@ sh_status coord_take(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes)
 sh_status coord_refuse(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes,
                        sh_reason reason);
 sh_status coord_advance(coord_step *s); /* starts a merge if one is due */
+sh_status coord_begin_merge(coord_step *s, const sh_update_id *ids, size_t n);
 sh_status coord_on_job(coord_step *s, const sh_coord_job_result *result);
+/* Takes the job's verdicts over; false when they are not of this job's inputs. */
+bool coord_take_verdicts(coord_candidate *candidate, const sh_coord_job_result *result,
+                         uint32_t *good);
+/* A job that fails (a full disk, no memory) is started again, ever later: its inputs stay. */
+sh_status coord_job_failed(coord_step *s, sh_status why, const char *text);
+/* All inputs get their verdict; what the job let pass is merged into `version`, or refused by the
+ * gate when that is 0. At a relay it went into its update number `version`. */
+sh_status coord_decide_inputs(coord_step *s, uint64_t version);
+/* The candidate is decided: the next round begins, and what came in meanwhile may be due. */
+sh_status coord_end_round(coord_step *s);
 /* The ends of a candidate that the gate let pass; row: coord_candidate_row, with what nodes said.
  */
 sh_status coord_candidate_row(coord_step *s, sh_release_row *row); /* row->merged: free it */
@@ -440,6 +459,43 @@ void coord_renew_round(coord_step *s); /* when it is past round_ms_max */
 sh_status coord_abandon(coord_step *s);
 /* Refuses the buffered updates of a node whose key was revoked. */
 sh_status coord_refuse_node(coord_step *s, const sh_hash *node, sh_reason reason);
+
+/* What rows of the node that has this key are filed under (coordinator_access.c). */
+sh_status coord_first_key(sh_txn *txn, const sh_hash *key, sh_hash *first, sh_error *err);
+
+/* ---- coordinator_parts.c ---- */
+sh_status coord_is_relay(sh_txn *txn, const sh_hash *key, bool *is, sh_error *err);
+/* *done false: the key is not enrolled. */
+sh_status coord_relay_permit(coord_step *s, const sh_hash *key, bool permit, bool *done);
+/* How many nodes that drift the check-in stands for: those behind it, when the key is a relay's. */
+sh_status coord_drifting(sh_txn *txn, const sh_hash *key, const sh_msg_checkin *checkin,
+                         uint32_t *n, sh_error *err);
+sh_status coord_relays_count(sh_coord *c, sh_txn *txn, sh_error *err);
+uint32_t coord_parts_of(const sh_update_meta *meta); /* 1: a node's own */
+/* The i-th; of a node's own update it is the update itself. */
+sh_update_part coord_part_at(const sh_update_id *id, const sh_update_meta *meta, uint32_t i);
+/* TWICE, RELAY, or *reason unchanged. */
+sh_status coord_parts_reason(coord_step *s, const sh_update_id *id, const sh_update_meta *meta,
+                             sh_reason *reason);
+sh_status coord_parts_mark(coord_step *s, const sh_update_meta *meta);
+/* What a part's samples count at most: a node says its samples itself, so they count at most
+ * COORD_WEIGHT_FACTOR_MAX times the (lower) median of all parts of the updates. */
+sh_status coord_parts_cap(coord_step *s, const sh_update_id *ids, size_t n, uint64_t *cap);
+uint64_t coord_parts_samples(const sh_update_id *id, const sh_update_meta *meta, uint64_t cap);
+
+/* ---- coordinator_relay.c: of a relay only, but for open and close ---- */
+/* In a new store, and in one that was begun in the same way: nothing is opened when this is no
+ * relay. */
+sh_status coord_relay_open(coord_step *s, bool is_new);
+void coord_relay_close(sh_coord *c);
+sh_status coord_relay_event(coord_step *s, const sh_coord_event *event);
+/* At the end of every step: begins what is due, sends, sets the timer. */
+sh_status coord_relay_end(coord_step *s);
+sh_status coord_relay_advance(coord_step *s);
+sh_status coord_relay_stacked(coord_step *s, const sh_coord_job_result *result);
+void coord_relay_job(const sh_coord *c, sh_coord_job *job);
+void coord_relay_plan(const coord_step *s, sh_msg_plan *plan);
+void coord_relay_status(const sh_coord *c, sh_coord_status *out);
 
 /* ---- coordinator_canary.c ---- */
 sh_status coord_canary_begin(coord_step *s);
@@ -468,6 +524,8 @@ sh_status coord_restored(coord_step *s, uint64_t made_ms);
 /* A node reports an active version that this store has never issued: it was set back without a
  * mark. The next version will be above it. */
 sh_status coord_lift(coord_step *s, uint64_t version);
+/* A release that a parent signed becomes the current one; its chunks are in the store. */
+sh_status coord_adopt(coord_step *s, sh_bytes manifest, uint64_t candidate, const char *verdict);
 void coord_release_release(coord_release *release);
 
 #endif

@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "aggregator/coordinator_internal.h"
+#include "shared/sync/link.h"
 
 void coord_release_release(coord_release *release)
 {
@@ -150,8 +151,61 @@ cleanup:
     return status;
 }
 
+sh_status coord_adopt(coord_step *s, sh_bytes manifest, uint64_t candidate, const char *verdict)
+{
+    sh_coord *c = s->c;
+    const sh_hash no_master = {{0}};
+    coord_release fresh = {0};
+    sh_status status = SH_OK;
+    uint8_t *bytes = sh_calloc(SH_MAX(manifest.n, (size_t)1), 1);
+    if (bytes == NULL)
+        return sh_fail(s->err, SH_ERR_NO_MEMORY, "coordinator: no memory for a manifest");
+    if (manifest.n > 0)
+        memcpy(bytes, manifest.data, manifest.n);
+    SH_TRY(release_init(&fresh, bytes, manifest.n, &no_master, &c->options, s->err));
+    const sh_manifest *m = &fresh.manifest;
+    sh_release_row row = {.candidate = candidate,
+                          .version = m->version,
+                          .parent = m->parent,
+                          .at_ms = s->now_ms,
+                          .sha256 = m->model.sha256,
+                          .suite = m->suite_sha256,
+                          .bytes = m->model.bytes,
+                          .loss_parent = m->gate_loss_parent,
+                          .loss_candidate = m->gate_loss,
+                          .updates = m->updates_merged,
+                          .server_scale = 1};
+    memcpy(row.format, m->format_text, sizeof row.format);
+    (void)snprintf(row.verdict, sizeof row.verdict, "%s", verdict);
+    SH_GOTO(coord_candidate_row_put(s->txn, &row, s->err));
+    SH_GOTO(coord_manifest_put(s->txn, row.version, candidate, (sh_bytes){fresh.bytes, fresh.n},
+                               s->err));
+    c->state.previous = c->state.version;
+    c->state.version = row.version;
+    c->state.releases += row.version > 1;
+    c->dirty = true;
+    status = keep(s, &fresh);
+    fresh = (coord_release){0};
+    if (status == SH_OK)
+        status = coord_audit(s, "parent's release version=%llu parent=%llu",
+                             (unsigned long long)row.version, (unsigned long long)row.parent);
+cleanup:
+    coord_release_release(&fresh);
+    return status;
+}
+
 sh_status coord_genesis(coord_step *s, const sh_genesis *genesis)
 {
+    if (s->c->options.relay) {
+        SH_TRY(
+            sh_blob_put(s->txn, SH_COORD_T_CHUNK, genesis->model.data, genesis->model.n, s->err));
+        SH_TRY(coord_adopt(s, genesis->manifest, 0, "genesis"));
+        sh_hash sha256 = sh_sha256(genesis->model.data, genesis->model.n);
+        if (!sh_hash_equal(&s->c->kept[0].manifest.model.sha256, &sha256))
+            return sh_fail(s->err, SH_ERR_MISMATCH,
+                           "coordinator: the parent's manifest names another model");
+        return SH_OK;
+    }
     sh_release_row row = {
         .candidate = 0, .new_master = genesis->master, .server_scale = 1, .verdict = "genesis"};
     if (genesis->model.n == 0 || genesis->format == NULL ||
@@ -266,6 +320,8 @@ sh_status coord_restored(coord_step *s, uint64_t made_ms)
                        (unsigned long long)state->version,
                        (unsigned long long)state->version_floor));
     coord_note(s, SH_CNOTE_RESTORED, NULL, state->version_floor);
+    if (c->options.relay) /* releases are the root's; the original may have sent since */
+        return sh_link_forget_identity(s->txn, SH_COORD_T_META, s->err);
     return republish(s, "restored from a backup");
 }
 
@@ -277,7 +333,7 @@ sh_status coord_lift(coord_step *s, uint64_t version)
     /* Only a clock that was set back after a restore makes versions of the future. To take more
      * from a node's word would let one that lies issue numbers that a restore comes to again. */
     uint64_t plausible = now_s + (state->restored ? COORD_VERSION_AHEAD_MAX : 0);
-    if (version <= state->version || version > plausible)
+    if (c->relay != NULL || version <= state->version || version > plausible)
         return SH_OK;
     state->version_floor = SH_MAX(state->version_floor, version);
     c->dirty = true;

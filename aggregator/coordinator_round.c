@@ -22,6 +22,9 @@ sh_status coord_base_reason(coord_step *s, const sh_update_meta *meta, sh_reason
 {
     const coord_state *state = &s->c->state;
     uint64_t version = state->version;
+    *reason = SH_REASON_NONE;
+    if (s->c->relay != NULL) /* its parent knows all releases, and says so of what goes up */
+        return SH_OK;
     *reason = SH_REASON_BASE;
     if (meta->base_version == 0 || meta->base_version > version)
         return SH_OK;
@@ -76,6 +79,7 @@ sh_status coord_take(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes)
     SH_TRY(sh_update_meta_decode(meta_bytes.data, meta_bytes.n, &row.meta, s->err));
     SH_TRY(coord_chunks_hold(c, row.meta.blob.chunk_hashes, row.meta.blob.n_chunks, s->err));
     SH_TRY(coord_update_put(s->txn, &row, meta_bytes, s->err));
+    SH_TRY(coord_parts_mark(s, &row.meta));
     if (sh_array_reserve((void **)&c->pending, &c->pending_cap, c->n_pending + 1,
                          sizeof *c->pending, SH_COORD_BUFFER_MAX) != SH_OK)
         return no_memory(s);
@@ -85,6 +89,7 @@ sh_status coord_take(coord_step *s, const sh_update_id *id, sh_bytes meta_bytes)
     memmove(&c->pending[at + 1], &c->pending[at], (c->n_pending - at) * sizeof *c->pending);
     c->pending[at] = *id;
     c->n_pending++;
+    c->parts += coord_parts_of(&row.meta);
     c->state.held = false;
     c->state.updates_in++;
     c->dirty = true;
@@ -100,6 +105,7 @@ static sh_status decide(coord_step *s, const sh_update_row *decision, sh_buf *na
     sh_update_row row;
     SH_TRY(coord_update_get(s->txn, &decision->id, &row, s->err));
     const sh_blob *blob = &row.meta.blob;
+    uint32_t parts = coord_parts_of(&row.meta);
     if (blob->n_chunks > 0 &&
         sh_buf_append(names, blob->chunk_hashes, blob->n_chunks * sizeof(sh_hash)) != SH_OK)
         return no_memory(s);
@@ -110,7 +116,8 @@ static sh_status decide(coord_step *s, const sh_update_row *decision, sh_buf *na
     size_t after = c->n_pending - (size_t)(at - c->pending) - 1;
     memmove(at, at + 1, after * sizeof *at);
     c->n_pending--;
-    if (decision->verdict == SH_VERDICT_MERGED) {
+    c->parts -= parts;
+    if (decision->verdict != SH_VERDICT_REFUSED) {
         c->state.updates_merged++;
         c->dirty = true;
     } else {
@@ -197,50 +204,40 @@ sh_status coord_refuse_node(coord_step *s, const sh_hash *node, sh_reason reason
 
 /* ---- merge ---- */
 
-static int compare_u64(const void *a, const void *b)
-{
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return x < y ? -1 : x > y;
-}
-
-/* Weights: samples, discounted by staleness; a node says its samples itself, so they count at most
- * COORD_WEIGHT_FACTOR_MAX times the median. */
-static sh_status make_inputs(coord_step *s, sh_merge_input *inputs)
+/* Weights: samples, of which coord_parts_cap says how many count, discounted by staleness. A relay
+ * leaves the discount to its parent: all that it merges together is of one base. */
+static sh_status make_inputs(coord_step *s, const sh_update_id *ids, size_t n,
+                             sh_merge_input *inputs)
 {
     sh_coord *c = s->c;
-    uint64_t *samples = sh_calloc(2 * c->n_pending, sizeof *samples);
-    if (samples == NULL)
-        return no_memory(s);
-    sh_status status = SH_OK;
-    for (size_t i = 0; i < c->n_pending; i++) {
+    uint64_t cap = 0;
+    SH_TRY(coord_parts_cap(s, ids, n, &cap));
+    for (size_t i = 0; i < n; i++) {
         sh_update_row row;
-        SH_GOTO(coord_update_get(s->txn, &c->pending[i], &row, s->err));
-        samples[i] = samples[c->n_pending + i] = row.meta.samples;
-        inputs[i] = (sh_merge_input){.id = row.id, .sha256 = row.meta.blob.sha256};
         uint64_t behind = 0;
-        SH_GOTO(coord_releases_since(s->txn, row.meta.base_version,
-                                     (uint64_t)c->options.staleness_max + 1, &behind, s->err));
-        inputs[i].weight = pow((double)c->options.staleness_discount, (double)behind);
+        SH_TRY(coord_update_get(s->txn, &ids[i], &row, s->err));
+        inputs[i] = (sh_merge_input){.id = row.id,
+                                     .sha256 = row.meta.blob.sha256,
+                                     .weight = (double)coord_parts_samples(&row.id, &row.meta, cap),
+                                     .relayed = row.meta.parts.n > 0};
+        if (c->relay == NULL)
+            SH_TRY(coord_releases_since(s->txn, row.meta.base_version,
+                                        (uint64_t)c->options.staleness_max + 1, &behind, s->err));
+        inputs[i].weight *= pow((double)c->options.staleness_discount, (double)behind);
     }
-    qsort(samples + c->n_pending, c->n_pending, sizeof *samples, compare_u64);
-    double cap = COORD_WEIGHT_FACTOR_MAX * (double)samples[c->n_pending + (c->n_pending - 1) / 2];
-    for (size_t i = 0; i < c->n_pending; i++)
-        inputs[i].weight *= fmin((double)samples[i], cap);
-cleanup:
-    free(samples);
-    return status;
+    return SH_OK;
 }
 
-static sh_status begin_merge(coord_step *s)
+sh_status coord_begin_merge(coord_step *s, const sh_update_id *ids, size_t n)
 {
     sh_coord *c = s->c;
     coord_candidate *candidate = &c->candidate;
-    SH_ASSERT(candidate->inputs == NULL && c->n_pending > 0);
-    candidate->inputs = sh_calloc(c->n_pending, sizeof *candidate->inputs);
+    SH_ASSERT(candidate->inputs == NULL && n > 0);
+    candidate->inputs = sh_calloc(n, sizeof *candidate->inputs);
     if (candidate->inputs == NULL)
         return no_memory(s);
-    candidate->n_inputs = (uint32_t)c->n_pending;
-    SH_TRY(make_inputs(s, candidate->inputs));
+    candidate->n_inputs = (uint32_t)n;
+    SH_TRY(make_inputs(s, ids, n, candidate->inputs));
     candidate->number = c->state.next_candidate++;
     candidate->parent_version = c->state.version;
     candidate->scale = c->state.server_scale;
@@ -260,6 +257,8 @@ sh_status coord_advance(coord_step *s)
     coord_state *state = &c->state;
     if (state->phase != PHASE_IDLE || state->closed || (state->paused && !state->closing))
         return SH_OK;
+    if (c->relay != NULL)
+        return coord_relay_advance(s);
     if (state->held && !state->closing) {
         if (state->held_until_ms == 0)
             return SH_OK;
@@ -272,10 +271,10 @@ sh_status coord_advance(coord_step *s)
     if (state
             ->closing) /* what nodes could not tell the worth of is not merged at the last moment */
         need = state->held ? SIZE_MAX : SH_MIN(need, (size_t)2);
-    if (c->n_pending >= need)
+    if (c->parts >= need)
         SH_TRY(refuse_some(s, pick_unfit, NULL)); /* they may have grown stale while they waited */
-    if (c->n_pending >= need)
-        return begin_merge(s);
+    if (c->parts >= need)
+        return coord_begin_merge(s, c->pending, c->n_pending);
     if (!state->closing)
         return SH_OK;
     sh_reason reason = SH_REASON_CLOSED;
@@ -302,9 +301,7 @@ sh_status coord_abandon(coord_step *s)
     return SH_OK;
 }
 
-/* All inputs get their verdict; what the job let pass is merged into `version`, or refused by the
- * gate when that is 0. */
-static sh_status decide_inputs(coord_step *s, uint64_t version)
+sh_status coord_decide_inputs(coord_step *s, uint64_t version)
 {
     sh_coord *c = s->c;
     coord_candidate *candidate = &c->candidate;
@@ -320,7 +317,7 @@ static sh_status decide_inputs(coord_step *s, uint64_t version)
                              .norm = in->norm,
                              .cosine = in->cosine};
         if (in->reason == SH_REASON_NONE && version != 0) {
-            row.verdict = SH_VERDICT_MERGED;
+            row.verdict = c->relay == NULL ? SH_VERDICT_MERGED : SH_VERDICT_RELAYED;
             row.version = version;
         } else if (in->reason == SH_REASON_NONE) {
             row.reason = SH_REASON_GATE;
@@ -331,23 +328,23 @@ cleanup:
     return drop(s, &names, status);
 }
 
-/* The candidate is decided: the next round begins, and what came in meanwhile may be due. */
-static sh_status end_round(coord_step *s)
+sh_status coord_end_round(coord_step *s)
 {
     sh_coord *c = s->c;
     SH_TRY(coord_canary_forget(s, NULL));
     SH_TRY(coord_candidate_drop(s));
     c->state.phase = PHASE_IDLE;
-    c->state.round++;
-    c->state.round_at_ms = s->now_ms;
+    if (c->relay == NULL) { /* a relay's round is its parent's */
+        c->state.round++;
+        c->state.round_at_ms = s->now_ms;
+    }
     c->retries = 0;
     c->dirty = true;
     return coord_advance(s);
 }
 
-/* Takes the job's verdicts over; false when they are not of this job's inputs. */
-static bool take_verdicts(coord_candidate *candidate, const sh_coord_job_result *result,
-                          uint32_t *good)
+bool coord_take_verdicts(coord_candidate *candidate, const sh_coord_job_result *result,
+                         uint32_t *good)
 {
     if (result->n_inputs != candidate->n_inputs)
         return false;
@@ -366,8 +363,7 @@ static bool take_verdicts(coord_candidate *candidate, const sh_coord_job_result 
     return true;
 }
 
-/* A job that fails (a full disk, no memory) is started again, ever later: its inputs stay. */
-static sh_status job_failed(coord_step *s, sh_status why, const char *text)
+sh_status coord_job_failed(coord_step *s, sh_status why, const char *text)
 {
     sh_coord *c = s->c;
     coord_note(s, SH_CNOTE_JOB_FAILED, NULL, (uint64_t)why);
@@ -391,21 +387,21 @@ static sh_status merge_done(coord_step *s, const sh_coord_job_result *result)
     sh_coord *c = s->c;
     coord_candidate *candidate = &c->candidate;
     uint32_t good = 0;
-    if (!take_verdicts(candidate, result, &good))
-        return job_failed(s, SH_ERR_INVALID, "verdicts are not of this merge's inputs");
+    if (!coord_take_verdicts(candidate, result, &good))
+        return coord_job_failed(s, SH_ERR_INVALID, "verdicts are not of this merge's inputs");
     if (good == 0) {
         SH_TRY(coord_audit(s, "no candidate=%llu: all %u updates are refused",
                            (unsigned long long)candidate->number, candidate->n_inputs));
-        SH_TRY(decide_inputs(s, 0));
-        return end_round(s);
+        SH_TRY(coord_decide_inputs(s, 0));
+        return coord_end_round(s);
     }
     sh_bytes bytes = result->candidate_bytes;
     if (result->format == NULL || strlen(result->format) >= sizeof candidate->format ||
         bytes.n == 0 || bytes.n > (uint64_t)SH_BLOB_CHUNKS_MAX * SH_CHUNK_BYTES)
-        return job_failed(s, SH_ERR_INVALID, "the merge brought no candidate");
+        return coord_job_failed(s, SH_ERR_INVALID, "the merge brought no candidate");
     sh_status status = coord_candidate_put_chunks(s, bytes, &result->candidate.sha256);
     if (status == SH_ERR_MISMATCH)
-        return job_failed(s, status, "the bytes are not the candidate's");
+        return coord_job_failed(s, status, "the bytes are not the candidate's");
     SH_TRY(status);
     candidate->new_master = result->new_master;
     candidate->sha256 = result->candidate.sha256;
@@ -472,8 +468,8 @@ sh_status coord_reject(coord_step *s, sh_release_row *row)
                        row->verdict));
     coord_note(s, SH_CNOTE_CANDIDATE_REFUSED, NULL, candidate->number);
     if (candidate->scale == 1) {
-        SH_TRY(decide_inputs(s, 0));
-        return end_round(s);
+        SH_TRY(coord_decide_inputs(s, 0));
+        return coord_end_round(s);
     }
     /* A raised scale is to blame before the updates are: the same ones again, with the configured
      * scale, then as a plain average. */
@@ -504,8 +500,8 @@ sh_status coord_accept(coord_step *s, sh_release_row *row)
     (void)snprintf(row->verdict, sizeof row->verdict, "released");
     SH_TRY(coord_publish(s, row, (sh_bytes){0}, &blob));
     coord_note(s, SH_CNOTE_RELEASED, NULL, row->version);
-    SH_TRY(decide_inputs(s, row->version));
-    return end_round(s);
+    SH_TRY(coord_decide_inputs(s, row->version));
+    return coord_end_round(s);
 }
 
 /* Nobody knows whether it is good: its row says so, and its updates stay in the buffer, where they
@@ -523,7 +519,7 @@ sh_status coord_leave_open(coord_step *s, sh_release_row *row)
     coord_note(s, SH_CNOTE_INCONCLUSIVE, NULL, row->candidate);
     c->state.held = true;
     c->state.held_until_ms = wait_ms == 0 ? 0 : s->now_ms + wait_ms;
-    return end_round(s);
+    return coord_end_round(s);
 }
 
 sh_status coord_candidate_row(coord_step *s, sh_release_row *row)
@@ -546,10 +542,18 @@ sh_status coord_candidate_row(coord_step *s, sh_release_row *row)
     out.merged = sh_calloc(candidate->n_inputs, sizeof *out.merged);
     if (out.merged == NULL)
         return no_memory(s);
-    for (uint32_t i = 0; i < candidate->n_inputs; i++)
-        if (candidate->inputs[i].reason == SH_REASON_NONE)
-            out.merged[out.n_merged++] = candidate->inputs[i].id;
-    out.updates = out.n_merged;
+    for (uint32_t i = 0; i < candidate->n_inputs; i++) {
+        sh_update_row update;
+        if (candidate->inputs[i].reason != SH_REASON_NONE)
+            continue;
+        out.merged[out.n_merged++] = candidate->inputs[i].id;
+        sh_status status = coord_update_get(s->txn, &candidate->inputs[i].id, &update, s->err);
+        if (status != SH_OK) {
+            free(out.merged);
+            return status;
+        }
+        out.updates += coord_parts_of(&update.meta);
+    }
     *row = out;
     return SH_OK;
 }
@@ -560,7 +564,7 @@ static sh_status gate_done(coord_step *s, const sh_coord_job_result *result)
     coord_candidate *candidate = &c->candidate;
     sh_release_row row = {0};
     if (result->n_slices > SH_GATE_SLICES_MAX)
-        return job_failed(s, SH_ERR_INVALID, "the gate brought too many slices");
+        return coord_job_failed(s, SH_ERR_INVALID, "the gate brought too many slices");
     SH_TRY(coord_candidate_row(s, &row));
     sh_status status;
     if (!gate_passes(&c->options, result, &row)) {
@@ -586,8 +590,10 @@ sh_status coord_on_job(coord_step *s, const sh_coord_job_result *result)
     if (c->job_id == 0 || result->id != c->job_id)
         return SH_OK; /* of a merge that was dropped */
     c->job_id = 0;
+    if (c->relay != NULL)
+        return coord_relay_stacked(s, result);
     if (result->status != SH_OK)
-        return job_failed(s, result->status, result->text);
+        return coord_job_failed(s, result->status, result->text);
     return c->state.phase == PHASE_MERGING ? merge_done(s, result) : gate_done(s, result);
 }
 
@@ -595,7 +601,8 @@ sh_status coord_begin_rounds(coord_step *s)
 {
     sh_coord *c = s->c;
     coord_state *state = &c->state;
-    if (state->rounds_begun || state->closing || c->drifting < c->options.drifting_min)
+    if (c->relay != NULL || state->rounds_begun || state->closing ||
+        c->drifting < c->options.drifting_min)
         return SH_OK;
     state->rounds_begun = true;
     state->round = 1;
@@ -609,7 +616,7 @@ void coord_renew_round(coord_step *s)
 {
     sh_coord *c = s->c;
     uint64_t most = c->options.round_ms_max;
-    if (most == 0 || !c->state.rounds_begun || c->state.phase != PHASE_IDLE ||
+    if (c->relay != NULL || most == 0 || !c->state.rounds_begun || c->state.phase != PHASE_IDLE ||
         s->now_ms < c->state.round_at_ms + most)
         return;
     c->state.round++;

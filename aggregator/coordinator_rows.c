@@ -117,7 +117,7 @@ static sh_status update_decode(const sh_update_id *id, sh_slice value, sh_update
     out.version = coord_get_uint(&r, 8);
     out.norm = coord_get_f64(&r);
     out.cosine = coord_get_f64(&r);
-    if (!good || r.bad || verdict > SH_VERDICT_REFUSED || reason >= SH_REASONS)
+    if (!good || r.bad || verdict > SH_VERDICT_RELAYED || reason >= SH_REASONS)
         return coord_row_corrupt(err, SH_COORD_T_UPDATE);
     out.verdict = (sh_verdict)verdict;
     out.reason = (sh_reason)reason;

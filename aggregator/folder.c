@@ -86,6 +86,18 @@ sh_status sh_folder_check(const char *dir, sh_error *err)
     return SH_OK;
 }
 
+sh_status sh_folder_read_public(const char *path, sh_hash *out, sh_error *err)
+{
+    uint8_t *text = NULL;
+    size_t n = 0;
+    SH_TRY(sh_file_read(path, FOLDER_KEY_BYTES, &text, &n, err));
+    while (n > 0 && (text[n - 1] == '\n' || text[n - 1] == '\r'))
+        text[--n] = '\0';
+    sh_status status = sh_hash_parse((const char *)text, out, err);
+    free(text);
+    return status == SH_OK ? SH_OK : sh_fail_in(err, "%s", path);
+}
+
 sh_status sh_folder_release_key(sh_sign_public_key *pk, sh_sign_secret_key *sk, sh_error *err)
 {
     struct stat st;

@@ -7,6 +7,9 @@
  *     DIR/suites/          texts, a gate slice each; DIR/admin.sock while it runs
  *     DIR/bundle/          what a node needs to be set up, nothing secret: genesis.gguf,
  *                          genesis.manifest, aggregator.pub, release.pub
+ *     of a relay, instead of release.key and with an empty suites/:
+ *     DIR/upstream.key     CURVE pair that its parent knows it by, as a node
+ *     DIR/upstream.pub     the parent's public key
  *     DIR/unfinished       only while init or restore works, or when it was cut off
  *
  * A backup has the same files (objects: the current master and the releases that are kept), a store
@@ -27,6 +30,9 @@
 #define SH_FOLDER_ADMIN   "admin.key"
 #define SH_FOLDER_RELEASE "release.key"
 #define SH_FOLDER_CONFIG  "aggregator.yaml"
+#define SH_FOLDER_UP_KEY  "upstream.key"
+#define SH_FOLDER_UP_PUB  "upstream.pub"
+#define SH_FOLDER_PUB     SH_FOLDER_BUNDLE "/release.pub"
 
 #define SH_BACKUP_FILES_MAX 4096u
 
@@ -35,16 +41,21 @@ SH_MUST_USE sh_status sh_folder_check(const char *dir, sh_error *err);
 /* Of the folder that is the working directory. SH_ERR_AUTH: others may read the file. */
 SH_MUST_USE sh_status sh_folder_release_key(sh_sign_public_key *pk, sh_sign_secret_key *sk,
                                             sh_error *err);
+/* 64 hexadecimal digits, as the bundle's public keys are written. */
+SH_MUST_USE sh_status sh_folder_read_public(const char *path, sh_hash *out, sh_error *err);
 /* The store of a folder, with its limits. */
 SH_MUST_USE sh_status sh_folder_open_store(const char *path, uint64_t bytes_max, sh_store **out,
                                            sh_error *err);
 
 typedef struct {
     const char *dir, *base, *suites; /* suites may be NULL */
+    const char *relay; /* the parent's bundle: makes a relay; base and suites are not used */
     const sh_aggregator_settings *settings;
 } sh_folder_init;
-/* Makes dir, which must be empty or absent. */
-SH_MUST_USE sh_status sh_folder_make(const sh_folder_init *options, sh_error *err);
+/* Makes dir, which must be empty or absent. upstream (may be NULL): a relay's key, for the parent
+ * to enrol. */
+SH_MUST_USE sh_status sh_folder_make(const sh_folder_init *options, sh_hash *upstream,
+                                     sh_error *err);
 
 /* Copies the folder that is the working directory while it is used; to must be empty or absent.
  * *version is the release that the copy has. */

@@ -15,8 +15,8 @@
 #define BACKUP_RELEASES 8u
 
 /* Files whose loss a backup must not have; objects and the store are apart. */
-static const char *const single[] = {SH_FOLDER_KEY, SH_FOLDER_ADMIN, SH_FOLDER_RELEASE,
-                                     SH_FOLDER_CONFIG};
+static const char *const single[] = {SH_FOLDER_KEY,    SH_FOLDER_ADMIN,  SH_FOLDER_RELEASE,
+                                     SH_FOLDER_CONFIG, SH_FOLDER_UP_KEY, SH_FOLDER_UP_PUB};
 
 static sh_status join(char *out, const char *dir, const char *name, sh_error *err)
 {

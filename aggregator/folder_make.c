@@ -2,6 +2,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -148,6 +149,66 @@ cleanup:
     return status;
 }
 
+/* ---- a relay ---- */
+
+/* Copies a file of the parent's bundle. */
+static sh_status copy_in(const char *bundle, const char *name, const char *to, sh_error *err)
+{
+    char source[SH_PATH_BYTES];
+    sh_hash sha256;
+    uint64_t bytes;
+    SH_TRY(in(source, bundle, name, err));
+    return folder_copy(source, to, &sha256, &bytes, err);
+}
+
+static sh_status relay_keys(const sh_folder_init *o, const char *bundle, sh_hash *upstream,
+                            sh_error *err)
+{
+    char path[SH_PATH_BYTES];
+    sh_hash aggregator, admin, parent;
+    SH_TRY(in(path, o->relay, "aggregator.pub", err));
+    SH_TRY(sh_folder_read_public(path, &parent, err));
+    SH_TRY(write_hex(o->dir, SH_FOLDER_UP_PUB, parent.b, err));
+    SH_TRY(make_pair(o->dir, SH_FOLDER_UP_KEY, upstream, err));
+    SH_TRY(make_pair(o->dir, SH_FOLDER_KEY, &aggregator, err));
+    SH_TRY(make_pair(o->dir, SH_FOLDER_ADMIN, &admin, err));
+    return write_hex(bundle, "aggregator.pub", aggregator.b, err);
+}
+
+/* The parent's first release is this relay's: under the parent's signature, and in objects/ as what
+ * updates have the shapes of. */
+static sh_status relay_genesis(const sh_folder_init *o, const char *bundle,
+                               sh_coord_options *options, sh_error *err)
+{
+    char path[SH_PATH_BYTES];
+    uint8_t *manifest = NULL, *model = NULL;
+    size_t n_manifest = 0, n_model = 0;
+    sh_hash key, sha256;
+    sh_status status = SH_OK;
+    SH_GOTO(in(path, o->relay, "release.pub", err));
+    SH_GOTO(sh_folder_read_public(path, &key, err));
+    memcpy(options->release_pk.b, key.b, sizeof options->release_pk.b);
+    SH_GOTO(in(path, bundle, "release.pub", err));
+    SH_GOTO(copy_in(o->relay, "release.pub", path, err));
+    SH_GOTO(in(path, o->relay, "genesis.manifest", err));
+    SH_GOTO(sh_file_read(path, SH_WIRE_MANIFEST_MAX, &manifest, &n_manifest, err));
+    SH_GOTO(in(path, bundle, "genesis.gguf", err));
+    SH_GOTO(copy_in(o->relay, "genesis.gguf", path, err));
+    SH_GOTO(sh_file_read(path, (size_t)SH_CHUNK_BYTES * SH_BLOB_CHUNKS_MAX, &model, &n_model, err));
+    SH_GOTO(in(path, o->dir, SH_FOLDER_OBJECTS, err));
+    SH_GOTO(sh_dir_make(path, err));
+    SH_GOTO(sh_job_put_file(path, model, n_model, &sha256, err));
+    sh_genesis genesis = {.model = {model, n_model}, .manifest = {manifest, n_manifest}};
+    status =
+        make_store(o->dir, bundle, options, &genesis, (uint64_t)o->settings->store_bytes_max, err);
+    if (status != SH_OK)
+        (void)sh_fail_in(err, "--relay %s", o->relay);
+cleanup:
+    free(manifest);
+    free(model);
+    return status;
+}
+
 static sh_status write_config(const sh_folder_init *o, sh_error *err)
 {
     char path[SH_PATH_BYTES];
@@ -162,11 +223,23 @@ cleanup:
     return status;
 }
 
-sh_status sh_folder_make(const sh_folder_init *o, sh_error *err)
+static sh_status make_releasing(const sh_folder_init *o, const char *bundle,
+                                sh_coord_options *options, sh_error *err)
+{
+    SH_TRY(make_keys(o->dir, bundle, &options->release_sk, &options->release_pk, err));
+    sh_status status = make_genesis(o, bundle, options, err);
+    explicit_bzero(&options->release_sk, sizeof options->release_sk);
+    return status;
+}
+
+sh_status sh_folder_make(const sh_folder_init *o, sh_hash *upstream, sh_error *err)
 {
     char bundle[SH_PATH_BYTES], suites[SH_PATH_BYTES];
     sh_coord_options options = sh_aggregator_settings_coord(o->settings);
-    if (!sh_file_exists(o->base))
+    sh_hash key = {{0}};
+    if (o->relay != NULL && !sh_file_exists(o->relay))
+        return sh_fail(err, SH_ERR_NOT_FOUND, "--relay %s is not there", o->relay);
+    if (o->relay == NULL && !sh_file_exists(o->base))
         return sh_fail(err, SH_ERR_NOT_FOUND, "--base %s is not there", o->base);
     SH_TRY(folder_begin(o->dir, "init", err));
     if (chmod(o->dir, 0700) != 0)
@@ -178,10 +251,14 @@ sh_status sh_folder_make(const sh_folder_init *o, sh_error *err)
     SH_TRY(write_text(suites, "README", readme, err));
     if (o->suites != NULL)
         SH_TRY(copy_suites(o->suites, suites, err));
-    SH_TRY(make_keys(o->dir, bundle, &options.release_sk, &options.release_pk, err));
-    sh_status status = make_genesis(o, bundle, &options, err);
-    explicit_bzero(&options.release_sk, sizeof options.release_sk);
-    SH_TRY(status);
+    if (o->relay != NULL) {
+        SH_TRY(relay_keys(o, bundle, &key, err));
+        SH_TRY(relay_genesis(o, bundle, &options, err));
+    } else {
+        SH_TRY(make_releasing(o, bundle, &options, err));
+    }
     SH_TRY(write_config(o, err));
+    if (upstream != NULL)
+        *upstream = key;
     return folder_end(o->dir, err);
 }

@@ -16,4 +16,12 @@
 sh_status job_fold(const sh_gguf *src, const sh_merge_source *sources, size_t n, double factor,
                    sh_pool *pool, sh_buf *out, sh_error *err);
 
+/* Decodes the updates; one that is not readable, not what its sender promised, or not of this
+ * model's shapes gets its verdict. sources and adapters: [job->n_inputs], zeroed; the caller
+ * destroys the adapters. */
+sh_status job_read_sources(const sh_merge_job *o, const sh_model_config *config,
+                           sh_merge_source *sources, sh_adapter **adapters, sh_error *err);
+/* Copies what was found out about the sources to the job's inputs; returns how many are good. */
+uint32_t job_put_verdicts(const sh_merge_job *o, const sh_merge_source *sources);
+
 #endif

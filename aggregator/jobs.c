@@ -1,4 +1,5 @@
-/* The bodies of merge and genesis; the gate is in job_gate.c, folding in job_fold.c. */
+/* The bodies of merge and genesis; the gate is in job_gate.c, folding in job_fold.c,
+ * a relay's stack in job_stack.c. */
 #include "aggregator/jobs.h"
 
 #include <stdlib.h>
@@ -72,15 +73,14 @@ cleanup:
 
 /* ---- merge ---- */
 
-/* Decodes the updates; one that is not readable, not what its sender promised, or not of this
- * model's shapes gets its verdict. */
-static sh_status read_sources(const sh_merge_job *o, const sh_model_config *config,
-                              sh_merge_source *sources, sh_adapter **adapters, sh_error *err)
+sh_status job_read_sources(const sh_merge_job *o, const sh_model_config *config,
+                           sh_merge_source *sources, sh_adapter **adapters, sh_error *err)
 {
     for (uint32_t i = 0; i < o->job->n_inputs; i++) {
         sh_merge_input *in = &o->inputs[i];
         const sh_bytes *blob = &o->blobs[i];
-        sources[i] = (sh_merge_source){.weight = in->weight, .reason = SH_REASON_BAD_BLOB};
+        sources[i] = (sh_merge_source){
+            .weight = in->weight, .relayed = in->relayed, .reason = SH_REASON_BAD_BLOB};
         if (blob->n == 0)
             continue;
         sh_hash sha256 = sh_sha256(blob->data, blob->n);
@@ -149,6 +149,16 @@ static uint32_t count_good(const sh_merge_source *sources, size_t n)
     return good;
 }
 
+uint32_t job_put_verdicts(const sh_merge_job *o, const sh_merge_source *sources)
+{
+    for (size_t i = 0; i < o->job->n_inputs; i++) {
+        o->inputs[i].norm = sources[i].norm;
+        o->inputs[i].cosine = sources[i].cosine;
+        o->inputs[i].reason = sources[i].reason;
+    }
+    return count_good(sources, o->job->n_inputs);
+}
+
 sh_coord_job_result sh_job_merged(const sh_merge_job_result *r, const sh_merge_input *inputs,
                                   uint32_t n_inputs)
 {
@@ -186,7 +196,7 @@ sh_status sh_job_merge(const sh_merge_job *o, sh_merge_job_result *result, sh_er
     }
     SH_GOTO(sh_job_path(path, o->dir, &o->job->master, err));
     SH_GOTO(sh_model_open(path, &master, err));
-    SH_GOTO(read_sources(o, &master->config, sources, adapters, err));
+    SH_GOTO(job_read_sources(o, &master->config, sources, adapters, err));
     sh_judge_options judge = {.norm_factor_max = o->job->norm_factor_max,
                               .cosine_min = o->job->cosine_min};
     SH_GOTO(sh_merge_judge(sources, n, &judge, err));
@@ -202,12 +212,7 @@ sh_status sh_job_merge(const sh_merge_job *o, sh_merge_job_result *result, sh_er
         if (status != SH_OK)
             goto cleanup;
     }
-    result->n_good = count_good(sources, n);
-    for (size_t i = 0; i < n; i++) {
-        o->inputs[i].norm = sources[i].norm;
-        o->inputs[i].cosine = sources[i].cosine;
-        o->inputs[i].reason = sources[i].reason;
-    }
+    result->n_good = job_put_verdicts(o, sources);
 cleanup:
     for (size_t i = 0; adapters != NULL && i < n; i++)
         sh_adapter_destroy(&adapters[i]);

@@ -60,6 +60,14 @@ void sh_merge_job_result_release(sh_merge_job_result *result);
 sh_coord_job_result sh_job_merged(const sh_merge_job_result *result, const sh_merge_input *inputs,
                                   uint32_t n_inputs);
 
+/* ---- stack ---- */
+/* SH_COORD_STACK: judges as sh_job_merge does and stacks the good updates, without a file being
+ * written: candidate and blob are the adapter's bytes, format is empty. Of options, format, energy
+ * and rank_max are not used. SH_ERR_LIMIT: more than one update can hold, see sh_merge_stack and
+ * SH_BLOB_CHUNKS_MAX. */
+SH_MUST_USE sh_status sh_job_stack(const sh_merge_job *options, sh_merge_job_result *result,
+                                   sh_error *err);
+
 /* ---- gate ---- */
 #define SH_SUITE_NAME_MAX 64
 

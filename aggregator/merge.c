@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "aggregator/merge_internal.h"
 #include "shared/base/buf.h"
 #include "shared/math/blas.h"
 
@@ -24,8 +25,7 @@ static size_t sum_of_ranks(const sh_factor *factors, size_t n)
     return ranks;
 }
 
-/* b_stack [out, ranks] = [s₁B₁ s₂B₂ …]. */
-static void stack_b(const sh_factor *factors, size_t n, uint32_t out, size_t ranks, float *b_stack)
+void merge_stack_b(const sh_factor *factors, size_t n, uint32_t out, size_t ranks, float *b_stack)
 {
     size_t at = 0;
     for (size_t i = 0; i < n; i++) {
@@ -38,8 +38,7 @@ static void stack_b(const sh_factor *factors, size_t n, uint32_t out, size_t ran
     }
 }
 
-/* a_stack [ranks, in] = [A₁; A₂; …]. */
-static void stack_a(const sh_factor *factors, size_t n, uint32_t in, float *a_stack)
+void merge_stack_a(const sh_factor *factors, size_t n, uint32_t in, float *a_stack)
 {
     size_t at = 0;
     for (size_t i = 0; i < n; i++) {
@@ -85,8 +84,8 @@ sh_status sh_merge_sum(const sh_factor *factors, size_t n, uint32_t out, uint32_
         size_t last = first, ranks = 0;
         while (last < n && ranks + factors[last].rank <= block_max)
             ranks += factors[last++].rank;
-        stack_a(factors + first, last - first, in, a_stack);
-        stack_b(factors + first, last - first, out, ranks, b_stack);
+        merge_stack_a(factors + first, last - first, in, a_stack);
+        merge_stack_b(factors + first, last - first, out, ranks, b_stack);
         if (ranks > 0)
             sh_sgemm(&(sh_gemm){.m = out,
                                 .n = in,
@@ -221,7 +220,7 @@ static sh_status decompose_stacked(const sh_factor *factors, size_t n, uint32_t 
         status = no_memory(err);
         goto cleanup;
     }
-    stack_b(factors, n, out, r, qb);
+    merge_stack_b(factors, n, out, r, qb);
     stack_at(factors, n, in, r, qa);
     SH_GOTO(sh_sqr(qb, out, r, rb, err));
     SH_GOTO(sh_sqr(qa, in, r, ra, err));

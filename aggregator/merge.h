@@ -64,6 +64,7 @@ SH_MUST_USE sh_status sh_merge_fedit(const sh_factor *factors, const double *wei
 typedef struct {
     const sh_adapter *adapter;
     double weight; /* not normalized */
+    bool relayed;  /* an average of several already: shorter than they, as noise cancels out */
     /* filled by sh_merge_judge */
     double norm;   /* ‖ΔW‖ over the whole model, alpha included, weight not */
     double cosine; /* to the weighted sum of the others that were left when it was looked at */
@@ -77,7 +78,8 @@ typedef struct {
 
 /* Fills norm, cosine and reason of each source. In order:
  *   not finite: a value, or the norm, is NaN or infinite                      SH_REASON_NOT_FINITE
- *   norm over norm_factor_max times the (lower) median of the non-zero norms  SH_REASON_NORM
+ *   norm over norm_factor_max times the (lower) median of the non-zero norms, of those that are
+ *   not relayed where there are such: averages set no measure for one          SH_REASON_NORM
  *   cosine to the sum of the others below cosine_min; the worst goes first and the rest is looked
  *   at again without it, so that two bad ones of ten do not hide behind each other. In the sum,
  *   norms are clipped to the median, so that a large update does not decide what "the others" are.
@@ -93,6 +95,14 @@ SH_MUST_USE sh_status sh_merge_adapter(const sh_merge_source *sources, size_t n,
                                        const sh_model_config *config, const sh_truncation *options,
                                        sh_pool *pool, sh_adapter **out, double *discarded,
                                        sh_error *err);
+
+/* The same sum over sources with reason NONE, whole and exact: Σ wᵢ/Σw · ΔWᵢ as one adapter of
+ * stacked factors, [A₁; A₂; …] and [s₁B₁ s₂B₂ …]; a matrix has the ranks of those that adapt it.
+ * Merged with weight Σw it counts as its sources would have. SH_ERR_INVALID when none is good,
+ * SH_ERR_LIMIT when the ranks are over SH_ADAPTER_RANK_MAX together. */
+SH_MUST_USE sh_status sh_merge_stack(const sh_merge_source *sources, size_t n,
+                                     const sh_model_config *config, sh_adapter **out,
+                                     sh_error *err);
 
 /* Factors of matrix m (an index of sh_adapter's pairs) of the good sources, scaled by factor and
  * the normalized weights; factors [n]. Returns how many. */

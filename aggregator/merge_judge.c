@@ -109,7 +109,13 @@ static int compare_double(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
-/* The lower median of the non-zero norms of those without a reason; 0 when there are none. */
+static bool counts(const sh_merge_source *source)
+{
+    return source->reason == SH_REASON_NONE && source->norm > 0;
+}
+
+/* The lower median of the non-zero norms of those without a reason, of single nodes' ones where
+ * there are any; 0 when there are none. */
 static sh_status median_norm(const sh_merge_source *sources, size_t n, double *median,
                              sh_error *err)
 {
@@ -117,8 +123,11 @@ static sh_status median_norm(const sh_merge_source *sources, size_t n, double *m
     if (norms == NULL)
         return no_memory(err);
     size_t count = 0;
+    bool single = false;
     for (size_t i = 0; i < n; i++)
-        if (sources[i].reason == SH_REASON_NONE && sources[i].norm > 0)
+        single |= counts(&sources[i]) && !sources[i].relayed;
+    for (size_t i = 0; i < n; i++)
+        if (counts(&sources[i]) && !(single && sources[i].relayed))
             norms[count++] = sources[i].norm;
     qsort(norms, count, sizeof *norms, compare_double);
     *median = count == 0 ? 0 : norms[(count - 1) / 2];

@@ -25,10 +25,33 @@ static const sh_http_route routes[] = {
 
 /* ---- create ---- */
 
+/* A folder stays what init made of it. */
+static sh_status check_kind(const sh_server *s, sh_error *err)
+{
+    bool is_relay = sh_file_exists(SH_FOLDER_UP_KEY);
+    if (s->options.relay && !is_relay)
+        return sh_fail(err, SH_ERR_USAGE,
+                       "upstream.endpoint is set, and %s is no relay's folder; shoal-aggregator "
+                       "init --relay makes one",
+                       s->settings.dir);
+    if (!s->options.relay && is_relay)
+        return sh_fail(err, SH_ERR_USAGE,
+                       "%s is a relay's folder; set upstream.endpoint to its parent",
+                       s->settings.dir);
+    return SH_OK;
+}
+
 static sh_status open_keys(sh_server *s, sh_error *err)
 {
+    SH_TRY(check_kind(s, err));
     SH_TRY(sh_net_keys_load(SH_FOLDER_KEY, &s->keys, err));
     SH_TRY(sh_net_keys_load(SH_FOLDER_ADMIN, &s->admin_keys, err));
+    if (s->options.relay) {
+        sh_hash key;
+        SH_TRY(sh_folder_read_public(SH_FOLDER_PUB, &key, err));
+        memcpy(s->options.release_pk.b, key.b, sizeof key.b);
+        return SH_OK;
+    }
     return sh_folder_release_key(&s->options.release_pk, &s->options.release_sk, err);
 }
 
@@ -104,6 +127,7 @@ static sh_status open_sockets(sh_server *s, sh_error *err)
     (void)sh_net_raise_descriptors(); /* each connection takes one */
     SH_TRY(sh_net_create_with(&net, &s->net, err));
     SH_TRY(sh_net_server_create(s->net, &nodes, &s->nodes, err));
+    SH_TRY(server_parent_open(s, err));
     SH_TRY(server_fetch_create(s->nodes, &s->fetch, err));
     SH_TRY(sh_admin_create(s->net, SH_ADMIN_ENDPOINT, &s->keys, &s->admin_keys.public_key,
                            &s->admin, err));
@@ -168,6 +192,7 @@ bool sh_server_destroy(sh_server **sp)
         return true;
     sh_http_destroy(&s->http);
     sh_admin_destroy(&s->admin);
+    sh_net_client_destroy(&s->parent, LINGER_MS);
     server_fetch_destroy(&s->fetch);
     sh_net_server_destroy(&s->nodes, LINGER_MS);
     sh_net_destroy(&s->net);
@@ -175,6 +200,7 @@ bool sh_server_destroy(sh_server **sp)
     bool ended = server_worker_stop(&s->worker, (uint64_t)s->settings.stop_wait_ms);
     sh_net_keys_forget(&s->keys);
     sh_net_keys_forget(&s->admin_keys);
+    sh_net_keys_forget(&s->parent_keys);
     explicit_bzero(&s->options.release_sk, sizeof s->options.release_sk);
     if (!ended)
         return false;
@@ -227,7 +253,7 @@ static void take_in(sh_server *s, server_task *task)
     sh_coord_event e = {.kind = SH_COORD_JOB_DONE};
     if (s->coord == NULL)
         return; /* its next boot starts it again */
-    if (task->kind == TASK_MERGE) {
+    if (task->kind == TASK_MERGE || task->kind == TASK_STACK) {
         e.result = sh_job_merged(&task->merged, task->inputs, task->job.n_inputs);
     } else {
         e.result = task->gated;
@@ -329,6 +355,7 @@ static int wait_ms(const sh_server *s)
 sh_status sh_server_run(sh_server *s, sh_error *err)
 {
     sh_net_server *servers[] = {sh_admin_server(s->admin), s->nodes};
+    sh_net_client *clients[] = {s->parent};
     while (!s->stop) {
         struct pollfd fds[] = {{.fd = s->worker.event_fd, .events = POLLIN},
                                {.fd = s->signal_fd, .events = POLLIN}};
@@ -336,6 +363,8 @@ sh_status sh_server_run(sh_server *s, sh_error *err)
         bool deaf = s->coord == NULL || sh_clock_mono_ms() < s->hold_until_ms;
         sh_net_waiting waiting = {.servers = servers,
                                   .n_servers = deaf ? 1 : 2,
+                                  .clients = clients,
+                                  .n_clients = s->parent != NULL && s->coord != NULL,
                                   .fds = fds,
                                   .n_fds = SH_COUNT(fds),
                                   .timeout_ms =
@@ -345,6 +374,7 @@ sh_status sh_server_run(sh_server *s, sh_error *err)
         serve_worker(s);
         serve_time(s);
         SH_TRY(serve_nodes(s, err));
+        SH_TRY(server_parent_serve(s, err));
         SH_TRY(server_serve_admin(s, err));
         server_view_refresh(s);
     }

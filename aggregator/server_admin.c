@@ -123,7 +123,11 @@ static sh_status on_enrol(call *c)
     if (e.name != NULL && strlen(e.name) > SH_NODE_NAME_MAX)
         return sh_fail(c->err, SH_ERR_USAGE, "a node's name has at most %d bytes",
                        SH_NODE_NAME_MAX);
-    SH_TRY(command(c, &e, "no more nodes can be enrolled; revoke some first"));
+    SH_TRY(command(c, &e,
+                   "no more nodes can be enrolled, or the key is one that a node has replaced"));
+    e.command = SH_COMMAND_RELAY;
+    e.number = json_is_true(json_object_get(c->request, "relay"));
+    SH_TRY(command(c, &e, "the key is not enrolled"));
     set_hash(c->reply, "key", &e.node);
     return SH_OK;
 }
@@ -406,6 +410,25 @@ static json_t *updates_of(const sh_coord_status *now)
     return updates;
 }
 
+static json_t *parent_of(const sh_server *s, const sh_coord_status *now)
+{
+    json_t *parent = json_object();
+    char hex[17];
+    sh_json_set(parent, "endpoint", json_string(s->settings.upstream));
+    sh_json_set(parent, "state",
+                json_string(now->parent_welcome ? "welcome"
+                            : s->parent_refused ? "refused"
+                            : now->parent_up    ? "up"
+                                                : "down"));
+    set_hash(parent, "key", &s->parent_keys.public_key);
+    snprintf(hex, sizeof hex, "%016llx", (unsigned long long)now->parent_epoch);
+    sh_json_set(parent, "epoch", json_string(hex));
+    set_uint(parent, "updates", now->relayed);
+    set_uint(parent, "owed", now->relay_owed);
+    set_uint(parent, "taking", now->taking);
+    return parent;
+}
+
 static sh_status on_status(call *c)
 {
     sh_server *s = c->s;
@@ -455,6 +478,10 @@ static sh_status on_status(call *c)
     set_uint(r, "limited", now.limited);
     set_uint(r, "disconnected", now.disconnected);
     sh_json_set(r, "updates", updates_of(&now));
+    set_uint(r, "parts", now.parts);
+    set_uint(r, "relays", now.relays);
+    if (now.relay)
+        sh_json_set(r, "parent", parent_of(s, &now));
     return SH_OK;
 }
 

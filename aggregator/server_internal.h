@@ -4,6 +4,7 @@
  *   server_step.c    transactions around the core's steps; actions after them
  *   server_fetch.c   reads and hashes messages while the loop waits for the disk
  *   server_worker.c  merge, gate, backup and clearing of objects, on a thread of its own
+ *   server_parent.c  a relay's connection to its parent
  *   server_keys.c    which keys may connect
  *   server_admin.c   operators' commands
  *   server_view.c    the snapshot that HTTP handlers read, and its metrics
@@ -56,13 +57,20 @@ sh_status server_keys_load(server_keys *keys, sh_txn *txn, sh_error *err);
 void server_keys_open(server_keys *keys, uint64_t until_ms);
 
 /* ---- server_worker.c ---- */
-typedef enum { TASK_MERGE, TASK_GATE, TASK_BACKUP, TASK_PRUNE, TASK_KINDS } server_task_kind;
+typedef enum {
+    TASK_MERGE,
+    TASK_GATE,
+    TASK_STACK,
+    TASK_BACKUP,
+    TASK_PRUNE,
+    TASK_KINDS
+} server_task_kind;
 const char *server_task_name(server_task_kind kind);
 
 typedef struct server_task {
     struct server_task *next;
     server_task_kind kind;
-    sh_coord_job job;       /* MERGE, GATE; inputs are below */
+    sh_coord_job job;       /* MERGE, STACK, GATE; inputs are below */
     sh_merge_input *inputs; /* [job.n_inputs] */
     sh_merge_job_result merged;
     sh_coord_job_result gated;
@@ -135,6 +143,7 @@ typedef struct {
 typedef struct {
     uint64_t at_ms, started_ms, tables_ms; /* tables_ms: when rows were last read */
     bool up;                               /* the core is there */
+    const char *upstream;                  /* the settings' */
     sh_coord_status coord;
     server_counters counters;
     uint64_t connections, handshakes_refused, store_bytes, store_bytes_max;
@@ -166,6 +175,9 @@ struct sh_server {
     sh_net *net;
     sh_net_keys keys, admin_keys;
     sh_net_server *nodes;
+    sh_net_client *parent; /* NULL: this is no relay */
+    sh_net_keys parent_keys;
+    bool parent_up, parent_told, parent_refused; /* told: what the core knows of `up` */
     server_fetch *fetch;
     sh_admin *admin;
     sh_http *http;
@@ -198,6 +210,11 @@ bool server_commit(sh_server *s, const server_task_kind *stage);
 bool server_step_alone(sh_server *s, sh_coord_event *event, const server_task_kind *stage);
 bool server_group_full(const sh_server *s);
 void server_failpoint(sh_server *s, const char *name); /* may not return */
+
+/* ---- server_parent.c ---- */
+sh_status server_parent_open(sh_server *s, sh_error *err);
+sh_status server_parent_serve(sh_server *s, sh_error *err);
+void server_parent_send(sh_server *s, const sh_coord_action *a);
 
 /* ---- server_admin.c ---- */
 #define SERVER_ENROL_BATCH_MAX 1000u /* nodes of a list that are enrolled in one transaction */

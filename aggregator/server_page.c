@@ -179,6 +179,18 @@ static void put_updates(sh_buf *out, const server_view *v)
     put(out, ".</p>");
 }
 
+static void put_parent(sh_buf *out, const server_view *v)
+{
+    const sh_coord_status *c = &v->coord;
+    if (!c->relay)
+        return;
+    put(out, "<p>A relay of <code>");
+    put_escaped(out, v->upstream);
+    put(out, "</code>, which is %s: %llu updates made for it, %llu owed.</p>",
+        c->parent_welcome ? "connected" : (c->parent_up ? "reached, and does not know it" : "away"),
+        (unsigned long long)c->relayed, (unsigned long long)c->relay_owed);
+}
+
 void server_handle_page(void *arg, const sh_http_request *request, sh_http_reply *reply)
 {
     (void)request;
@@ -190,6 +202,7 @@ void server_handle_page(void *arg, const sh_http_request *request, sh_http_reply
     sh_buf *out = &reply->body;
     (void)!sh_buf_append(out, head, sizeof head - 1);
     put(out, "<h1>Shoal aggregator</h1>");
+    put_parent(out, view);
     put_verdict(out, view);
     put_releases(out, view);
     put_updates(out, view);

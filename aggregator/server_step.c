@@ -89,6 +89,21 @@ static void log_note(const sh_coord_action *a)
     case SH_CNOTE_DRIFTING:
         sh_log(SH_LOG_INFO, "drifting", "node=%.16s nodes=%llu", node, number);
         break;
+    case SH_CNOTE_RELAYED:
+        sh_log(SH_LOG_INFO, "relayed", "seq=%llu", number);
+        break;
+    case SH_CNOTE_RELAY_ACKED:
+        sh_log(SH_LOG_INFO, "relay_acked", "seq=%llu", number);
+        break;
+    case SH_CNOTE_TAKEN:
+        sh_log(SH_LOG_INFO, "taken", "version=%llu", number);
+        break;
+    case SH_CNOTE_PARENT_RENEWED:
+        sh_log(SH_LOG_WARN, "parent_renewed", "reason=copy");
+        break;
+    case SH_CNOTE_PARENT_REFUSED:
+        sh_log(SH_LOG_WARN, "parent_refused", "reason=key");
+        break;
     case SH_CNOTE_ROTATED:
         sh_log(SH_LOG_INFO, "rotated", "node=%.16s rotations=%llu", node, number);
         break;
@@ -131,7 +146,10 @@ static void take_note(sh_server *s, const sh_coord_action *a)
 static void start_job(sh_server *s, sh_coord_action *a)
 {
     sh_error err = {0};
-    server_task *task = server_task_create(a->job.kind == SH_COORD_MERGE ? TASK_MERGE : TASK_GATE);
+    server_task_kind kind = a->job.kind == SH_COORD_MERGE   ? TASK_MERGE
+                            : a->job.kind == SH_COORD_STACK ? TASK_STACK
+                                                            : TASK_GATE;
+    server_task *task = server_task_create(kind);
     sh_status status = SH_ERR_NO_MEMORY;
     if (task != NULL) {
         task->job = a->job;
@@ -182,6 +200,9 @@ static void carry_out(sh_server *s, int depth)
             break;
         case SH_COORD_START_JOB:
             start_job(s, a);
+            break;
+        case SH_COORD_SEND_UP:
+            server_parent_send(s, a);
             break;
         case SH_COORD_NOTE:
             take_note(s, a);
@@ -278,6 +299,7 @@ sh_status server_boot(sh_server *s, sh_error *err)
     SH_GOTO(server_keys_load(&s->allowed, s->txn, err));
     SH_GOTO(queue_actions(s, &actions, err));
     SH_GOTO(sh_txn_commit(&s->txn, err));
+    s->parent_told = false; /* the core begins with its link down */
     s->views.stale_tables = true;
     set_guests(s);
     carry_out(s, 0);
@@ -329,7 +351,9 @@ bool server_commit(sh_server *s, const server_task_kind *stage)
     if (s->txn == NULL)
         return s->coord != NULL;
     if (stage != NULL)
-        server_failpoint(s, *stage == TASK_MERGE ? "merge.before_commit" : "gate.before_commit");
+        server_failpoint(s, *stage == TASK_MERGE   ? "merge.before_commit"
+                            : *stage == TASK_STACK ? "stack.before_commit"
+                                                   : "gate.before_commit");
     if (s->group_evaluating && !sh_coord_get_status(s->coord).evaluating)
         server_failpoint(s, "canary.before_commit");
     server_failpoint(s, "aggregator.before_commit");
@@ -345,7 +369,9 @@ bool server_commit(sh_server *s, const server_task_kind *stage)
         return false;
     }
     if (stage != NULL)
-        server_failpoint(s, *stage == TASK_MERGE ? "merge.after_commit" : "gate.after_commit");
+        server_failpoint(s, *stage == TASK_MERGE   ? "merge.after_commit"
+                            : *stage == TASK_STACK ? "stack.after_commit"
+                                                   : "gate.after_commit");
     server_failpoint(s, "aggregator.after_commit");
     end_group(s);
     s->boot_pause_ms = 0;

@@ -107,6 +107,7 @@ void server_view_refresh(sh_server *s)
         read_tables(s);
     v->at_ms = wall;
     v->started_ms = s->started_ms;
+    v->upstream = s->settings.upstream;
     v->up = s->coord != NULL && sh_clock_mono_ms() >= s->hold_until_ms;
     if (s->coord != NULL)
         v->coord = sh_coord_get_status(s->coord);
@@ -259,6 +260,14 @@ static void put_all(const server_view *v, sh_buf *out)
     };
     for (size_t i = 0; i < SH_COUNT(ones); i++)
         sh_metric_one(out, ones[i].name, ones[i].type, ones[i].help, ones[i].value);
+    if (c->relay) {
+        sh_metric_one(out, "shoal_aggregator_parent_up", "gauge",
+                      "1: the parent of this relay has let it in.", c->parent_welcome);
+        sh_metric_one(out, "shoal_aggregator_relayed_total", "counter",
+                      "Updates made for the parent.", (double)c->relayed);
+        sh_metric_one(out, "shoal_aggregator_relay_owed", "gauge",
+                      "Of these, not yet acknowledged.", (double)c->relay_owed);
+    }
     put_nodes(v, out);
     put_updates(v, out);
     put_messages(v, out);

@@ -17,7 +17,7 @@
 
 const char *server_task_name(server_task_kind kind)
 {
-    static const char *const names[TASK_KINDS] = {"merge", "gate", "backup", "prune"};
+    static const char *const names[TASK_KINDS] = {"merge", "gate", "stack", "backup", "prune"};
     return names[kind];
 }
 
@@ -82,7 +82,8 @@ static sh_status run_merge(server_worker *w, server_task *task, sh_error *err)
                           .blobs = blobs,
                           .format = SH_TYPE_Q8_0,
                           .pool = w->pool};
-    status = sh_job_merge(&merge, &task->merged, err);
+    status = task->kind == TASK_STACK ? sh_job_stack(&merge, &task->merged, err)
+                                      : sh_job_merge(&merge, &task->merged, err);
 cleanup:
     release_updates(updates, n);
     free(blobs);
@@ -131,6 +132,7 @@ static void run(server_worker *w, server_task *task)
     uint64_t since = sh_clock_mono_ms();
     switch (task->kind) {
     case TASK_MERGE:
+    case TASK_STACK:
         task->status = run_merge(w, task, &task->err);
         break;
     case TASK_GATE:
@@ -253,7 +255,7 @@ bool server_worker_stop(server_worker *w, uint64_t wait_ms)
 
 static bool is_job(const server_task *task)
 {
-    return task->kind == TASK_MERGE || task->kind == TASK_GATE;
+    return task->kind == TASK_MERGE || task->kind == TASK_STACK || task->kind == TASK_GATE;
 }
 
 sh_status server_worker_submit(server_worker *w, server_task **task, sh_error *err)

@@ -80,6 +80,15 @@ static const sh_option table[] = {
                 "of the nodes that are asked, chosen by their keys"),
     SH_OPT_INT(T, canary_ms_max, 0, "canary.ms-max", "MS", 3600000, 1, 1e12,
                "to wait for their answers; fewer than the minimum is inconclusive, no release"),
+    /* a relay */
+    SH_OPT_STRING(T, upstream, 0, "upstream.endpoint", "ENDPOINT", "",
+                  "the parent of a relay, tcp://HOST:PORT; empty: this aggregator releases itself"),
+    SH_OPT_INT(T, upstream_retry_min_ms, 0, "upstream.retry-min-ms", "MS", 1000, 1, 1e9,
+               "pause before the parent is told again, doubled each time"),
+    SH_OPT_INT(T, upstream_retry_max_ms, 0, "upstream.retry-max-ms", "MS", 300000, 1, 1e8,
+               "at most"),
+    SH_OPT_INT(T, relay_wait_ms, 0, "relay.wait-ms", "MS", 600000, 0, 1e12,
+               "an update waits so long for learn.buffer to be full; then it goes up with fewer"),
     /* traffic */
     SH_OPT_INT(T, checkin_ms, 0, "checkin-ms", "MS", 60000, 100, 1e9,
                "when nodes come back, with jitter"),
@@ -218,6 +227,11 @@ sh_coord_options sh_aggregator_settings_coord(const sh_aggregator_settings *o)
                           .limit_messages_s = o->limit_messages,
                           .limit_bytes_s = o->limit_bytes,
                           .limit_burst_s = o->limit_burst_s};
+    c.relay = o->upstream != NULL && o->upstream[0] != '\0';
+    c.relay_wait_ms = (uint64_t)o->relay_wait_ms;
+    c.relay_retry_min_ms = (uint64_t)o->upstream_retry_min_ms;
+    c.relay_retry_max_ms = (uint64_t)o->upstream_retry_max_ms;
+    c.agent = "shoal-aggregator " SHOAL_VERSION;
     c.train = (sh_train_plan){.rank = (uint32_t)o->rank,
                               .alpha = (float)o->alpha,
                               .lr = (float)o->lr,

@@ -22,6 +22,8 @@ typedef struct {
     int64_t gate_tokens, objects_kept;
     int64_t canary_nodes_min, canary_tokens_min, canary_ms_max;
     double canary_share;
+    const char *upstream;
+    int64_t upstream_retry_min_ms, upstream_retry_max_ms, relay_wait_ms;
     int64_t checkins_per_s, items_per_s, served_bytes_per_s, asked_bytes_max, io_threads;
     double load_share;
     double limit_messages, limit_bytes, limit_burst_s;

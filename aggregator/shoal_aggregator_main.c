@@ -88,7 +88,7 @@ static int main_run(int argc, char **argv)
 /* ---- init ---- */
 
 typedef struct {
-    const char *dir, *base, *suites, *listen, *config;
+    const char *dir, *base, *suites, *listen, *config, *relay, *upstream;
 } init_options;
 
 static const sh_option init_table[] = {
@@ -101,14 +101,22 @@ static const sh_option init_table[] = {
                   "where nodes connect; tcp://0.0.0.0:7420 when not given"),
     SH_OPT_STRING(init_options, config, 0, "config", "FILE", NULL,
                   "settings to begin with, as sample-config prints them"),
+    SH_OPT_STRING(init_options, relay, 0, "relay", "BUNDLE", NULL,
+                  "makes a relay, by a copy of its parent's bundle/; no --base, no --suites"),
+    SH_OPT_STRING(init_options, upstream, 0, "upstream", "ENDPOINT", NULL,
+                  "the parent of a relay, tcp://HOST:PORT"),
 };
 static const sh_command init_command = {
     "shoal-aggregator init",
-    "--dir DIR --base FILE [--suites DIR] [--listen ENDPOINT] [--config FILE]",
+    "--dir DIR (--base FILE [--suites DIR] | --relay BUNDLE --upstream ENDPOINT)\n"
+    "           [--listen ENDPOINT] [--config FILE]",
     init_table,
     SH_COUNT(init_table),
     "Makes an aggregator's folder: keys, first release, configuration, and bundle/, which is what\n"
-    "a node needs to be set up and holds no secret. Prints the next commands.",
+    "a node needs to be set up and holds no secret. Prints the next commands.\n"
+    "With --relay it is a regional aggregator's, between its nodes and a parent: its key is "
+    "printed\n"
+    "for the parent to enrol.",
     "shoal-aggregator init --dir /var/lib/shoal-aggregator --base models/base-f16.gguf "
     "--suites suites",
 };
@@ -131,18 +139,55 @@ static int print_init(const init_options *o, const char *listen)
     return sh_cli_flush(&err) == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
 }
 
+static sh_status check_relay(const init_options *o, sh_error *err)
+{
+    SH_TRY(sh_cli_need(&init_command, o->relay, "--relay BUNDLE", err));
+    SH_TRY(sh_cli_need(&init_command, o->upstream, "--upstream ENDPOINT", err));
+    if (o->base != NULL || o->suites != NULL)
+        return sh_fail(err, SH_ERR_USAGE,
+                       "--base and --suites are not a relay's: its parent releases and judges");
+    if (strncmp(o->upstream, "tcp://", 6) != 0)
+        return sh_fail(err, SH_ERR_USAGE, "--upstream: '%s' is not of the form tcp://HOST:PORT",
+                       o->upstream);
+    return SH_OK;
+}
+
+static int print_relay(const init_options *o, const sh_hash *key)
+{
+    sh_error err = {0};
+    char hex[SH_HASH_HEX_BYTES];
+    sh_hex(key->b, sizeof key->b, hex);
+    printf("public key %s\n"
+           "Made %s: keys, the parent's first release, aggregator.yaml, bundle/.\n"
+           "Next, at the parent:\n"
+           "  shoal aggregator enrol %s --relay --dir PARENT\n"
+           "here:\n"
+           "  shoal-aggregator --dir %s\n"
+           "and on each of its nodes, with a copy of %s/bundle, as with any aggregator.\n",
+           hex, o->dir, hex, o->dir, o->dir);
+    return sh_cli_flush(&err) == SH_OK ? 0 : sh_error_report(PROGRAM, &err);
+}
+
 static sh_status init(const init_options *o, sh_aggregator_settings *settings, sh_args *args,
-                      sh_error *err)
+                      sh_hash *upstream, sh_error *err)
 {
     char name[] = PROGRAM, *argv[] = {name, NULL};
     SH_TRY(sh_cli_need(&init_command, o->dir, "--dir DIR", err));
-    SH_TRY(sh_cli_need(&init_command, o->base, "--base FILE", err));
+    if (o->relay == NULL && o->upstream == NULL)
+        SH_TRY(sh_cli_need(&init_command, o->base, "--base FILE", err));
+    else
+        SH_TRY(check_relay(o, err));
     SH_TRY(sh_options_parse_file(&sh_aggregator_command, o->config, 1, argv, settings, args, err));
     if (o->listen != NULL)
         settings->listen = o->listen;
-    sh_folder_init make = {
-        .dir = o->dir, .base = o->base, .suites = o->suites, .settings = settings};
-    return sh_folder_make(&make, err);
+    if (o->upstream != NULL)
+        settings->upstream = o->upstream;
+    sh_folder_init make = {.dir = o->dir,
+                           .base = o->base,
+                           .suites = o->suites,
+                           .relay = o->relay,
+                           .settings = settings};
+    return sh_folder_make(&make, upstream, err);
 }
 
 static int main_init(int argc, char **argv)
@@ -154,9 +199,13 @@ static int main_init(int argc, char **argv)
     int code = 0;
     if (!sh_cli_parse(&init_command, argc, argv, &o, &args, &code))
         return code;
-    sh_status status = init(&o, &settings, &config, &err);
+    sh_hash upstream;
+    sh_status status = init(&o, &settings, &config, &upstream, &err);
     err.code = status;
-    code = status == SH_OK ? print_init(&o, settings.listen) : sh_error_report(PROGRAM, &err);
+    if (status != SH_OK)
+        code = sh_error_report(PROGRAM, &err);
+    else
+        code = o.relay != NULL ? print_relay(&o, &upstream) : print_init(&o, settings.listen);
     sh_args_release(&config);
     sh_args_release(&args);
     return code;

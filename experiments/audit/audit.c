@@ -7,7 +7,7 @@
 
 #include "aggregator/coordinator.h"
 #include "edge-node/node.h"
-#include "shared/sync/sync.h"
+#include "shared/sync/link.h"
 
 typedef struct {         /* what a node made */
     uint64_t epoch, seq; /* on the wire */
@@ -16,6 +16,7 @@ typedef struct {         /* what a node made */
     uint32_t node;
     uint8_t cls, state;
     bool in_outbox, seen;
+    bool relayed; /* made by a relay, of others: its bytes are not known any more */
 } made_item;
 
 typedef struct { /* what the aggregator has */
@@ -24,6 +25,9 @@ typedef struct { /* what the aggregator has */
     uint8_t cls, verdict;
     uint64_t version;
     uint32_t listed; /* by published releases */
+    uint32_t store;  /* 0: the root's, else a relay's */
+    bool part;       /* it came in another update, (via_epoch, via_seq); sha256 is not known */
+    uint64_t via_epoch, via_seq;
 } kept_item;
 
 typedef struct {
@@ -38,9 +42,12 @@ struct sh_audit {
     char (*names)[64];
     size_t n_names, cap_names;
     char unknown[64]; /* what an epoch that no node has is called */
-    uint64_t *left;   /* epochs that a node had before its present one */
+    uint64_t epoch;   /* of the node or relay being read */
+    uint32_t store;   /* whose rows are being read: 0, or a relay's number */
+    uint64_t *relay_epochs;
+    size_t n_relays, cap_relays;
+    uint64_t *left; /* epochs that a node had before its present one */
     size_t n_left, cap_left;
-    uint64_t epoch; /* of the node being read */
     sh_audit_result result;
     json_t *findings;
 };
@@ -67,6 +74,7 @@ void sh_audit_destroy(sh_audit **audit)
     free(a->kept);
     free(a->listed);
     free(a->names);
+    free(a->relay_epochs);
     free(a->left);
     json_decref(a->findings);
     free(a);
@@ -104,19 +112,47 @@ static sh_status keep(sh_audit *a, kept_item item)
     return SH_OK;
 }
 
+static size_t parts_of(const sh_update_meta *meta)
+{
+    return meta->parts.n / SH_UPDATE_PART_BYTES;
+}
+
+/* The nodes' updates that came in a relay's: what becomes of it becomes of them. */
+static sh_status keep_parts(sh_audit *a, const sh_update_row *row)
+{
+    for (size_t i = 0; i < parts_of(&row->meta); i++) {
+        sh_update_part part =
+            sh_update_part_get((const uint8_t *)row->meta.parts.data + i * SH_UPDATE_PART_BYTES);
+        SH_TRY(keep(a, (kept_item){.epoch = part.epoch,
+                                   .seq = part.seq,
+                                   .node = part.node,
+                                   .cls = SH_CLASS_UPDATE,
+                                   .verdict = (uint8_t)row->verdict,
+                                   .version = row->version,
+                                   .store = a->store,
+                                   .part = true,
+                                   .via_epoch = row->id.epoch,
+                                   .via_seq = row->id.seq}));
+    }
+    return SH_OK;
+}
+
 static sh_status keep_update(void *arg, const sh_update_row *row)
 {
     sh_audit *a = arg;
-    a->result.merged += row->verdict == SH_VERDICT_MERGED;
-    a->result.refused += row->verdict == SH_VERDICT_REFUSED;
-    a->result.pending += row->verdict == SH_VERDICT_PENDING;
-    return keep(a, (kept_item){.epoch = row->id.epoch,
+    uint64_t n = SH_MAX(parts_of(&row->meta), (size_t)1);
+    a->result.merged += row->verdict == SH_VERDICT_MERGED ? n : 0;
+    a->result.refused += row->verdict == SH_VERDICT_REFUSED ? n : 0;
+    a->result.pending += row->verdict == SH_VERDICT_PENDING ? n : 0;
+    SH_TRY(keep(a, (kept_item){.epoch = row->id.epoch,
                                .seq = row->id.seq,
                                .node = row->id.node,
                                .sha256 = row->meta.blob.sha256,
                                .cls = SH_CLASS_UPDATE,
                                .verdict = (uint8_t)row->verdict,
-                               .version = row->version});
+                               .version = row->version,
+                               .store = a->store}));
+    return keep_parts(a, row);
 }
 
 static sh_status keep_listing(void *arg, const sh_release_row *row)
@@ -140,7 +176,8 @@ static sh_status keep_alarms(sh_audit *a, sh_txn *txn, sh_error *err)
     SH_TRY(sh_cursor_open(txn, SH_COORD_T_ALARM, &cursor, err));
     sh_status status = sh_cursor_seek(cursor, NULL, 0, &key, &value);
     while (status == SH_OK) {
-        kept_item item = {.cls = SH_CLASS_ALARM, .sha256 = sh_sha256(value.data, value.n)};
+        kept_item item = {
+            .cls = SH_CLASS_ALARM, .store = a->store, .sha256 = sh_sha256(value.data, value.n)};
         const uint8_t *p = key.data;
         if (key.n != sizeof item.node.b + 16) {
             status = sh_fail(err, SH_ERR_CORRUPT, "audit: an alarm's key has %zu bytes", key.n);
@@ -165,6 +202,62 @@ sh_status sh_audit_add_aggregator(sh_audit *a, sh_store *store, sh_error *err)
     SH_GOTO(sh_coord_each_update(txn, keep_update, a, err));
     SH_GOTO(sh_coord_each_candidate(txn, keep_listing, a, err));
     SH_GOTO(keep_alarms(a, txn, err));
+cleanup:
+    sh_txn_abort(&txn);
+    return status;
+}
+
+/* ---- a relay's two sides ---- */
+
+/* The updates that the relay made: the sequences that rows from `first` on say they went into. What
+ * is not in its outbox any more was acknowledged. */
+static sh_status made_by_relay(sh_audit *a, sh_txn *txn, size_t first)
+{
+    const sh_outbox up = {.table = SH_COORD_T_OUTBOX, .meta_table = SH_COORD_T_META};
+    for (size_t i = first; i < a->n_kept; i++) {
+        const kept_item *k = &a->kept[i];
+        bool known = k->verdict != SH_VERDICT_RELAYED || k->cls != SH_CLASS_UPDATE || k->part;
+        for (size_t m = a->n_made; !known && m-- > 0 && a->made[m].epoch == a->epoch;)
+            known = a->made[m].seq == k->version;
+        if (known)
+            continue;
+        sh_msg_item item;
+        sh_status status = sh_outbox_next(&up, txn, SH_CLASS_UPDATE, k->version, &item);
+        if (status != SH_OK && status != SH_ERR_NOT_FOUND)
+            return status;
+        bool owed = status == SH_OK && item.seq == k->version;
+        SH_TRY(sh_array_reserve((void **)&a->made, &a->cap_made, a->n_made + 1, sizeof *a->made,
+                                SH_AUDIT_ITEMS_MAX));
+        a->made[a->n_made++] = (made_item){.epoch = a->epoch,
+                                           .seq = k->version,
+                                           .node = (uint32_t)(a->n_names - 1),
+                                           .cls = SH_CLASS_UPDATE,
+                                           .state = owed ? SH_LEDGER_OWED : SH_LEDGER_ACKED,
+                                           .in_outbox = owed,
+                                           .relayed = true};
+        a->result.owed += owed;
+    }
+    return SH_OK;
+}
+
+sh_status sh_audit_add_relay(sh_audit *a, sh_store *store, const char *name, sh_error *err)
+{
+    sh_txn *txn = NULL;
+    size_t first = a->n_kept;
+    sh_status status = SH_OK;
+    SH_GOTO(sh_array_reserve((void **)&a->names, &a->cap_names, a->n_names + 1, sizeof *a->names,
+                             SH_AUDIT_ITEMS_MAX));
+    snprintf(a->names[a->n_names++], sizeof *a->names, "%s", name);
+    SH_GOTO(sh_array_reserve((void **)&a->relay_epochs, &a->cap_relays, a->n_relays + 1,
+                             sizeof *a->relay_epochs, SH_AUDIT_ITEMS_MAX));
+    SH_GOTO(sh_txn_begin(store, SH_TXN_READ, &txn, err));
+    SH_GOTO(sh_link_stored_epoch(txn, SH_COORD_T_META, &a->epoch, err));
+    a->relay_epochs[a->n_relays++] = a->epoch;
+    a->store = (uint32_t)a->n_relays;
+    SH_GOTO(sh_coord_each_update(txn, keep_update, a, err));
+    SH_GOTO(keep_alarms(a, txn, err));
+    SH_GOTO(made_by_relay(a, txn, first));
+    a->result.relays++;
 cleanup:
     sh_txn_abort(&txn);
     return status;
@@ -280,6 +373,14 @@ static int by_item(const void *x, const void *y)
     return c ? c : COMPARE(a->seq, b->seq);
 }
 
+/* The root's first: it says what became of the item. */
+static int by_item_and_store(const void *x, const void *y)
+{
+    const kept_item *a = x, *b = y;
+    int c = by_item(x, y);
+    return c ? c : COMPARE(a->store, b->store);
+}
+
 static int by_listing(const void *x, const void *y)
 {
     const listing *a = x, *b = y;
@@ -320,6 +421,14 @@ static const made_item *made_first(const sh_audit *a, uint64_t epoch, uint8_t cl
     return low < a->n_made && a->made[low].epoch == epoch ? &a->made[low] : NULL;
 }
 
+static bool is_relays(const sh_audit *a, uint64_t epoch)
+{
+    for (size_t i = 0; i < a->n_relays; i++)
+        if (a->relay_epochs[i] == epoch)
+            return true;
+    return false;
+}
+
 static const char *owner(sh_audit *a, uint64_t epoch)
 {
     const made_item *m = made_first(a, epoch, 0);
@@ -332,8 +441,21 @@ static const char *owner(sh_audit *a, uint64_t epoch)
 
 static kept_item *kept_find(const sh_audit *a, uint64_t epoch, uint8_t cls, uint64_t seq)
 {
-    kept_item key = {.epoch = epoch, .cls = cls, .seq = seq};
-    return a->n_kept ? bsearch(&key, a->kept, a->n_kept, sizeof key, by_item) : NULL;
+    const kept_item key = {.epoch = epoch, .cls = cls, .seq = seq};
+    size_t low = 0, high = a->n_kept;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (by_item(&a->kept[middle], &key) < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < a->n_kept && by_item(&a->kept[low], &key) == 0 ? &a->kept[low] : NULL;
+}
+
+static bool same_item(const sh_audit *a, const kept_item *k, const kept_item *first)
+{
+    return k && k < a->kept + a->n_kept && by_item(k, first) == 0;
 }
 
 static void check_made(sh_audit *a, const made_item *m)
@@ -341,21 +463,27 @@ static void check_made(sh_audit *a, const made_item *m)
     const char *name = a->names[m->node], *what = class_name(m->cls);
     unsigned long long seq = m->seq;
     const kept_item *k = kept_find(a, m->epoch, m->cls, m->seq);
-    bool kept = !sh_hash_is_zero(&m->sha256); /* an evaluation is not, once it was used */
+    /* An evaluation is not, once it was used. */
+    bool kept = m->relayed || !sh_hash_is_zero(&m->sha256);
     if (m->state == SH_LEDGER_ACKED && !k && kept)
         find(a, &a->result.lost, "%s: %s %llu was acknowledged, the aggregator does not have it",
              name, what, seq);
     if (m->state == SH_LEDGER_OWED && !m->in_outbox && !k)
         find(a, &a->result.lost, "%s: %s %llu is owed, and neither side has it", name, what, seq);
-    if (k && !sh_hash_equal(&k->sha256, &m->sha256))
-        find(a, &a->result.wrong, "%s: %s %llu has other bytes at the aggregator", name, what, seq);
+    for (const kept_item *i = k; same_item(a, i, k); i++)
+        if (!m->relayed && !i->part && !sh_hash_equal(&i->sha256, &m->sha256))
+            find(a, &a->result.wrong, "%s: %s %llu has other bytes at the aggregator", name, what,
+                 seq);
 }
 
 /* All listings of one update: there should be one, of the release that its row names. */
 static void check_listing(sh_audit *a, const listing *l, size_t n)
 {
-    kept_item *k = kept_find(a, l->epoch, SH_CLASS_UPDATE, l->seq);
+    kept_item *k = kept_find(a, l->epoch, SH_CLASS_UPDATE, l->seq), *first = k;
     unsigned long long seq = l->seq;
+    /* One that came by two ways has a row of each, and one of them was refused. */
+    for (kept_item *i = first; same_item(a, i, first) && k->verdict != SH_VERDICT_MERGED; i++)
+        k = i->verdict == SH_VERDICT_MERGED ? i : k;
     bool agree = false;
     for (size_t i = 0; k && i < n; i++)
         agree = agree || (k->verdict == SH_VERDICT_MERGED && k->version == l[i].version);
@@ -382,6 +510,26 @@ static void check_listings(sh_audit *a)
     }
 }
 
+/* What a relay says that it passed up is owed by it, or with its parent in the update that it
+ * named.
+ */
+static void check_relayed(sh_audit *a, const kept_item *k)
+{
+    uint64_t epoch = a->relay_epochs[k->store - 1];
+    const made_item key = {.epoch = epoch, .cls = SH_CLASS_UPDATE, .seq = k->version};
+    const made_item *m = bsearch(&key, a->made, a->n_made, sizeof key, by_maker);
+    const kept_item *first = kept_find(a, k->epoch, k->cls, k->seq);
+    bool found = m && m->in_outbox;
+    /* A relay's own update that came here in parts is followed part by part. */
+    for (const kept_item *i = first; !found && same_item(a, i, first); i++)
+        found = i->part && i->via_epoch == epoch && i->via_seq == k->version;
+    bool whole = kept_find(a, epoch, SH_CLASS_UPDATE, k->version) != NULL;
+    if (!found && !(whole && is_relays(a, k->epoch)))
+        find(a, &a->result.lost, "%s: update %llu went up in update %llu of %s, which is nowhere",
+             owner(a, k->epoch), (unsigned long long)k->seq, (unsigned long long)k->version,
+             owner(a, epoch));
+}
+
 static void check_kept(sh_audit *a)
 {
     for (size_t i = 0; i < a->n_kept; i++) {
@@ -390,7 +538,9 @@ static void check_kept(sh_audit *a)
             find(a, &a->result.lost, "%s: update %llu is marked merged, and no release lists it",
                  owner(a, k->epoch), (unsigned long long)k->seq);
         const kept_item *before = i ? &a->kept[i - 1] : NULL;
-        if (before && by_item(before, k) == 0)
+        if (k->verdict == SH_VERDICT_RELAYED)
+            check_relayed(a, k);
+        if (before && by_item_and_store(before, k) == 0 && !sh_hash_equal(&before->node, &k->node))
             find(a, &a->result.twice, "%s: %s %llu is stored for two senders", owner(a, k->epoch),
                  class_name(k->cls), (unsigned long long)k->seq);
     }
@@ -420,17 +570,37 @@ static void check_same_bytes(sh_audit *a)
     for (size_t i = 1; i < a->n_kept; i++) {
         const kept_item *x = &a->kept[i - 1], *y = &a->kept[i];
         if (x->epoch == y->epoch && x->cls == SH_CLASS_UPDATE && y->cls == SH_CLASS_UPDATE &&
-            x->verdict == SH_VERDICT_MERGED && y->verdict == SH_VERDICT_MERGED &&
-            sh_hash_equal(&x->sha256, &y->sha256))
+            !x->part && !y->part && x->verdict == SH_VERDICT_MERGED &&
+            y->verdict == SH_VERDICT_MERGED && sh_hash_equal(&x->sha256, &y->sha256))
             find(a, &a->result.twice, "%s: updates %llu and %llu are the same bytes, both merged",
                  owner(a, x->epoch), (unsigned long long)x->seq, (unsigned long long)y->seq);
     }
 }
 
+/* A release that lists a relay's update lists its parts. Called with the kept items sorted. */
+static sh_status list_parts(sh_audit *a)
+{
+    size_t n = a->n_listed;
+    for (size_t i = 0; i < a->n_kept; i++) {
+        const kept_item *k = &a->kept[i];
+        for (size_t l = 0; k->part && k->store == 0 && l < n; l++) {
+            listing via = a->listed[l];
+            if (via.epoch != k->via_epoch || via.seq != k->via_seq)
+                continue;
+            SH_TRY(sh_array_reserve((void **)&a->listed, &a->cap_listed, a->n_listed + 1,
+                                    sizeof *a->listed, SH_AUDIT_ITEMS_MAX));
+            a->listed[a->n_listed++] = (listing){k->epoch, k->seq, via.version};
+        }
+    }
+    return SH_OK;
+}
+
 void sh_audit_finish(sh_audit *a, sh_audit_result *out, json_t **findings)
 {
     if (a->n_kept)
-        qsort(a->kept, a->n_kept, sizeof *a->kept, by_item);
+        qsort(a->kept, a->n_kept, sizeof *a->kept, by_item_and_store);
+    if (list_parts(a) != SH_OK)
+        find(a, &a->result.wrong, "no memory to follow the parts of relays' updates");
     if (a->n_listed)
         qsort(a->listed, a->n_listed, sizeof *a->listed, by_listing);
     if (a->n_made)
@@ -451,9 +621,11 @@ json_t *sh_audit_document(const sh_audit_result *r, json_t *findings)
     const struct {
         const char *key;
         uint64_t value;
-    } rows[] = {{"nodes", r->nodes},     {"made", r->made},       {"acknowledged", r->acknowledged},
-                {"owed", r->owed},       {"dropped", r->dropped}, {"merged", r->merged},
-                {"refused", r->refused}, {"pending", r->pending}, {"lost", r->lost},
+    } rows[] = {{"nodes", r->nodes},     {"relays", r->relays},
+                {"made", r->made},       {"acknowledged", r->acknowledged},
+                {"owed", r->owed},       {"dropped", r->dropped},
+                {"merged", r->merged},   {"refused", r->refused},
+                {"pending", r->pending}, {"lost", r->lost},
                 {"twice", r->twice},     {"wrong", r->wrong}};
     json_t *root = json_object();
     for (size_t i = 0; i < SH_COUNT(rows); i++)

@@ -11,6 +11,10 @@
  *   wrong  an item whose bytes differ between the sides; an update that a release lists but whose
  *          row says otherwise; an aggregator's row that its node never made
  *
+ * Over relays a node's update is followed to the update that it went up in: that is owed by the
+ * relay, or its parent's row names the part; otherwise it is lost. A release that lists a relay's
+ * update lists its parts.
+ *
  * Each finding is a line of text: what, which node, which sequence.
  */
 #ifndef SHOAL_AUDIT_H
@@ -26,14 +30,17 @@ typedef struct sh_audit sh_audit;
 
 SH_MUST_USE sh_status sh_audit_create(sh_audit **out, sh_error *err);
 void sh_audit_destroy(sh_audit **audit);
-/* The aggregator's store first, then each node's. Read transactions of their own. */
+/* The aggregator's store first, then each relay's, then each node's. Read transactions of their
+ * own. */
 SH_MUST_USE sh_status sh_audit_add_aggregator(sh_audit *audit, sh_store *store, sh_error *err);
+SH_MUST_USE sh_status sh_audit_add_relay(sh_audit *audit, sh_store *store, const char *name,
+                                         sh_error *err);
 /* name: for the findings. */
 SH_MUST_USE sh_status sh_audit_add_node(sh_audit *audit, sh_store *store, const char *name,
                                         sh_error *err);
 
 typedef struct {
-    uint64_t nodes, made, acknowledged, owed, dropped, merged, refused, pending;
+    uint64_t nodes, relays, made, acknowledged, owed, dropped, merged, refused, pending;
     uint64_t lost, twice, wrong;
 } sh_audit_result;
 /* Compares; the findings are a new array of strings. */

@@ -22,7 +22,7 @@ typedef struct {
 
 static const sh_option table[] = {
     SH_OPT_STRING(options, dir, 'd', "dir", "DIR", NULL,
-                  "folder of a run: aggregator/ and nodes/*/ hold the stores"),
+                  "folder of a run: aggregator/, relays/*/ and nodes/*/ hold the stores"),
     SH_OPT_STRING(options, out, 'o', "out", "FILE", NULL, "JSON goes here; else to stdout"),
 };
 static const sh_command command = {
@@ -76,23 +76,40 @@ static sh_status list_nodes(const char *dir, char ***out, size_t *n, sh_error *e
     return status;
 }
 
-static sh_status audit_nodes(sh_audit *audit, const char *dir, sh_error *err)
+static sh_status add_node(sh_audit *audit, const char *path, const char *name, sh_error *err)
+{
+    sh_store *store = NULL;
+    SH_TRY(open_store(path, sh_node_tables, SH_NODE_T_COMPLETION, &store, err));
+    sh_status status = sh_audit_add_node(audit, store, name, err);
+    sh_store_close(&store);
+    return status;
+}
+
+static sh_status add_relay(sh_audit *audit, const char *path, const char *name, sh_error *err)
+{
+    sh_store *store = NULL;
+    SH_TRY(open_store(path, sh_coord_tables, SH_COORD_TABLES, &store, err));
+    sh_status status = sh_audit_add_relay(audit, store, name, err);
+    sh_store_close(&store);
+    return status;
+}
+
+/* Everything in a folder of dir, by the names in it. */
+static sh_status audit_each(sh_audit *audit, const char *dir, const char *folder,
+                            sh_status (*add)(sh_audit *, const char *, const char *, sh_error *),
+                            sh_error *err)
 {
     char nodes[SH_PATH_BYTES], path[SH_PATH_BYTES];
     char **names = NULL;
     size_t n = 0;
-    sh_store *store = NULL;
     sh_status status = SH_OK;
-    SH_GOTO(sh_path_join(nodes, sizeof nodes, dir, "nodes", err));
+    SH_GOTO(sh_path_join(nodes, sizeof nodes, dir, folder, err));
     SH_GOTO(list_nodes(nodes, &names, &n, err));
     for (size_t i = 0; i < n; i++) {
         SH_GOTO(sh_path_join(path, sizeof path, nodes, names[i], err));
-        SH_GOTO(open_store(path, sh_node_tables, SH_NODE_T_COMPLETION, &store, err));
-        SH_GOTO(sh_audit_add_node(audit, store, names[i], err));
-        sh_store_close(&store);
+        SH_GOTO(add(audit, path, names[i], err));
     }
 cleanup:
-    sh_store_close(&store);
     for (size_t i = 0; i < n; i++)
         free(names[i]);
     free(names);
@@ -113,7 +130,10 @@ static sh_status run(const options *o, bool *clean, sh_error *err)
     SH_GOTO(sh_path_join(path, sizeof path, o->dir, "aggregator", err));
     SH_GOTO(open_store(path, sh_coord_tables, SH_COORD_T_EVALUATION, &store, err));
     SH_GOTO(sh_audit_add_aggregator(audit, store, err));
-    SH_GOTO(audit_nodes(audit, o->dir, err));
+    SH_GOTO(sh_path_join(path, sizeof path, o->dir, "relays", err));
+    if (sh_file_exists(path))
+        SH_GOTO(audit_each(audit, o->dir, "relays", add_relay, err));
+    SH_GOTO(audit_each(audit, o->dir, "nodes", add_node, err));
     sh_audit_finish(audit, &result, &findings);
     root = sh_audit_document(&result, findings);
     *clean = result.lost + result.twice + result.wrong == 0;

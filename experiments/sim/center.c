@@ -244,6 +244,8 @@ static sh_status carry_out(sim *s, sh_coord_actions *actions, sh_error *err)
         case SH_COORD_START_JOB:
             SH_TRY(start_job(s, &a->job, err));
             break;
+        case SH_COORD_SEND_UP: /* of relays; there is none here */
+            break;
         case SH_COORD_NOTE:
             SH_TRY(take_note(s, a, err));
             break;

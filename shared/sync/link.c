@@ -207,6 +207,17 @@ static sh_in_flight *free_flight(sh_link *l)
     return NULL;
 }
 
+/* Version 1 has no evaluations, and before version 3 no update has parts. */
+static bool other_reads(const sh_link *l, const sh_msg_item *item)
+{
+    sh_update_meta meta;
+    if (item->kind == SH_ITEM_EVALUATION)
+        return l->version >= 2;
+    return l->version >= 3 || item->kind != SH_ITEM_UPDATE ||
+           sh_update_meta_decode(item->payload.data, item->payload.n, &meta, NULL) != SH_OK ||
+           meta.parts.n == 0;
+}
+
 static sh_status send_items(const sh_link_step *s)
 {
     sh_link *l = s->link;
@@ -229,9 +240,8 @@ static sh_status send_items(const sh_link_step *s)
             if (status != SH_OK)
                 return sh_fail(s->err, status, "outbox: cannot be read");
             l->send_from[cls] = item.seq + 1;
-            bool unknown = l->version < 2 && item.kind == SH_ITEM_EVALUATION;
-            if (unknown || is_in_flight(l, item.cls, item.seq))
-                continue; /* the other has no such kind: it stays owed */
+            if (!other_reads(l, &item) || is_in_flight(l, item.cls, item.seq))
+                continue; /* it stays owed */
             *f = (sh_in_flight){.used = true, .cls = item.cls, .seq = item.seq};
             SH_TRY(send_item(s, f, &item));
         }

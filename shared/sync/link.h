@@ -184,6 +184,10 @@ sh_wire_id sh_link_wire_id(const sh_link_segments *segments, uint8_t cls, uint64
 /* The epochs of a store of which something is owed, and the present one: for audits. */
 SH_MUST_USE sh_status sh_link_stored_segments(sh_txn *txn, const sh_outbox *outbox,
                                               sh_link_segments *out, sh_error *err);
+/* The store was a backup, and the original may have sent more since: before the link is opened,
+ * which then draws an epoch for all that is owed. The receiver must know by other means than the
+ * sequence what it has already. */
+SH_MUST_USE sh_status sh_link_forget_identity(sh_txn *txn, unsigned meta_table, sh_error *err);
 /* The epoch of a store's META table. SH_ERR_NOT_FOUND without an error's text. */
 SH_MUST_USE sh_status sh_link_stored_epoch(sh_txn *txn, unsigned meta_table, uint64_t *epoch,
                                            sh_error *err);

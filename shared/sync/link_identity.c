@@ -312,3 +312,9 @@ sh_status sh_link_stored_segments(sh_txn *txn, const sh_outbox *outbox, sh_link_
     *out = link.segments;
     return SH_OK;
 }
+
+sh_status sh_link_forget_identity(sh_txn *txn, unsigned meta_table, sh_error *err)
+{
+    SH_TRY(sh_txn_del(txn, meta_table, meta_lease, strlen(meta_lease), err));
+    return sh_txn_del(txn, meta_table, SH_LINK_META_EPOCH, strlen(SH_LINK_META_EPOCH), err);
+}

@@ -13,6 +13,7 @@
 #define RIG_UPDATE_BYTES 100000u /* two chunks */
 #define RIG_MAIL_MAX     4096
 #define RIG_NOTES        32
+#define RIG_UP_MAX       512
 #define RIG_KEYS_MAX     512
 
 enum { RIG_SOUND, RIG_CRASH_BEFORE, RIG_CRASH_AFTER };
@@ -32,6 +33,9 @@ typedef struct {
     uint64_t now_ms, life, timer_ms; /* timer_ms 0: none */
     rig_mail mail[RIG_MAIL_MAX];     /* to nodes, in order */
     size_t n_mail;
+    sh_buf manifest;       /* of a relay: its parent's genesis manifest */
+    sh_buf up[RIG_UP_MAX]; /* of a relay: messages to its parent, in order */
+    size_t n_up;
     sh_coord_job job; /* id 0: none */
     uint32_t jobs;    /* started */
     uint32_t notes[RIG_NOTES];

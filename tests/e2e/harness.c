@@ -246,15 +246,43 @@ static void make_inputs(e2e_fleet *f, char *base, char *suites)
     OK(sh_file_write_atomic(path, text, sizeof text, err));
 }
 
+static void make_relay(e2e_fleet *f, unsigned i)
+{
+    e2e_relay *relay = &f->relays[i];
+    char bundle[SH_PATH_BYTES], listen[64], upstream[64];
+    relay->port = e2e_free_port();
+    snprintf(relay->name, sizeof relay->name, "relay-%u", i);
+    snprintf(relay->dir, sizeof relay->dir, "%s/relays/%s", f->root.path, relay->name);
+    snprintf(relay->process.log, sizeof relay->process.log, "%s/%s.log", f->root.path, relay->name);
+    snprintf(listen, sizeof listen, "tcp://127.0.0.1:%u", relay->port);
+    snprintf(upstream, sizeof upstream, "tcp://127.0.0.1:%u", f->port);
+    OK(sh_path_join(bundle, sizeof bundle, f->aggregator_dir, "bundle", err));
+    run_result r =
+        run_program(e2e_program(f, "shoal-aggregator"),
+                    (const char *const[]){"init", "--dir", relay->dir, "--relay", bundle,
+                                          "--upstream", upstream, "--listen", listen, NULL},
+                    NULL, 0);
+    if (r.exit_code != 0 || sscanf(r.out, "public key %64s", relay->key) != 1)
+        fail_msg("%s: exit code %d: %s%s", relay->dir, r.exit_code, r.out, r.err);
+    run_release(&r);
+}
+
+/* The folder of the aggregator or relay that a node belongs to. */
+static const char *center_of(const e2e_fleet *f, unsigned i)
+{
+    return f->n_relays > 0 ? f->relays[i % f->n_relays].dir : f->aggregator_dir;
+}
+
 static void make_node(e2e_fleet *f, unsigned i)
 {
     e2e_node *n = &f->nodes[i];
+    unsigned port = f->n_relays > 0 ? f->relays[i % f->n_relays].port : f->port;
     char bundle[SH_PATH_BYTES], endpoint[64], path[SH_PATH_BYTES];
     snprintf(n->name, sizeof n->name, "node-%u", i);
     snprintf(n->dir, sizeof n->dir, "%s/nodes/%s", f->root.path, n->name);
     snprintf(n->process.log, sizeof n->process.log, "%s/%s.log", f->root.path, n->name);
-    snprintf(endpoint, sizeof endpoint, "tcp://127.0.0.1:%u", n->dial ? n->dial : f->port);
-    OK(sh_path_join(bundle, sizeof bundle, f->aggregator_dir, "bundle", err));
+    snprintf(endpoint, sizeof endpoint, "tcp://127.0.0.1:%u", n->dial ? n->dial : port);
+    OK(sh_path_join(bundle, sizeof bundle, center_of(f, i), "bundle", err));
     run_result r = run_program(e2e_program(f, "shoal-node"),
                                (const char *const[]){"init", "--dir", n->dir, "--bundle", bundle,
                                                      "--aggregator", endpoint, NULL},
@@ -285,6 +313,10 @@ void e2e_fleet_make(e2e_fleet *f, unsigned n_nodes)
     run_tool(e2e_program(f, "shoal-aggregator"),
              (const char *const[]){"init", "--dir", f->aggregator_dir, "--base", base, "--suites",
                                    suites, "--listen", listen, NULL});
+    if (f->n_relays > 0)
+        OK(sh_dir_make(temp_path(&f->root, "relays"), err));
+    for (unsigned i = 0; i < f->n_relays; i++)
+        make_relay(f, i);
     for (unsigned i = 0; i < n_nodes; i++)
         make_node(f, i);
 }
@@ -294,6 +326,9 @@ void e2e_fleet_release(e2e_fleet *f)
     for (unsigned i = 0; i < f->n_nodes; i++)
         if (f->nodes[i].process.pid > 0)
             (void)e2e_end(&f->nodes[i].process, SIGKILL);
+    for (unsigned i = 0; i < f->n_relays; i++)
+        if (f->relays[i].process.pid > 0)
+            (void)e2e_end(&f->relays[i].process, SIGKILL);
     if (f->aggregator.pid > 0)
         (void)e2e_end(&f->aggregator, SIGKILL);
     if (f->root.path[0])
@@ -310,14 +345,15 @@ static void add_words(const char **words, size_t *n, const char *const *more)
     words[*n] = NULL;
 }
 
-void e2e_aggregator_start(e2e_fleet *f, const char *failpoints)
+static void center_start(const e2e_fleet *f, e2e_process *p, const char *dir,
+                         const char *const *more, const char *failpoints)
 {
     const char *words[E2E_WORDS_MAX];
     size_t n = 0;
     const char *const own[] = {e2e_program(f, "shoal-aggregator"),
                                "run",
                                "--dir",
-                               f->aggregator_dir,
+                               dir,
                                "--http.port",
                                "0",
                                "--checkin-ms",
@@ -326,8 +362,19 @@ void e2e_aggregator_start(e2e_fleet *f, const char *failpoints)
                                "1",
                                NULL};
     add_words(words, &n, own);
-    add_words(words, &n, f->aggregator_words);
-    e2e_start(&f->aggregator, words, failpoints);
+    add_words(words, &n, more);
+    e2e_start(p, words, failpoints);
+}
+
+void e2e_aggregator_start(e2e_fleet *f, const char *failpoints)
+{
+    center_start(f, &f->aggregator, f->aggregator_dir, f->aggregator_words, failpoints);
+}
+
+void e2e_relay_start(e2e_fleet *f, unsigned r, const char *failpoints)
+{
+    e2e_relay *relay = &f->relays[r];
+    center_start(f, &relay->process, relay->dir, f->relay_words, failpoints);
 }
 
 bool e2e_aggregator_ready(e2e_fleet *f)
@@ -371,12 +418,32 @@ bool e2e_node_ready(e2e_fleet *f, unsigned i)
     return true;
 }
 
+static json_t *tool(e2e_fleet *f, const char *dir, const char *const *words, int *code);
+
+static void enrol_key(e2e_fleet *f, const char *dir, const char *key, const char *name,
+                      const char *more)
+{
+    int code;
+    json_t *reply =
+        tool(f, dir, (const char *const[]){"enrol", key, "--name", name, more, NULL}, &code);
+    assert_int_equal(code, 0);
+    json_decref(reply);
+}
+
 void e2e_fleet_start(e2e_fleet *f)
 {
     e2e_aggregator_start(f, NULL);
     if (!e2e_aggregator_ready(f)) {
         show_log(&f->aggregator);
         fail_msg("the aggregator does not start");
+    }
+    for (unsigned i = 0; i < f->n_relays; i++) {
+        enrol_key(f, f->aggregator_dir, f->relays[i].key, f->relays[i].name, "--relay");
+        e2e_relay_start(f, i, NULL);
+        if (!e2e_saw(&f->relays[i].process, "event=ready")) {
+            show_log(&f->relays[i].process);
+            fail_msg("%s does not start", f->relays[i].name);
+        }
     }
     for (unsigned i = 0; i < f->n_nodes; i++) {
         e2e_enrol(f, i);
@@ -408,6 +475,11 @@ void e2e_fleet_stop(e2e_fleet *f)
             kill(f->nodes[i].process.pid, SIGTERM);
     for (unsigned i = 0; i < f->n_nodes; i++)
         stop_one(&f->nodes[i].process);
+    for (unsigned i = 0; i < f->n_relays; i++)
+        if (f->relays[i].process.pid > 0)
+            kill(f->relays[i].process.pid, SIGTERM);
+    for (unsigned i = 0; i < f->n_relays; i++)
+        stop_one(&f->relays[i].process);
     if (f->aggregator.pid > 0)
         kill(f->aggregator.pid, SIGTERM);
     stop_one(&f->aggregator);
@@ -415,12 +487,12 @@ void e2e_fleet_stop(e2e_fleet *f)
 
 /* ---- tools ---- */
 
-json_t *e2e_tool(e2e_fleet *f, const char *const *words, int *code)
+static json_t *tool(e2e_fleet *f, const char *dir, const char *const *words, int *code)
 {
     const char *all[RUN_ARGS_MAX] = {"aggregator"};
     size_t n = 1;
     add_words(all, &n, words);
-    add_words(all, &n, (const char *const[]){"--dir", f->aggregator_dir, "--json", NULL});
+    add_words(all, &n, (const char *const[]){"--dir", dir, "--json", NULL});
     run_result r = run_program(e2e_program(f, "shoal"), all, NULL, 0);
     json_t *reply = r.exit_code == 0 ? json_loads(r.out, 0, NULL) : NULL;
     *code = r.exit_code;
@@ -430,6 +502,17 @@ json_t *e2e_tool(e2e_fleet *f, const char *const *words, int *code)
         fail_msg("%s: exit code %d, and not one line: '%s'", words[0], r.exit_code, r.err);
     run_release(&r);
     return reply;
+}
+
+json_t *e2e_tool(e2e_fleet *f, const char *const *words, int *code)
+{
+    return tool(f, f->aggregator_dir, words, code);
+}
+
+json_t *e2e_relay_status(e2e_fleet *f, unsigned r)
+{
+    int code;
+    return tool(f, f->relays[r].dir, (const char *const[]){"status", NULL}, &code);
 }
 
 void e2e_command(e2e_fleet *f, const char *word, const char *argument)
@@ -443,12 +526,7 @@ void e2e_command(e2e_fleet *f, const char *word, const char *argument)
 
 void e2e_enrol(e2e_fleet *f, unsigned i)
 {
-    int code;
-    json_t *reply = e2e_tool(
-        f, (const char *const[]){"enrol", f->nodes[i].key, "--name", f->nodes[i].name, NULL},
-        &code);
-    assert_int_equal(code, 0);
-    json_decref(reply);
+    enrol_key(f, center_of(f, i), f->nodes[i].key, f->nodes[i].name, NULL);
 }
 
 json_t *e2e_node_status(e2e_fleet *f, unsigned i)
@@ -495,6 +573,14 @@ static bool settled(e2e_fleet *f, unsigned i, uint64_t version)
     return yes;
 }
 
+static bool owes_nothing(e2e_fleet *f, unsigned relay)
+{
+    json_t *s = e2e_relay_status(f, relay);
+    bool yes = e2e_int(s, "buffered") == 0 && e2e_int(json_object_get(s, "parent"), "owed") == 0;
+    json_decref(s);
+    return yes;
+}
+
 uint64_t e2e_settle(e2e_fleet *f)
 {
     e2e_command(f, "close", NULL);
@@ -503,6 +589,8 @@ uint64_t e2e_settle(e2e_fleet *f)
     uint64_t version = e2e_newest_release(f);
     for (unsigned i = 0; i < f->n_nodes; i++)
         E2E_UNTIL(settled(f, i, version), f->nodes[i].name);
+    for (unsigned i = 0; i < f->n_relays; i++)
+        E2E_UNTIL(owes_nothing(f, i), f->relays[i].name);
     return version;
 }
 

@@ -22,9 +22,10 @@
 #include "tests/cli/run.h"
 #include "tests/store/util.h"
 
-#define E2E_WAIT_MS   180000 /* generous: sanitizers on a machine that others use */
-#define E2E_WORDS_MAX 64
-#define E2E_NODES_MAX 8
+#define E2E_WAIT_MS    180000 /* generous: sanitizers on a machine that others use */
+#define E2E_WORDS_MAX  64
+#define E2E_NODES_MAX  8
+#define E2E_RELAYS_MAX 4
 
 /* Fails the test when the call does not return SH_OK; `err` is its error. */
 #ifndef OK
@@ -85,6 +86,12 @@ typedef struct {
 } e2e_node;
 
 typedef struct {
+    e2e_process process;
+    char name[16], dir[112], key[SH_HASH_HEX_BYTES];
+    unsigned port; /* for all its starts */
+} e2e_relay;
+
+typedef struct {
     const char *bin; /* folder of the programs */
     temp_dir root;
     uint32_t layers; /* of the base model, 0: tiny.h's; more of them make it larger */
@@ -95,6 +102,11 @@ typedef struct {
     unsigned n_nodes;
     const char *const *aggregator_words; /* more flags of every start, NULL at the end */
     const char *const *node_words;
+    /* Relays between the aggregator and the nodes, in relays/relay-R; node i is relay i %
+     * n_relays's. 0: the nodes are the aggregator's. */
+    e2e_relay relays[E2E_RELAYS_MAX];
+    unsigned n_relays;
+    const char *const *relay_words;
 } e2e_fleet;
 
 /* A base model, gate texts, the aggregator's folder and n nodes'; nothing runs. Zero the fleet but
@@ -106,6 +118,7 @@ const char *e2e_program(const e2e_fleet *f, const char *name); /* a static buffe
 void e2e_aggregator_start(e2e_fleet *f, const char *failpoints);
 /* Waits for event=ready; false: it ended before. */
 bool e2e_aggregator_ready(e2e_fleet *f);
+void e2e_relay_start(e2e_fleet *f, unsigned r, const char *failpoints);
 void e2e_node_start(e2e_fleet *f, unsigned i, const char *failpoints);
 bool e2e_node_ready(e2e_fleet *f, unsigned i);
 /* Starts all and waits until they are ready; the nodes are enrolled. */
@@ -115,6 +128,7 @@ void e2e_fleet_stop(e2e_fleet *f);
 void e2e_enrol(e2e_fleet *f, unsigned i);
 /* `shoal aggregator WORDS --json`; the reply, or NULL and the exit code. */
 json_t *e2e_tool(e2e_fleet *f, const char *const *words, int *code);
+json_t *e2e_relay_status(e2e_fleet *f, unsigned r); /* NULL: it does not answer */
 void e2e_command(e2e_fleet *f, const char *word, const char *argument); /* must succeed */
 json_t *e2e_node_status(e2e_fleet *f, unsigned i);               /* NULL: it does not answer */
 int64_t e2e_node_int(e2e_fleet *f, unsigned i, const char *key); /* of its status; -1: none */
