@@ -186,6 +186,7 @@ static sh_status carry_out(world_part *p, sh_coord_action *actions, size_t n, sh
             break;
         case SH_COORD_KEY: /* who may connect is not simulated: any key may */
         case SH_COORD_DROP:
+        case SH_COORD_SEND_UP: /* and no relays are */
             break;
         }
     }
