@@ -97,7 +97,8 @@ static void test_usage(void **state)
 {
     (void)state;
     static const char usage[] = "usage: shoal-sim run [EXPERIMENT] [options]\n"
-                                "       shoal-sim run --help\n";
+                                "       shoal-sim faults [options]\n"
+                                "       shoal-sim run --help, shoal-sim faults --help\n";
     run_result r = run_program(program, (const char *const[]){NULL}, NULL, 0);
     assert_int_equal(r.exit_code, 2);
     assert_string_equal(r.out, "");
