@@ -45,6 +45,7 @@ void net_map_release(net_map *map);
 #define NET_DROP_LINGER_MS    1000u       /* for what was sent to a peer before it was dropped */
 #define NET_UNHEARD_MAX       (12u << 20) /* bytes: the kernel's own buffer, and some */
 #define NET_HEARTBEAT_BYTES_S 256u
+#define NET_MESSAGE_BYTES     48u /* around a message on the wire: ZMTP and CURVE */
 typedef struct {
     struct net_peer *items; /* [n], by descriptor */
     size_t n, cap, watched;
@@ -52,8 +53,8 @@ typedef struct {
 } net_peers;
 void net_peers_opened(net_peers *peers, int fd, uint64_t now_ms);
 void net_peers_closed(net_peers *peers, int fd);
-/* A message of that key came. */
-void net_peers_heard(net_peers *peers, int fd, const sh_hash *key);
+/* A message of that key came, of n bytes. */
+void net_peers_heard(net_peers *peers, int fd, const sh_hash *key, size_t n);
 void net_peers_drop(net_peers *peers, const sh_hash *key, uint64_t now_ms);
 uint64_t net_peers_due(const net_peers *peers); /* of the next look; UINT64_MAX: none */
 typedef struct {
@@ -124,7 +125,7 @@ SH_MUST_USE sh_status net_check_endpoint(const char *endpoint, bool listens, sh_
 typedef struct {
     int type;
     const sh_net_keys *keys;
-    uint32_t queue_max, receive_queue_max; /* 0: the default; receive: queue_max */
+    uint32_t queue_max; /* to a peer; 0: the default */
     size_t receive_max;
 } net_socket_options;
 SH_MUST_USE sh_status net_socket_create(sh_net *net, const net_socket_options *options, void **out,

@@ -6,7 +6,9 @@
  *     puts together in memory before it shows the first. What the kernel has received on a
  *     connection (TCP_INFO, Linux) is compared with what it had when a message was last heard on
  *     it; past NET_UNHEARD_MAX it is shut. Heartbeats are no messages: NET_HEARTBEAT_BYTES_S are
- *     forgiven.
+ *     forgiven;
+ *   - those that send more than is read, by more than `allowed` bytes above that: libzmq's own
+ *     limit is not used (net_socket_create says why).
  */
 #include <linux/tcp.h>
 #include <netinet/in.h>
@@ -19,6 +21,7 @@
 struct net_peer {
     uint64_t since_ms;  /* accepted, or dropped; 0: no connection */
     uint64_t explained; /* bytes received that nobody wonders about */
+    uint64_t read;      /* bytes of messages heard since the last look */
     bool heard, spoke;  /* ever; since the last look */
     bool dropped;
     sh_hash key; /* once it was heard */
@@ -65,12 +68,13 @@ void net_peers_closed(net_peers *peers, int fd)
     peers->watched--;
 }
 
-void net_peers_heard(net_peers *peers, int fd, const sh_hash *key)
+void net_peers_heard(net_peers *peers, int fd, const sh_hash *key, size_t n)
 {
     struct net_peer *p = peer_at(peers, fd);
     if (p == NULL)
         return;
     p->heard = p->spoke = true;
+    p->read += n + NET_MESSAGE_BYTES;
     p->key = *key;
 }
 
@@ -90,14 +94,20 @@ uint64_t net_peers_due(const net_peers *peers)
     return peers->watched > 0 ? peers->next_ms : UINT64_MAX;
 }
 
-/* Whether the bytes that came without a message are too many. Idle: all that was whole has been
- * read, and what is more is part of a message, or on its way here. */
+/* Whether the bytes that came and were not heard are too many. Idle: all that was whole has been
+ * read, and what is more is part of a message, or on its way here. Else whole messages may wait,
+ * `allowed` bytes of them. */
 static bool is_unheard(struct net_peer *p, int fd, const net_peers_looking *look, uint64_t forgiven)
 {
-    uint64_t bytes = received(fd);
+    uint64_t bytes = received(fd), read = p->read;
+    p->read = 0;
+    if (!look->idle) {
+        p->explained = SH_MIN(bytes, p->explained + read + forgiven);
+        return bytes - p->explained > NET_UNHEARD_MAX + look->allowed;
+    }
     p->explained = p->spoke ? bytes : SH_MIN(bytes, p->explained + forgiven);
     p->spoke = false;
-    return bytes - p->explained > NET_UNHEARD_MAX + (look->idle ? 0 : look->allowed);
+    return bytes - p->explained > NET_UNHEARD_MAX;
 }
 
 static bool is_over(const struct net_peer *p, const net_peers_looking *look)

@@ -123,7 +123,6 @@ sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *o, sh_n
                               &(net_socket_options){.type = ZMQ_ROUTER,
                                                     .keys = o->keys,
                                                     .queue_max = o->queue_max,
-                                                    .receive_queue_max = o->receive_queue_max,
                                                     .receive_max = s->receive_max},
                               &s->socket, err));
     SH_GOTO(listen_at(s, o, err));
@@ -325,7 +324,8 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
             event.connection =
                 (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
             SH_TRY(note_route(s, &event.key, event.connection, err));
-            net_peers_heard(&s->peers, zmq_msg_get(&s->body, ZMQ_SRCFD), &event.key);
+            net_peers_heard(&s->peers, zmq_msg_get(&s->body, ZMQ_SRCFD), &event.key,
+                            zmq_msg_size(&s->body));
             event.kind = SH_NET_MESSAGE;
             event.data = zmq_msg_data(&s->body);
             event.n = zmq_msg_size(&s->body);
