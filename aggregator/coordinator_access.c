@@ -461,6 +461,26 @@ static sh_status identify(coord_step *s, const sh_msg_enrol *enrol, sh_node_row 
     return SH_OK;
 }
 
+static coord_barred *barred_place(const coord_step *s)
+{
+    return &s->c->barred[s->connection % COORD_BARRED_PLACES];
+}
+
+bool coord_is_barred(const coord_step *s)
+{
+    const coord_barred *b = barred_place(s);
+    return b->used && b->connection == s->connection && sh_hash_equal(&b->key, &s->from);
+}
+
+static void bar(coord_step *s, bool renew)
+{
+    if (renew)
+        *barred_place(s) =
+            (coord_barred){.key = s->from, .connection = s->connection, .used = true};
+    else if (coord_is_barred(s))
+        *barred_place(s) = (coord_barred){0};
+}
+
 sh_status coord_on_enrol(coord_step *s, const sh_msg_enrol *enrol)
 {
     sh_coord *c = s->c;
@@ -480,6 +500,7 @@ sh_status coord_on_enrol(coord_step *s, const sh_msg_enrol *enrol)
     sh_msg msg = {.type = SH_MSG_WELCOME,
                   .welcome = {.accepted = true, .text = "welcome", .epoch = enrol->epoch}};
     SH_TRY(coord_epoch_claim(s, &node, enrol, &msg.welcome));
+    bar(s, msg.welcome.renew);
     if (msg.welcome.renew)
         msg.welcome.text = "another sender has this epoch: take a new one";
     describe(&node, enrol);

@@ -236,6 +236,8 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message, 
     SH_TRY(coord_may_speak(s, &node, &may));
     if (!may)
         return SH_OK;
+    if (coord_is_barred(s))
+        return SH_OK;
     key = &node.key;
     switch (msg.type) {
     case SH_MSG_CHECKIN:
