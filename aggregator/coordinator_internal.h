@@ -55,14 +55,15 @@
 #define COORD_SCHEMA            3u      /* of the store; 1 had no row that says so */
 #define COORD_EPOCH_SEEN_MS     600000u /* how exactly it is kept when an epoch was last seen */
 
-/* Access: tokens at a time, keys and tokens kept, rotations of a node; a rotation's token; how many
- * wrong tokens are looked at in how long, over all who try. */
+/* Access: tokens at a time, keys and tokens kept, rotations of a node; a rotation's token; of how
+ * many ENROLs of unknown keys without a good token, in how long, over all who try, the store is
+ * told. */
 #define COORD_TOKENS_MAX       1024u
 #define COORD_ACCESS_MAX       200000u
 #define COORD_ROTATIONS_MAX    1000u
 #define COORD_ROTATE_TOKEN_MIN 16u
-#define COORD_GUESSES_MAX      100u
-#define COORD_GUESS_MS         60000u
+#define COORD_STRANGERS_MAX    100u
+#define COORD_STRANGERS_MS     60000u
 #define COORD_TOO_MANY_STORES  "this key has had too many stores: use a new one"
 
 /* Limits of a node: the table, 32,768 keys in 2.6 MB; the least that a full bucket holds: the
@@ -218,8 +219,8 @@ struct sh_coord {
     uint32_t retries;
     uint32_t n_tokens;
     uint64_t tokens_until_ms;
-    uint32_t guesses; /* wrong tokens since guesses_since_ms */
-    uint64_t guesses_since_ms;
+    uint32_t strangers; /* ENROLs of them since strangers_since_ms */
+    uint64_t strangers_since_ms;
     coord_barred barred[COORD_BARRED_PLACES]; /* by connection */
     coord_bucket *buckets;                    /* NULL: no limits */
     uint64_t limited, disconnected, commands_refused;
@@ -375,7 +376,7 @@ sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item
 sh_status coord_tokens_load(sh_coord *c, sh_txn *txn, sh_error *err);
 /* Fills the step's from, node, key_state and rotation. */
 sh_status coord_sender_find(coord_step *s, const sh_hash *key);
-sh_status coord_on_enrol(coord_step *s, const sh_msg_enrol *enrol);
+sh_status coord_on_enrol(coord_step *s, const sh_msg *msg);
 /* Whether the message's connection was told to renew and has not enrolled since: what it had sent
  * meanwhile is of an epoch that is another's. It comes again, as the new epoch's. */
 bool coord_is_barred(const coord_step *s);
