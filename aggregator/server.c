@@ -275,6 +275,7 @@ static sh_status serve_nodes(sh_server *s, sh_error *err)
         s->counters.messages_in++;
         sh_coord_event e = {.kind = SH_COORD_MESSAGE,
                             .node = event.key,
+                            .connection = event.connection,
                             .message = {event.data, event.n},
                             .checked = checked};
         if (!server_step(s, &e))

@@ -53,9 +53,10 @@ typedef struct {
 } net_peers;
 void net_peers_opened(net_peers *peers, int fd, uint64_t now_ms);
 void net_peers_closed(net_peers *peers, int fd);
-/* A message of that key came, of n bytes. */
-void net_peers_heard(net_peers *peers, int fd, const sh_hash *key, size_t n);
-void net_peers_drop(net_peers *peers, const sh_hash *key, uint64_t now_ms);
+/* A message of that key came by that connection, of n bytes. */
+void net_peers_heard(net_peers *peers, int fd, const sh_hash *key, uint32_t connection, size_t n);
+/* All connections of the key but that one; NULL: all. */
+void net_peers_drop(net_peers *peers, const sh_hash *key, const uint32_t *but, uint64_t now_ms);
 uint64_t net_peers_due(const net_peers *peers); /* of the next look; UINT64_MAX: none */
 typedef struct {
     uint64_t now_ms;

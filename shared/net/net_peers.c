@@ -25,6 +25,7 @@ struct net_peer {
     bool heard, spoke;  /* ever; since the last look */
     bool dropped;
     sh_hash key; /* once it was heard */
+    uint32_t connection;
 };
 
 static uint64_t received(int fd)
@@ -68,7 +69,7 @@ void net_peers_closed(net_peers *peers, int fd)
     peers->watched--;
 }
 
-void net_peers_heard(net_peers *peers, int fd, const sh_hash *key, size_t n)
+void net_peers_heard(net_peers *peers, int fd, const sh_hash *key, uint32_t connection, size_t n)
 {
     struct net_peer *p = peer_at(peers, fd);
     if (p == NULL)
@@ -76,13 +77,15 @@ void net_peers_heard(net_peers *peers, int fd, const sh_hash *key, size_t n)
     p->heard = p->spoke = true;
     p->read += n + NET_MESSAGE_BYTES;
     p->key = *key;
+    p->connection = connection;
 }
 
-void net_peers_drop(net_peers *peers, const sh_hash *key, uint64_t now_ms)
+void net_peers_drop(net_peers *peers, const sh_hash *key, const uint32_t *but, uint64_t now_ms)
 {
     for (size_t i = 0; i < peers->n; i++) {
         struct net_peer *p = &peers->items[i];
-        if (p->since_ms == 0 || !p->heard || p->dropped || !sh_hash_equal(&p->key, key))
+        if (p->since_ms == 0 || !p->heard || p->dropped || !sh_hash_equal(&p->key, key) ||
+            (but != NULL && p->connection == *but))
             continue;
         p->dropped = true;
         p->since_ms = SH_MAX(now_ms, UINT64_C(1));

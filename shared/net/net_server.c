@@ -5,7 +5,8 @@
  * Dropping a key: every connection notes, at its handshake, the number of drops before it (the
  * generation, which the ZAP handler puts into the metadata of its messages); `dropped` has, for a
  * key, the generation that a connection must have to be heard. A message of an older one is thrown
- * away, and its connection is shut.
+ * away, and its connection is shut. `spared` has the one connection of a key that a drop of its
+ * others left.
  *
  * The cap: libzmq ends all connections of a listener with it, so that to stop listening is no way
  * to refuse the next one. A connection past the cap is shut as soon as its event is read, instead;
@@ -42,6 +43,7 @@ struct sh_net_server {
     size_t message_max, receive_max;
     net_map routes;  /* key -> number of its newest connection */
     net_map dropped; /* key -> generation from which on it is heard */
+    net_map spared;  /* key -> number of a connection that is heard whatever its generation */
     uint64_t floor;  /* generation from which on anyone is heard */
     net_peers peers;
     uint32_t silence_ms; /* see sh_net_server_set_silence */
@@ -111,7 +113,8 @@ sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *o, sh_n
                          .queued_max = receive_queue(o) *
                                        (uint64_t)(o->receive_max ? o->receive_max : o->message_max),
                          .routes = {.max = NET_ROUTES_MAX},
-                         .dropped = {.max = NET_DROPPED_MAX}};
+                         .dropped = {.max = NET_DROPPED_MAX},
+                         .spared = {.max = NET_DROPPED_MAX}};
     s->gate.allow = o->allow;
     s->gate.arg = o->arg;
     snprintf(s->gate.domain, sizeof s->gate.domain, "server-%u", atomic_fetch_add(&net->serial, 1));
@@ -143,6 +146,7 @@ void sh_net_server_destroy(sh_net_server **out, int linger_ms)
     net_gate_close(s->net, &s->gate);
     net_map_release(&s->routes);
     net_map_release(&s->dropped);
+    net_map_release(&s->spared);
     net_peers_release(&s->peers);
     atomic_fetch_sub(&s->net->sockets, 1);
     free(s);
@@ -255,17 +259,21 @@ static bool read_number(const char *text, uint64_t *out)
     return *end == 0;
 }
 
-/* Who sent the message in s->body. False: its connection is not heard. */
-static bool authenticate(sh_net_server *s, sh_hash *key)
+bool sh_net_server_hears(const sh_net_server *s, const sh_net_event *event)
 {
-    uint64_t generation = 0, least = 0;
+    uint64_t least = 0, spared = 0;
+    if (net_map_get(&s->dropped, &event->key, &least) && event->generation < least)
+        return net_map_get(&s->spared, &event->key, &spared) && spared == event->connection;
+    return event->generation >= s->floor;
+}
+
+/* Who sent the message in s->body. False: its connection is not heard. */
+static bool authenticate(sh_net_server *s, sh_net_event *event)
+{
     const char *user = zmq_msg_gets(&s->body, "User-Id");
-    if (!user || sh_hash_parse(user, key, NULL) != SH_OK ||
-        !read_number(zmq_msg_gets(&s->body, NET_GENERATION), &generation))
-        return false;
-    if (net_map_get(&s->dropped, key, &least) && generation < least)
-        return false;
-    return generation >= s->floor;
+    return user && sh_hash_parse(user, &event->key, NULL) == SH_OK &&
+           read_number(zmq_msg_gets(&s->body, NET_GENERATION), &event->generation) &&
+           sh_net_server_hears(s, event);
 }
 
 static sh_status note_route(sh_net_server *s, const sh_hash *key, uint32_t number, sh_error *err)
@@ -315,17 +323,17 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
         }
         if (!read_frames(s, id, &good))
             break;
+        event.connection =
+            (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
         if (!good) {
             s->ignored++;
-        } else if (!authenticate(s, &event.key) || zmq_msg_size(&s->body) > s->receive_max) {
+        } else if (!authenticate(s, &event) || zmq_msg_size(&s->body) > s->receive_max) {
             s->ignored++;
             shut(s, zmq_msg_get(&s->body, ZMQ_SRCFD));
         } else {
-            event.connection =
-                (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
             SH_TRY(note_route(s, &event.key, event.connection, err));
             net_peers_heard(&s->peers, zmq_msg_get(&s->body, ZMQ_SRCFD), &event.key,
-                            zmq_msg_size(&s->body));
+                            event.connection, zmq_msg_size(&s->body));
             event.kind = SH_NET_MESSAGE;
             event.data = zmq_msg_data(&s->body);
             event.n = zmq_msg_size(&s->body);
@@ -373,12 +381,27 @@ sh_status sh_net_server_send(sh_net_server *s, const sh_hash *key, const void *b
     return status;
 }
 
-void sh_net_server_drop(sh_net_server *s, const sh_hash *key)
+/* but: a connection that goes on; NULL: none does. */
+static void drop(sh_net_server *s, const sh_hash *key, const uint32_t *but)
 {
     uint64_t generation = atomic_fetch_add(&s->gate.generation, 1) + 1;
     net_map_remove(&s->routes, key);
-    net_peers_drop(&s->peers, key, net_now_ms());
+    net_map_remove(&s->spared, key);
+    net_peers_drop(&s->peers, key, but, net_now_ms());
+    /* One that cannot be noted has to be made again, as the others. */
+    if (but != NULL && net_map_put(&s->spared, key, *but) == SH_OK)
+        (void)!net_map_put(&s->routes, key, *but);
     /* When a key cannot be noted, every connection that is open now has to be made again. */
     if (net_map_put(&s->dropped, key, generation) != SH_OK)
         s->floor = generation;
+}
+
+void sh_net_server_drop(sh_net_server *s, const sh_hash *key)
+{
+    drop(s, key, NULL);
+}
+
+void sh_net_server_drop_others(sh_net_server *s, const sh_hash *key, uint32_t connection)
+{
+    drop(s, key, &connection);
 }
