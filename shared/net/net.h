@@ -90,9 +90,9 @@ typedef struct {
                                  the process's descriptor limit. More than the limit leaves room for
                                  is SH_ERR_USAGE */
     /* What one peer can make the process hold, at most: receive_queue_max messages of receive_max
-     * and one that is being read, queue_max of message_max that it does not read, and what
-     * NET_CONNECTION_BYTES names. Past receive_queue_max its connection is not read until the
-     * server has caught up. */
+     * and one that is being read, queue_max of message_max that it does not read, and
+     * 12 MiB of a message of frames without end, which is ended with its connection. Past
+     * receive_queue_max its connection is not read until the server has caught up. */
     uint32_t queue_max;         /* messages to a peer; 0: 256 */
     uint32_t receive_queue_max; /* messages from a peer; 0: queue_max */
     size_t message_max;         /* largest to a peer */

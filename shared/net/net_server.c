@@ -14,7 +14,7 @@
  * first: a socket whose own end is our listening address.
  *
  * What libzmq cannot refuse: a message of any number of frames is put together in memory before we
- * see the first. It takes a key that `allow` lets in, and net_unheard.c to end it.
+ * see the first. It takes a key that `allow` lets in, and net_peers.c to end it.
  */
 #include <errno.h>
 #include <netinet/in.h>
@@ -45,8 +45,6 @@ struct sh_net_server {
     uint64_t floor;  /* generation from which on anyone is heard */
     net_peers peers;
     uint32_t silence_ms; /* see sh_net_server_set_silence */
-    uint64_t looked_ms;
-    net_unheard unheard;
     uint64_t queued_max; /* bytes of a peer's messages that wait to be read */
     zmq_msg_t body;      /* what the last event shows */
     bool skipping;       /* frames of a message that is thrown away are still to be read */
@@ -147,7 +145,6 @@ void sh_net_server_destroy(sh_net_server **out, int linger_ms)
     net_map_release(&s->routes);
     net_map_release(&s->dropped);
     net_peers_release(&s->peers);
-    net_unheard_release(&s->unheard);
     atomic_fetch_sub(&s->net->sockets, 1);
     free(s);
     *out = NULL;
@@ -175,7 +172,7 @@ uint64_t sh_net_server_ignored(const sh_net_server *server)
 
 net_waitable net_server_waitable(const sh_net_server *server)
 {
-    return (net_waitable){server->socket, server->monitor, net_unheard_due(&server->unheard)};
+    return (net_waitable){server->socket, server->monitor, net_peers_due(&server->peers)};
 }
 
 /* ---- connections ---- */
@@ -218,12 +215,10 @@ static void take_connection_events(sh_net_server *s)
         case ZMQ_EVENT_ACCEPTED:
             s->connections++;
             net_peers_opened(&s->peers, (int)value, net_now_ms());
-            net_unheard_open(&s->unheard, (int)value);
             if (s->connections > s->connections_max)
                 shut(s, (int)value);
             break;
         case ZMQ_EVENT_DISCONNECTED:
-            net_unheard_close(&s->unheard, (int)value);
             if (s->connections > 0)
                 s->connections--;
             net_peers_closed(&s->peers, (int)value);
@@ -235,15 +230,14 @@ static void take_connection_events(sh_net_server *s)
     }
 }
 
-/* Ends what was dropped and does not go by itself, and who has nothing to say. */
-static void shut_peers(sh_net_server *s)
+static void look_at_peers(sh_net_server *s, bool idle)
 {
-    uint64_t now = net_now_ms();
-    if (now - s->looked_ms < NET_PEERS_MS)
-        return;
-    s->looked_ms = now;
-    for (int fd; (fd = net_peers_due(&s->peers, now, s->silence_ms)) >= 0;)
-        shut(s, fd);
+    net_peers_look(&s->peers, &(net_peers_looking){.now_ms = net_now_ms(),
+                                                   .silence_ms = s->silence_ms,
+                                                   .idle = idle,
+                                                   .allowed = s->queued_max,
+                                                   .shut = shut,
+                                                   .arg = s});
 }
 
 void sh_net_server_set_silence(sh_net_server *server, uint32_t silence_ms)
@@ -332,17 +326,12 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
                 (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
             SH_TRY(note_route(s, &event.key, event.connection, err));
             net_peers_heard(&s->peers, zmq_msg_get(&s->body, ZMQ_SRCFD), &event.key);
-            net_unheard_message(&s->unheard, zmq_msg_get(&s->body, ZMQ_SRCFD));
             event.kind = SH_NET_MESSAGE;
             event.data = zmq_msg_data(&s->body);
             event.n = zmq_msg_size(&s->body);
         }
     }
-    if (event.kind == SH_NET_NONE)
-        shut_peers(s); /* what they have said is heard first */
-    /* With nothing left to read, what no message came of is part of none that is whole. */
-    net_unheard_look(&s->unheard, net_now_ms(), event.kind == SH_NET_NONE ? 0 : s->queued_max, shut,
-                     s);
+    look_at_peers(s, event.kind == SH_NET_NONE);
     *out = event;
     return SH_OK;
 }
