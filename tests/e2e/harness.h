@@ -78,7 +78,7 @@ unsigned e2e_free_port(void);
 
 typedef struct {
     e2e_process process;
-    char name[16], dir[112], key[SH_HASH_HEX_BYTES];
+    char name[24], dir[112], key[SH_HASH_HEX_BYTES];
     unsigned port; /* of HTTP */
     /* set before e2e_fleet_make, where it is to be otherwise */
     unsigned dial;            /* port that node.yaml names; 0: the aggregator's */
@@ -87,7 +87,7 @@ typedef struct {
 
 typedef struct {
     e2e_process process;
-    char name[16], dir[112], key[SH_HASH_HEX_BYTES];
+    char name[24], dir[112], key[SH_HASH_HEX_BYTES];
     unsigned port; /* for all its starts */
 } e2e_relay;
 
