@@ -320,7 +320,6 @@ static sh_status clone(world_part *p, const sim_event *e, sh_error *err)
     for (uint32_t slot = 0; slot < 2; slot++)
         set_file(w, at, slot, &n->files[slot].sha256, n->files[slot].there);
     copy->session = n->session + 1000000;
-    world_oracle_node_key(w->oracle, at, &copy->key);
     world_oracle_node_replaced(w->oracle, at, p->now_ms);
     return world_node_begin(p, at, err);
 }
