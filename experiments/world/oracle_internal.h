@@ -74,6 +74,7 @@ typedef struct {
     oracle_active *active;
     size_t n_active, active_cap;
     oracle_map made; /* every item that it ever made -> how often: a copy closes its window again */
+    oracle_map dropped; /* items that a tombstone took, and that are counted */
     uint64_t version;
     sh_hash version_sha; /* of the active release, as its manifest says */
     uint32_t version_slot;

@@ -135,10 +135,12 @@ static void compare(oracle_node *w, uint32_t i, uint64_t at_ms, outbox_rows *now
             now->rows[at].hash = was->hash;
             continue;
         }
-        if (is_buried(tombstone_of(now, was->cls), was->seq))
+        if (is_buried(tombstone_of(now, was->cls), was->seq)) {
             dropped[was->cls]++;
-        else
+            oracle_map_put(&w->dropped, was->hash, at_ms + 1);
+        } else {
             gone(w, was->hash, at_ms);
+        }
     }
     at = 0;
     for (uint8_t cls = 0; cls < SH_CLASSES; cls++) {
