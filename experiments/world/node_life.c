@@ -269,6 +269,19 @@ static void end_active(world_part *p, uint32_t i, const world_fault *f)
     }
 }
 
+/* A copy of a store is drawn from a device that is off: see docs/decisions/0015. The device is on
+ * again at once. */
+static sh_status copy_store(world_part *p, uint32_t i, sh_store **out, sh_error *err)
+{
+    world_node *n = &p->w->nodes[i];
+    if (n->up) {
+        n->down_ms = 0;
+        SH_TRY(world_node_die(p, i, err));
+        sh_store_simulate_restart(n->store, 0);
+    }
+    return sh_store_copy_memory(n->store, out, err);
+}
+
 static sh_status set_back(world_part *p, uint32_t i, const world_fault *f, sh_error *err)
 {
     world_node *n = &p->w->nodes[i];
@@ -303,11 +316,10 @@ static sh_status clone(world_part *p, const sim_event *e, sh_error *err)
     if (sh_store_simulate_crashed(n->store) || n->store_bad || copy->store)
         return SH_OK;
     p->counts.faults[f->kind]++;
-    SH_TRY(sh_store_copy_memory(n->store, &copy->store, err));
+    SH_TRY(copy_store(p, i, &copy->store, err));
     for (uint32_t slot = 0; slot < 2; slot++)
         set_file(w, at, slot, &n->files[slot].sha256, n->files[slot].there);
     copy->session = n->session + 1000000;
-    world_oracle_node_key(w->oracle, at, &copy->key);
     world_oracle_node_replaced(w->oracle, at, p->now_ms);
     return world_node_begin(p, at, err);
 }
@@ -393,7 +405,7 @@ sh_status world_node_fault(world_part *p, const sim_event *e, sh_error *err)
             return SH_OK;
         sh_store_close(&n->backup);
         memcpy(n->backup_files, n->files, sizeof n->files);
-        return sh_store_copy_memory(n->store, &n->backup, err);
+        return copy_store(p, i, &n->backup, err);
     }
     if (f->kind == WORLD_CLONE)
         return clone(p, e, err);

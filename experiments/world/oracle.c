@@ -51,6 +51,7 @@ void world_oracle_destroy(world_oracle **oracle)
         free(w->active);
         free(w->notes.items);
         oracle_map_release(&w->made);
+        oracle_map_release(&w->dropped);
     }
     for (size_t i = 0; i < o->n_watches; i++) {
         free(o->watches[i].lines);
@@ -58,6 +59,7 @@ void world_oracle_destroy(world_oracle **oracle)
         free(o->watches[i].fresh);
         free(o->watches[i].nodes);
         oracle_map_release(&o->watches[i].committed);
+        oracle_map_release(&o->watches[i].times);
     }
     free(o->nodes);
     free(o->watches);
@@ -159,11 +161,22 @@ world_oracle_counts world_oracle_get_counts(const world_oracle *o)
 
 /* ---- both sides ---- */
 
-/* Some node of the key made it. */
-static bool was_made(const world_oracle *o, const oracle_watch *w, uint64_t hash)
+uint64_t oracle_times_made(const world_oracle *o, const oracle_watch *w, uint64_t hash)
+{
+    uint64_t times = 0;
+    for (size_t i = 0; i < w->n_nodes; i++) {
+        const uint64_t *made = oracle_map_find(&o->nodes[w->nodes[i]].made, hash);
+        times += made ? *made : 0;
+    }
+    return times;
+}
+
+/* Of two copies of a store one may have dropped, and counted, what the other still had: its
+ * tombstone is acknowledged for both. */
+static bool was_dropped(const world_oracle *o, const oracle_watch *w, uint64_t hash)
 {
     for (size_t i = 0; i < w->n_nodes; i++)
-        if (oracle_map_find(&o->nodes[w->nodes[i]].made, hash))
+        if (oracle_map_find(&o->nodes[w->nodes[i]].dropped, hash))
             return true;
     return false;
 }
@@ -172,10 +185,22 @@ static void join_commits(world_oracle *o)
 {
     for (size_t i = 0; i < o->n_commits; i++) {
         const oracle_commit *c = &o->commits[i];
-        const oracle_watch *w = &o->watches[c->watch];
-        if (!w->lies && !was_made(o, w, c->hash))
+        const oracle_arrival *a = &c->item;
+        oracle_watch *w = &o->watches[c->watch];
+        const uint64_t *before = oracle_map_find(&w->times, a->hash);
+        uint64_t made = oracle_times_made(o, w, a->hash), times = before ? *before + 1 : 1;
+        oracle_map_put(&w->times, a->hash, times);
+        if (w->lies)
+            continue;
+        if (made == 0)
             oracle_note(&o->center, WORLD_RULE_CONTENT, c->at_ms, WORLD_AGGREGATOR,
                         "an item was committed that none of the nodes of its key has made");
+        /* A node that was set back may answer for a candidate again, in the same words. */
+        else if (times > made && a->kind != SH_ITEM_EVALUATION)
+            oracle_note(&o->center, WORLD_RULE_ONCE, c->at_ms, WORLD_AGGREGATOR,
+                        "item %llu of class %u, epoch %016llx, counts again: its content was "
+                        "committed before",
+                        (unsigned long long)a->seq, a->cls, (unsigned long long)a->epoch);
     }
     o->n_commits = 0;
 }
@@ -186,6 +211,8 @@ static void join_node(world_oracle *o, uint32_t i)
     const oracle_watch *w = n->watch == UINT32_MAX ? NULL : &o->watches[n->watch];
     for (size_t k = 0; k < n->n_gone && !n->lies; k++) {
         const uint64_t *when = w ? oracle_map_find(&w->committed, n->gone[k].hash) : NULL;
+        if (!when && w && was_dropped(o, w, n->gone[k].hash))
+            continue;
         if (!when || *when - 1 > n->gone[k].at_ms)
             oracle_note(&n->notes, WORLD_RULE_OUTBOX, n->gone[k].at_ms, i,
                         "an item left the outbox, %s",

@@ -103,16 +103,10 @@ static void commit(world_oracle *o, oracle_watch *w, const oracle_arrival *a, ui
     if (w->lies)
         return;
     check_row(o, w, a, at_ms, txn);
-    /* A node that was set back may answer for a candidate again, in the same words. */
-    if (a->kind != SH_ITEM_EVALUATION && oracle_map_find(&w->committed, a->hash)) {
-        NOTE(o, WORLD_RULE_ONCE, at_ms,
-             "item %llu of class %u, epoch %016llx, counts again: its content was committed before",
-             (unsigned long long)a->seq, a->cls, (unsigned long long)a->epoch);
-        return;
-    }
-    oracle_map_put(&w->committed, a->hash, at_ms + 1);
+    if (!oracle_map_find(&w->committed, a->hash))
+        oracle_map_put(&w->committed, a->hash, at_ms + 1);
     oracle_grow((void **)&o->commits, &o->commits_cap, o->n_commits, sizeof *o->commits);
-    o->commits[o->n_commits++] = (oracle_commit){(uint32_t)(w - o->watches), a->hash, at_ms};
+    o->commits[o->n_commits++] = (oracle_commit){(uint32_t)(w - o->watches), at_ms, *a};
 }
 
 /* What the steps of one commit took in is in the store when the first of them is looked at: new is

@@ -73,7 +73,8 @@ typedef struct {
     size_t n_gone, gone_cap;
     oracle_active *active;
     size_t n_active, active_cap;
-    oracle_map made; /* every item that it ever made */
+    oracle_map made; /* every item that it ever made -> how often: a copy closes its window again */
+    oracle_map dropped; /* items that a tombstone took, and that are counted */
     uint64_t version;
     sh_hash version_sha; /* of the active release, as its manifest says */
     uint32_t version_slot;
@@ -109,14 +110,16 @@ typedef struct {
     oracle_arrival *fresh; /* committed at fresh_ms: one commit is of many steps */
     size_t n_fresh, fresh_cap;
     uint64_t fresh_ms;
-    oracle_map committed; /* item -> when, relative to the run's start, + 1 */
+    oracle_map committed; /* item -> when at first, relative to the run's start, + 1 */
+    oracle_map times;     /* item -> how often, as of the last join */
     uint32_t *nodes;      /* that send under it */
     size_t n_nodes, nodes_cap;
 } oracle_watch;
 
 typedef struct { /* since the last join */
     uint32_t watch;
-    uint64_t hash, at_ms;
+    uint64_t at_ms;
+    oracle_arrival item;
 } oracle_commit;
 
 struct world_oracle {
@@ -136,6 +139,10 @@ struct world_oracle {
     uint64_t violations;
     world_oracle_counts seen; /* the aggregator's and the joins' */
 };
+
+/* ---- oracle.c ---- */
+/* How often nodes of the key have made it. */
+uint64_t oracle_times_made(const world_oracle *o, const oracle_watch *w, uint64_t hash);
 
 /* ---- oracle_node.c ---- */
 /* Looks at the whole outbox: what is new, what is gone. */

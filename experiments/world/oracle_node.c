@@ -113,6 +113,12 @@ static void gone(oracle_node *w, uint64_t hash, uint64_t at_ms)
     w->gone[w->n_gone++] = (oracle_gone){.hash = hash, .at_ms = at_ms};
 }
 
+static void make_once_more(oracle_node *w, uint64_t hash)
+{
+    const uint64_t *made = oracle_map_find(&w->made, hash);
+    oracle_map_put(&w->made, hash, made ? *made + 1 : 1);
+}
+
 /* What was there and is not any more, and what was made since; dropped[c]: by a tombstone. */
 static void compare(oracle_node *w, uint32_t i, uint64_t at_ms, outbox_rows *now,
                     const sh_outbox_counts *counts, uint64_t dropped[SH_CLASSES])
@@ -129,10 +135,12 @@ static void compare(oracle_node *w, uint32_t i, uint64_t at_ms, outbox_rows *now
             now->rows[at].hash = was->hash;
             continue;
         }
-        if (is_buried(tombstone_of(now, was->cls), was->seq))
+        if (is_buried(tombstone_of(now, was->cls), was->seq)) {
             dropped[was->cls]++;
-        else
+            oracle_map_put(&w->dropped, was->hash, at_ms + 1);
+        } else {
             gone(w, was->hash, at_ms);
+        }
     }
     at = 0;
     for (uint8_t cls = 0; cls < SH_CLASSES; cls++) {
@@ -144,7 +152,7 @@ static void compare(oracle_node *w, uint32_t i, uint64_t at_ms, outbox_rows *now
             w->seen.items_made++;
             if (at < now->n && owed_order(&now->rows[at], &want) == 0 &&
                 now->rows[at].kind != SH_ITEM_TOMBSTONE)
-                oracle_map_put(&w->made, now->rows[at].hash, at_ms + 1);
+                make_once_more(w, now->rows[at].hash);
             else if (is_buried(tombstone, seq))
                 dropped[cls]++;
             else
@@ -171,12 +179,15 @@ static void check_counts(world_oracle *o, oracle_node *w, uint32_t i, uint64_t a
     }
 }
 
-/* A store that begins anew, or is another's: what lies in it is where it begins. */
-static void take_as_it_is(oracle_node *w, uint64_t at_ms, const outbox_rows *now)
+/* A store that begins anew, or is another's: what lies in it is where it begins. What the other
+ * made is not made again; it lives in the same thread. */
+static void take_as_it_is(const world_oracle *o, oracle_node *w, const outbox_rows *now)
 {
+    const oracle_watch *watch = w->watch == UINT32_MAX ? NULL : &o->watches[w->watch];
     for (size_t k = 0; k < now->n; k++)
-        if (now->rows[k].kind != SH_ITEM_TOMBSTONE && !oracle_map_find(&w->made, now->rows[k].hash))
-            oracle_map_put(&w->made, now->rows[k].hash, at_ms + 1);
+        if (now->rows[k].kind != SH_ITEM_TOMBSTONE &&
+            (!watch || oracle_times_made(o, watch, now->rows[k].hash) == 0))
+            make_once_more(w, now->rows[k].hash);
 }
 
 void oracle_node_scan(world_oracle *o, uint32_t node, uint64_t at_ms, sh_store *store, bool full)
@@ -212,7 +223,7 @@ void oracle_node_scan(world_oracle *o, uint32_t node, uint64_t at_ms, sh_store *
     if (w->begun)
         compare(w, node, at_ms, &now, &counts, dropped);
     else
-        take_as_it_is(w, at_ms, &now);
+        take_as_it_is(o, w, &now);
     for (int cls = 0; cls < SH_CLASSES && w->begun; cls++) {
         uint64_t counted = counts.dropped[cls] - w->now.dropped[cls];
         w->seen.items_dropped += dropped[cls];

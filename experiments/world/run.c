@@ -427,6 +427,7 @@ static void name_clones(world *w)
         copy->key_of = f->target < w->n_nodes ? f->target : 0;
         copy->key = w->nodes[copy->key_of].key;
         copy->cls = w->nodes[copy->key_of].cls;
+        world_oracle_node_key(w->oracle, at - 1, &copy->key);
     }
 }
 
