@@ -12,8 +12,8 @@
 #include "shared/base/file.h"
 #include "shared/base/log.h"
 
-#define AWAY_MS_MIN 1000u /* what nodes are told while nothing is taken in, at least */
-#define VIEW_MS       500 /* between two refreshes of what HTTP shows */
+#define AWAY_MS_MIN   1000u /* what nodes are told while nothing is taken in, at least */
+#define VIEW_MS       500   /* between two refreshes of what HTTP shows */
 #define LINGER_MS     1000
 #define HTTP_BODY_MAX 4096
 #define SIGNAL_INT    0x10000 /* added to the event's number by SIGINT, 1 by SIGTERM */

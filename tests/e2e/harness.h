@@ -132,7 +132,7 @@ json_t *e2e_relay_status(e2e_fleet *f, unsigned r); /* NULL: it does not answer 
 void e2e_command(e2e_fleet *f, const char *word, const char *argument); /* must succeed */
 json_t *e2e_node_status(e2e_fleet *f, unsigned i);               /* NULL: it does not answer */
 int64_t e2e_node_int(e2e_fleet *f, unsigned i, const char *key); /* of its status; -1: none */
-uint64_t e2e_newest_release(e2e_fleet *f); /* 0: the core is down, for now */
+uint64_t e2e_newest_release(e2e_fleet *f);                       /* 0: the core is down, for now */
 /* `close`, then waits until every node has confirmed the last release and owes nothing. The users
  * must go on asking. Returns the last version. */
 uint64_t e2e_settle(e2e_fleet *f);
