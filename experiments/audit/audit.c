@@ -34,6 +34,11 @@ typedef struct {
     uint64_t epoch, seq, version;
 } listing;
 
+typedef struct {
+    sh_link_segments segments; /* what its updates are called on the wire */
+    uint32_t name;
+} relay;
+
 struct sh_audit {
     made_item *made;
     kept_item *kept;
@@ -44,9 +49,9 @@ struct sh_audit {
     char unknown[64]; /* what an epoch that no node has is called */
     uint64_t epoch;   /* of the node or relay being read */
     uint32_t store;   /* whose rows are being read: 0, or a relay's number */
-    uint64_t *relay_epochs;
+    relay *relays;
     size_t n_relays, cap_relays;
-    uint64_t *left; /* epochs that a node had before its present one */
+    uint64_t *left; /* epochs that a node or relay had before its present one */
     size_t n_left, cap_left;
     sh_audit_result result;
     json_t *findings;
@@ -74,7 +79,7 @@ void sh_audit_destroy(sh_audit **audit)
     free(a->kept);
     free(a->listed);
     free(a->names);
-    free(a->relay_epochs);
+    free(a->relays);
     free(a->left);
     json_decref(a->findings);
     free(a);
@@ -209,28 +214,43 @@ cleanup:
 
 /* ---- a relay's two sides ---- */
 
-/* The updates that the relay made: the sequences that rows from `first` on say they went into. What
+static const sh_outbox relay_outbox = {.table = SH_COORD_T_OUTBOX, .meta_table = SH_COORD_T_META};
+
+/* What the relay's update of that number is called on the wire. False: it was of an epoch that the
+ * relay left, and has forgotten since nothing of it is owed. */
+static bool relay_id(const relay *r, uint64_t number, sh_wire_id *id)
+{
+    if (number <= r->segments.items[0].base[SH_CLASS_UPDATE])
+        return false;
+    *id = sh_link_wire_id(&r->segments, SH_CLASS_UPDATE, number);
+    return true;
+}
+
+/* The updates that the relay made: the numbers that rows from `first` on say they went into. What
  * is not in its outbox any more was acknowledged. */
 static sh_status made_by_relay(sh_audit *a, sh_txn *txn, size_t first)
 {
-    const sh_outbox up = {.table = SH_COORD_T_OUTBOX, .meta_table = SH_COORD_T_META};
     for (size_t i = first; i < a->n_kept; i++) {
         const kept_item *k = &a->kept[i];
-        bool known = k->verdict != SH_VERDICT_RELAYED || k->cls != SH_CLASS_UPDATE || k->part;
-        for (size_t m = a->n_made; !known && m-- > 0 && a->made[m].epoch == a->epoch;)
-            known = a->made[m].seq == k->version;
+        const relay *r = &a->relays[a->n_relays - 1];
+        sh_wire_id id;
+        bool known = k->verdict != SH_VERDICT_RELAYED || k->cls != SH_CLASS_UPDATE || k->part ||
+                     !relay_id(r, k->version, &id);
+        for (size_t m = a->n_made; !known && m-- > 0 && a->made[m].node == r->name;)
+            known = a->made[m].local == k->version;
         if (known)
             continue;
         sh_msg_item item;
-        sh_status status = sh_outbox_next(&up, txn, SH_CLASS_UPDATE, k->version, &item);
+        sh_status status = sh_outbox_next(&relay_outbox, txn, SH_CLASS_UPDATE, k->version, &item);
         if (status != SH_OK && status != SH_ERR_NOT_FOUND)
             return status;
         bool owed = status == SH_OK && item.seq == k->version;
         SH_TRY(sh_array_reserve((void **)&a->made, &a->cap_made, a->n_made + 1, sizeof *a->made,
                                 SH_AUDIT_ITEMS_MAX));
-        a->made[a->n_made++] = (made_item){.epoch = a->epoch,
-                                           .seq = k->version,
-                                           .node = (uint32_t)(a->n_names - 1),
+        a->made[a->n_made++] = (made_item){.epoch = id.epoch,
+                                           .seq = id.seq,
+                                           .local = k->version,
+                                           .node = r->name,
                                            .cls = SH_CLASS_UPDATE,
                                            .state = owed ? SH_LEDGER_OWED : SH_LEDGER_ACKED,
                                            .in_outbox = owed,
@@ -248,11 +268,13 @@ sh_status sh_audit_add_relay(sh_audit *a, sh_store *store, const char *name, sh_
     SH_GOTO(sh_array_reserve((void **)&a->names, &a->cap_names, a->n_names + 1, sizeof *a->names,
                              SH_AUDIT_ITEMS_MAX));
     snprintf(a->names[a->n_names++], sizeof *a->names, "%s", name);
-    SH_GOTO(sh_array_reserve((void **)&a->relay_epochs, &a->cap_relays, a->n_relays + 1,
-                             sizeof *a->relay_epochs, SH_AUDIT_ITEMS_MAX));
+    SH_GOTO(sh_array_reserve((void **)&a->relays, &a->cap_relays, a->n_relays + 1,
+                             sizeof *a->relays, SH_AUDIT_ITEMS_MAX));
     SH_GOTO(sh_txn_begin(store, SH_TXN_READ, &txn, err));
-    SH_GOTO(sh_link_stored_epoch(txn, SH_COORD_T_META, &a->epoch, err));
-    a->relay_epochs[a->n_relays++] = a->epoch;
+    relay *r = &a->relays[a->n_relays];
+    *r = (relay){.name = (uint32_t)(a->n_names - 1)};
+    SH_GOTO(sh_link_stored_segments(txn, &relay_outbox, &r->segments, err));
+    a->n_relays++;
     a->store = (uint32_t)a->n_relays;
     SH_GOTO(sh_coord_each_update(txn, keep_update, a, err));
     SH_GOTO(keep_alarms(a, txn, err));
@@ -265,23 +287,23 @@ cleanup:
 
 /* ---- a node's side ---- */
 
+static bool was_left(const sh_audit *a, uint64_t epoch)
+{
+    for (size_t i = a->n_left; i > 0; i--) /* the last is asked for most often */
+        if (a->left[i - 1] == epoch)
+            return true;
+    return false;
+}
+
 /* Other copies of the node's store may have sent under an epoch that it left. */
 static sh_status add_epoch(sh_audit *a, uint64_t epoch)
 {
-    if (epoch == a->epoch || (a->n_left > 0 && a->left[a->n_left - 1] == epoch))
+    if (epoch == a->epoch || was_left(a, epoch))
         return SH_OK;
     SH_TRY(sh_array_reserve((void **)&a->left, &a->cap_left, a->n_left + 1, sizeof *a->left,
                             SH_AUDIT_ITEMS_MAX));
     a->left[a->n_left++] = epoch;
     return SH_OK;
-}
-
-static bool was_left(const sh_audit *a, uint64_t epoch)
-{
-    for (size_t i = 0; i < a->n_left; i++)
-        if (a->left[i] == epoch)
-            return true;
-    return false;
 }
 
 static sh_status add_made(void *arg, const sh_ledger_row *row)
@@ -423,10 +445,13 @@ static const made_item *made_first(const sh_audit *a, uint64_t epoch, uint8_t cl
 
 static bool is_relays(const sh_audit *a, uint64_t epoch)
 {
-    for (size_t i = 0; i < a->n_relays; i++)
-        if (a->relay_epochs[i] == epoch)
-            return true;
-    return false;
+    for (size_t i = 0; i < a->n_relays; i++) {
+        const sh_link_segments *s = &a->relays[i].segments;
+        for (uint32_t n = 0; n < s->n; n++)
+            if (s->items[n].epoch == epoch)
+                return true;
+    }
+    return was_left(a, epoch);
 }
 
 static const char *owner(sh_audit *a, uint64_t epoch)
@@ -510,24 +535,51 @@ static void check_listings(sh_audit *a)
     }
 }
 
+/* Whether `above` is the item that k's relay passed on, as its parent has it. */
+static bool is_passed_on(const kept_item *above, const kept_item *k)
+{
+    return above->part && above->store != k->store;
+}
+
+/* Under which epochs a relay sent what it has forgotten the names of, only its parent's rows say.
+ */
+static sh_status find_left(sh_audit *a)
+{
+    for (size_t i = 0; i < a->n_kept; i++) {
+        const kept_item *k = &a->kept[i];
+        sh_wire_id id;
+        if (k->verdict != SH_VERDICT_RELAYED || relay_id(&a->relays[k->store - 1], k->version, &id))
+            continue;
+        const kept_item *first = kept_find(a, k->epoch, k->cls, k->seq);
+        for (const kept_item *above = first; same_item(a, above, first); above++)
+            if (is_passed_on(above, k))
+                SH_TRY(add_epoch(a, above->via_epoch));
+    }
+    return SH_OK;
+}
+
 /* What a relay says that it passed up is owed by it, or with its parent in the update that it
  * named.
  */
 static void check_relayed(sh_audit *a, const kept_item *k)
 {
-    uint64_t epoch = a->relay_epochs[k->store - 1];
-    const made_item key = {.epoch = epoch, .cls = SH_CLASS_UPDATE, .seq = k->version};
-    const made_item *m = bsearch(&key, a->made, a->n_made, sizeof key, by_maker);
+    const relay *r = &a->relays[k->store - 1];
+    sh_wire_id id = {0};
+    bool named = relay_id(r, k->version, &id);
+    const made_item key = {.epoch = id.epoch, .cls = SH_CLASS_UPDATE, .seq = id.seq};
+    const made_item *m =
+        named && a->n_made ? bsearch(&key, a->made, a->n_made, sizeof key, by_maker) : NULL;
     const kept_item *first = kept_find(a, k->epoch, k->cls, k->seq);
     bool found = m && m->in_outbox;
     /* A relay's own update that came here in parts is followed part by part. */
     for (const kept_item *i = first; !found && same_item(a, i, first); i++)
-        found = i->part && i->via_epoch == epoch && i->via_seq == k->version;
-    bool whole = kept_find(a, epoch, SH_CLASS_UPDATE, k->version) != NULL;
+        found = named ? i->part && i->via_epoch == id.epoch && i->via_seq == id.seq
+                      : is_passed_on(i, k);
+    bool whole = !named || kept_find(a, id.epoch, SH_CLASS_UPDATE, id.seq) != NULL;
     if (!found && !(whole && is_relays(a, k->epoch)))
         find(a, &a->result.lost, "%s: update %llu went up in update %llu of %s, which is nowhere",
              owner(a, k->epoch), (unsigned long long)k->seq, (unsigned long long)k->version,
-             owner(a, epoch));
+             a->names[r->name]);
 }
 
 static void check_kept(sh_audit *a)
@@ -599,7 +651,8 @@ void sh_audit_finish(sh_audit *a, sh_audit_result *out, json_t **findings)
 {
     if (a->n_kept)
         qsort(a->kept, a->n_kept, sizeof *a->kept, by_item_and_store);
-    if (list_parts(a) != SH_OK)
+    a->epoch = 0;
+    if (list_parts(a) != SH_OK || find_left(a) != SH_OK)
         find(a, &a->result.wrong, "no memory to follow the parts of relays' updates");
     if (a->n_listed)
         qsort(a->listed, a->n_listed, sizeof *a->listed, by_listing);

@@ -19,6 +19,8 @@
 #include <unistd.h>
 
 #include "aggregator/coordinator_internal.h"
+#include "experiments/audit/audit.h"
+#include "shared/sync/link.h"
 #include "tests/cli/run.h"
 #include "tests/store/util.h"
 
@@ -487,6 +489,233 @@ static void test_refusals(void **state)
     run_release(&r);
 }
 
+/* ---- a relay that left an epoch ---- */
+
+#define RELAYED_EPOCH 77u /* of the node below it */
+
+typedef struct {
+    sh_store *root, *store;
+    sh_link link;
+    uint64_t life;
+} relay;
+
+static bool may_send(void *arg)
+{
+    (void)arg;
+    return true;
+}
+
+static void forget(void *arg, sh_buf *message)
+{
+    (void)arg;
+    sh_buf_release(message);
+}
+
+static sh_status fill_checkin(void *arg, sh_msg_checkin *checkin)
+{
+    (void)arg;
+    (void)checkin;
+    return SH_OK;
+}
+
+static sh_status on_plan(void *arg, const sh_msg_plan *plan)
+{
+    (void)arg;
+    (void)plan;
+    return SH_OK;
+}
+
+static sh_status on_acked(void *arg, const sh_msg_item *item)
+{
+    (void)arg;
+    (void)item;
+    return SH_OK;
+}
+
+static sh_status missing(void *arg, uint8_t *hashes, uint32_t max, uint32_t *n)
+{
+    (void)arg;
+    (void)hashes;
+    (void)max;
+    *n = 0;
+    return SH_OK;
+}
+
+static sh_status on_chunks(void *arg)
+{
+    (void)arg;
+    return SH_OK;
+}
+
+static void on_news(void *arg)
+{
+    (void)arg;
+}
+
+/* One transaction of the relay's link: opened (a start of its own), told `msg`, with `make` more
+ * updates put. */
+static void relay_step(relay *r, bool open, const sh_msg *msg, unsigned make)
+{
+    static const sh_link_callbacks callbacks = {.may_send = may_send,
+                                                .send = forget,
+                                                .fill_checkin = fill_checkin,
+                                                .on_plan = on_plan,
+                                                .on_acked = on_acked,
+                                                .missing = missing,
+                                                .on_chunks = on_chunks,
+                                                .on_rejected = on_news,
+                                                .on_renewed = on_news,
+                                                .on_refused = on_news};
+    sh_link_options options = {
+        .callbacks = &callbacks,
+        .outbox = {.table = SH_COORD_T_OUTBOX, .meta_table = SH_COORD_T_META},
+        .chunk_table = SH_COORD_T_CHUNK,
+        .enrol = {.agent = "a", .kernel = "relay", .cores = 1},
+        .retry_min_ms = 10,
+        .retry_max_ms = 100};
+    sh_error problem = {0};
+    sh_rng rng;
+    sh_txn *txn = NULL;
+    sh_buf bytes;
+    sh_rng_init(&rng, 5, r->life++, 0);
+    sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
+    for (int cls = 0; cls < SH_CLASSES; cls++)
+        options.outbox.quota_bytes[cls] = UINT64_MAX;
+    OK(sh_txn_begin(r->store, SH_TXN_WRITE, &txn, err));
+    sh_link_step s = {.link = &r->link, .txn = txn, .now_ms = 1000, .rng = &rng, .err = &problem};
+    if (open) {
+        OK(sh_link_open(&s, &options));
+        sh_link_up(&s);
+    }
+    if (msg != NULL) {
+        OK(sh_msg_encode(msg, &bytes, err));
+        OK(sh_link_receive(&s, (sh_bytes){bytes.data, bytes.len}));
+    }
+    for (unsigned i = 0; i < make; i++)
+        OK(sh_link_put(&s, SH_CLASS_UPDATE, SH_ITEM_UPDATE, (sh_bytes){"update", 6}, NULL));
+    OK(sh_link_pump(&s));
+    OK(sh_txn_commit(&txn, err));
+    sh_buf_release(&bytes);
+}
+
+static void relay_acked(relay *r, uint64_t epoch, uint64_t high_water)
+{
+    relay_step(r, false,
+               &(sh_msg){.type = SH_MSG_ACK,
+                         .ack = {.epoch = epoch, .cls = SH_CLASS_UPDATE, .high_water = high_water}},
+               0);
+}
+
+/* A row of the store: an update, as it came, or one with a part (part 0: none). */
+static void put_row(sh_store *store, sh_update_row row, uint64_t part)
+{
+    uint8_t bytes[SH_UPDATE_PART_BYTES], chunk[sizeof(sh_hash)] = {0};
+    sh_update_part p = {.node = {{1}}, .epoch = RELAYED_EPOCH, .seq = part, .samples = 10};
+    sh_update_meta meta = {.blob = {.bytes = 10,
+                                    .sha256 = {{(uint8_t)row.id.epoch, (uint8_t)row.id.seq}},
+                                    .n_chunks = 1,
+                                    .chunk_hashes = chunk},
+                           .base_version = 1,
+                           .rank = 1,
+                           .alpha = 1,
+                           .samples = 10};
+    sh_buf encoded;
+    sh_txn *txn = NULL;
+    sh_update_part_put(bytes, &p);
+    if (part > 0)
+        meta.parts = (sh_bytes){bytes, sizeof bytes};
+    sh_buf_init(&encoded, 4096);
+    OK(sh_update_meta_encode(&meta, &encoded, err));
+    OK(sh_txn_begin(store, SH_TXN_WRITE, &txn, err));
+    OK(coord_update_put(txn, &row, (sh_bytes){encoded.data, encoded.len}, err));
+    OK(sh_txn_commit(&txn, err));
+    sh_buf_release(&encoded);
+}
+
+/* Nothing but that the node below, whose store is not shown, made what it made. */
+static uint64_t lost_over(const relay *r, const char *what)
+{
+    sh_audit *audit = NULL;
+    sh_audit_result result;
+    json_t *findings;
+    size_t others = 0;
+    OK(sh_audit_create(&audit, err));
+    OK(sh_audit_add_aggregator(audit, r->root, err));
+    OK(sh_audit_add_relay(audit, r->store, "relay", err));
+    sh_audit_finish(audit, &result, &findings);
+    for (size_t i = 0; i < json_array_size(findings); i++) {
+        const char *text = json_string_value(json_array_get(findings, i));
+        bool below = strncmp(text, "unknown node of epoch 000000000000004d: update ", 47) == 0;
+        if ((!below || strstr(text, "no node made it") == NULL) &&
+            (what == NULL || strstr(text, what) == NULL))
+            fail_msg("%s", text);
+        others += strstr(text, "no node made it") == NULL;
+    }
+    assert_int_equal(others, result.lost);
+    assert_int_equal(result.twice, 0);
+    json_decref(findings);
+    sh_audit_destroy(&audit);
+    return result.lost;
+}
+
+static void open_store(sh_store **out)
+{
+    OK(sh_store_open_memory(&(sh_store_options){.tables = sh_coord_tables,
+                                                .n_tables = SH_COORD_TABLES,
+                                                .bytes_max = 64u << 20},
+                            out, err));
+}
+
+/* Updates 1 and 2 went up under an epoch that the relay left, 3 under the next one. */
+static void test_a_relay_that_left_an_epoch(void **state)
+{
+    (void)state;
+    relay *r = sh_calloc(1, sizeof *r);
+    assert_non_null(r);
+    open_store(&r->root);
+    open_store(&r->store);
+    sh_msg welcome = {.type = SH_MSG_WELCOME, .welcome = {.accepted = true, .text = "welcome"}};
+    relay_step(r, true, NULL, 2);
+    uint64_t old = welcome.welcome.epoch = r->link.epoch;
+    relay_step(r, false, &welcome, 0);
+    for (uint64_t seq = 1; seq <= 3; seq++)
+        put_row(r->store,
+                (sh_update_row){.id = {{{1}}, RELAYED_EPOCH, seq},
+                                .verdict = SH_VERDICT_RELAYED,
+                                .version = seq},
+                0);
+    put_row(r->root, (sh_update_row){.id = {{{2}}, old, 1}}, 1);
+    relay_acked(r, old, 1);
+    relay_step(r, true, NULL, 1);
+    welcome.welcome.renew = true; /* since this start */
+    relay_step(r, false, &welcome, 0);
+    uint64_t new = welcome.welcome.epoch = r->link.epoch;
+    assert_true(new != old);
+    welcome.welcome.renew = false;
+    relay_step(r, false, &welcome, 0);
+    assert_int_equal(r->link.segments.n, 2);
+    assert_int_equal(lost_over(r, NULL), 0); /* 1 is there; 2 and 3 are owed */
+
+    put_row(r->root, (sh_update_row){.id = {{{2}}, old, 2}}, 2);
+    relay_acked(r, old, 2);
+    relay_acked(r, new, 1);
+    assert_int_equal(lost_over(r, "update"), 2); /* the third of the node, and of the relay */
+    put_row(r->root, (sh_update_row){.id = {{{2}}, new, 1}}, 3);
+    assert_int_equal(lost_over(r, NULL), 0);
+
+    relay_step(r, true, NULL, 0); /* the old epoch is forgotten */
+    assert_int_equal(r->link.segments.n, 1);
+    assert_int_equal(lost_over(r, NULL), 0);
+    sh_store_close(&r->root);
+    open_store(&r->root);
+    put_row(r->root, (sh_update_row){.id = {{{2}}, old, 1}}, 1);
+    put_row(r->root, (sh_update_row){.id = {{{2}}, new, 1}}, 3);
+    assert_int_equal(lost_over(r, "update 2 went up in update 2 of relay, which is nowhere"), 1);
+    sh_store_close(&r->root);
+    sh_store_close(&r->store);
+    free(r);
+}
+
 int main(int argc, char **argv)
 {
 #define CASE(test) cmocka_unit_test_setup_teardown(test, make_run, remove_run)
@@ -503,6 +732,7 @@ int main(int argc, char **argv)
         CASE(test_ledger_gaps),
         CASE(test_owed_and_gone),
         CASE(test_refusals),
+        cmocka_unit_test(test_a_relay_that_left_an_epoch),
     };
     if (argc != 2) {
         fprintf(stderr, "usage: %s PROGRAM\n", argv[0]);
