@@ -123,6 +123,13 @@ void coord_drop_peer(coord_step *s, const sh_hash *key)
     add_action(s, SH_COORD_DROP)->node = *key;
 }
 
+void coord_drop_others(coord_step *s)
+{
+    sh_coord_action *action = add_action(s, SH_COORD_DROP_OTHERS);
+    action->node = s->from;
+    action->connection = s->connection;
+}
+
 sh_status coord_set_timer(coord_step *s, uint64_t at_ms)
 {
     add_action(s, SH_COORD_SET_TIMER)->at_ms = at_ms;
@@ -401,6 +408,7 @@ sh_status sh_coord_step(sh_coord *coord, const sh_coord_event *event, sh_txn *tx
         SH_TRY(on_timer(&s));
         break;
     case SH_COORD_MESSAGE:
+        s.connection = event->connection;
         SH_TRY(coord_on_message(&s, &event->node, event->message, event->checked));
         break;
     case SH_COORD_GONE:

@@ -209,7 +209,8 @@ typedef enum { /* operator commands */
 typedef struct {
     sh_coord_event_kind kind;
     uint64_t now_ms;
-    sh_hash node; /* MESSAGE, GONE; ENROL, REVOKE */
+    sh_hash node;        /* MESSAGE, GONE; ENROL, REVOKE */
+    uint32_t connection; /* MESSAGE: which of the node's it came by; the shell's numbers */
     sh_bytes message;
     bool checked; /* MESSAGE: the shell has decoded it, with SH_CHECK_NAME, and it was good */
     sh_coord_job_result result;
@@ -226,10 +227,13 @@ typedef enum {
     SH_COORD_SET_TIMER,
     SH_COORD_START_JOB,
     SH_COORD_NOTE,
-    SH_COORD_KEY,    /* `node`, a key, is what `access` says from now on */
-    SH_COORD_DROP,   /* after what was sent to it, end the connections of `node`, which may connect
-                       again if it may at all */
-    SH_COORD_SEND_UP /* message to the parent */
+    SH_COORD_KEY,  /* `node`, a key, is what `access` says from now on */
+    SH_COORD_DROP, /* after what was sent to it, end the connections of `node`, which may connect
+                     again if it may at all */
+    SH_COORD_DROP_OTHERS, /* at once, before the next event: end the connections of `node` but
+                             `connection`, and take nothing more from them. At worst, when the step
+                             is taken back, they are made again for nothing */
+    SH_COORD_SEND_UP      /* message to the parent */
 } sh_coord_action_kind;
 typedef enum {
     SH_CNOTE_ENROLLED = 1,
@@ -277,6 +281,7 @@ typedef struct {
     sh_coord_note note;
     uint64_t number;
     sh_key_access access; /* KEY */
+    uint32_t connection;  /* DROP_OTHERS */
 } sh_coord_action;
 typedef struct {
     sh_coord_action items[SH_COORD_ACTIONS_MAX];

@@ -335,43 +335,27 @@ sh_status coord_token_remove(coord_step *s, const sh_hash *hash, bool *done)
     return coord_tokens_load(s->c, s->txn, s->err);
 }
 
-/* A few wrong tokens a minute, over all who try: *later is how long nobody's is looked at. */
-static bool guess_allowed(coord_step *s, uint64_t *later_ms)
+static sh_status token_find(coord_step *s, sh_bytes token, sh_token_row *row, bool *good)
 {
-    sh_coord *c = s->c;
-    if (s->now_ms < c->guesses_since_ms || s->now_ms - c->guesses_since_ms >= COORD_GUESS_MS) {
-        c->guesses_since_ms = s->now_ms;
-        c->guesses = 0;
-    }
-    *later_ms = COORD_GUESS_MS - (s->now_ms - c->guesses_since_ms);
-    return c->guesses < COORD_GUESSES_MAX;
+    sh_hash hash = sh_blake2b(token.data, token.n);
+    sh_status status = token.n == 0 ? SH_ERR_NOT_FOUND : token_get(s, &hash, row);
+    *good = status == SH_OK && row->expires_ms > s->now_ms && row->uses_left > 0;
+    return status == SH_ERR_NOT_FOUND ? SH_OK : status;
 }
 
-/* Takes one use of the token, if it is a good one. */
-static sh_status token_use(coord_step *s, sh_bytes token, bool *good)
+static sh_status token_use(coord_step *s, sh_token_row *row)
 {
     sh_coord *c = s->c;
-    sh_hash hash = sh_blake2b(token.data, token.n);
-    sh_token_row row;
-    sh_status status = token_get(s, &hash, &row);
-    if (status != SH_OK && status != SH_ERR_NOT_FOUND)
-        return status;
-    *good = status == SH_OK && row.expires_ms > s->now_ms && row.uses_left > 0;
     c->dirty = true;
-    if (!*good) {
-        c->guesses++;
-        c->state.tokens_refused++;
-        return SH_OK;
-    }
     c->state.token_enrolments++;
-    if (--row.uses_left > 0)
-        SH_TRY(token_put(s, &row));
+    if (--row->uses_left > 0)
+        SH_TRY(token_put(s, row));
     else
-        SH_TRY(access_delete(s, TAG_TOKEN, &hash));
+        SH_TRY(access_delete(s, TAG_TOKEN, &row->hash));
     char name[SH_HASH_HEX_BYTES], key[SH_HASH_HEX_BYTES];
-    sh_hex(hash.b, sizeof hash.b, name);
+    sh_hex(row->hash.b, sizeof row->hash.b, name);
     sh_hex(s->from.b, sizeof s->from.b, key);
-    SH_TRY(coord_audit(s, "token=%.16s enrols node=%.16s left=%u", name, key, row.uses_left));
+    SH_TRY(coord_audit(s, "token=%.16s enrols node=%.16s left=%u", name, key, row->uses_left));
     return coord_tokens_load(c, s->txn, s->err);
 }
 
@@ -400,96 +384,149 @@ static void describe(sh_node_row *node, const sh_msg_enrol *enrol)
     node->disk_bytes = enrol->disk_bytes;
 }
 
-/* Whether the key may be enrolled now as a node of its own; *why when not. */
-static sh_status admit(coord_step *s, const sh_msg_enrol *enrol, const char **why, uint64_t *later)
+/* What becomes of an ENROL. `why` NULL and admitted: it is taken. */
+typedef struct {
+    const sh_msg *msg;
+    sh_node_row node;
+    bool is_new, admitted;
+    const char *why;   /* refused */
+    uint64_t later_ms; /* when it may come again */
+} enrolment;
+
+/* Strangers have a rate of their own, which keeps no good token waiting: past it they are refused
+ * all the same, and nothing is written of them. */
+static void refuse_stranger(coord_step *s, enrolment *e)
 {
     sh_coord *c = s->c;
-    bool pending = s->key_state == COORD_KEY_PENDING, good = false;
-    *why = NULL;
-    *later = c->options.checkin_ms;
-    if (sh_txn_count(s->txn, SH_COORD_T_NODE) >= SH_COORD_NODES_MAX) {
-        *why = "the fleet is full";
-    } else if (c->options.enrol_any && !pending) {
-        return SH_OK;
-    } else if (enrol->token.n == 0) {
-        *why = "this key is not enrolled: ask the operator";
-    } else if (!guess_allowed(s, later)) {
-        *why = "too many wrong tokens came: try again later";
-    } else {
-        *later = c->options.checkin_ms;
-        SH_TRY(token_use(s, enrol->token, &good));
-        if (!good)
-            *why = "this token is not valid, used up or expired: ask the operator for another";
-        else if (pending)
-            SH_TRY(void_claim(s, &s->from, &s->node));
-        if (good) {
-            s->node = s->from;
-            s->key_state = COORD_KEY_FIRST;
-        }
+    bool has_token = e->msg->enrol.token.n > 0;
+    e->why = has_token ? "this token is not valid, used up or expired: ask the operator for another"
+                       : "this key is not enrolled: ask the operator";
+    if (s->now_ms < c->strangers_since_ms ||
+        s->now_ms - c->strangers_since_ms >= COORD_STRANGERS_MS) {
+        c->strangers_since_ms = s->now_ms;
+        c->strangers = 0;
     }
+    if (c->strangers >= COORD_STRANGERS_MAX) {
+        uint64_t left_ms = COORD_STRANGERS_MS - (s->now_ms - c->strangers_since_ms);
+        e->later_ms = SH_MAX(e->later_ms, left_ms);
+        return;
+    }
+    c->strangers++;
+    c->state.tokens_refused += has_token;
+    c->dirty = c->dirty || has_token;
+}
+
+/* Whether the key may be enrolled now as a node of its own. */
+static sh_status admit_new(coord_step *s, enrolment *e)
+{
+    bool pending = s->key_state == COORD_KEY_PENDING, good = false;
+    bool any = s->c->options.enrol_any && !pending;
+    sh_token_row token;
+    if (sh_txn_count(s->txn, SH_COORD_T_NODE) >= SH_COORD_NODES_MAX) {
+        e->why = "the fleet is full";
+        return SH_OK;
+    }
+    if (!any)
+        SH_TRY(token_find(s, e->msg->enrol.token, &token, &good));
+    if (!any && !good) {
+        refuse_stranger(s, e);
+        return SH_OK;
+    }
+    SH_TRY(coord_admit(s, &s->from, e->msg, &e->admitted));
+    if (!e->admitted)
+        return SH_OK;
+    if (good)
+        SH_TRY(token_use(s, &token));
+    if (good && pending)
+        SH_TRY(void_claim(s, &s->from, &s->node));
+    if (good) {
+        s->node = s->from;
+        s->key_state = COORD_KEY_FIRST;
+    }
+    e->is_new = true;
+    e->node = (sh_node_row){.key = s->from, .current_key = s->from, .enrolled_ms = s->now_ms};
     return SH_OK;
 }
 
-/* Fills *node with the sender's row, or one for it that is new; *why when it may not enrol. */
-static sh_status identify(coord_step *s, const sh_msg_enrol *enrol, sh_node_row *node, bool *is_new,
-                          const char **why, uint64_t *later)
+/* Fills in the sender's row, or one for it that is new. */
+static sh_status identify(coord_step *s, enrolment *e)
 {
-    *why = NULL;
-    *later = s->c->options.checkin_ms;
-    *is_new = false;
+    const sh_bytes *token = &e->msg->enrol.token;
+    bool pending = s->key_state == COORD_KEY_PENDING;
     if (s->key_state == COORD_KEY_RETIRED) {
-        *why = "this key was replaced by another one of its node";
+        e->why = "this key was replaced by another one of its node";
         return SH_OK;
     }
-    sh_status status = coord_node_get(s->txn, &s->node, node, s->err);
+    sh_status status = coord_node_get(s->txn, &s->node, &e->node, s->err);
     if (status != SH_OK && status != SH_ERR_NOT_FOUND)
         return status;
     bool known = status == SH_OK;
-    if (known && s->key_state == COORD_KEY_PENDING) {
-        sh_hash token = sh_blake2b(enrol->token.data, enrol->token.n);
-        known = enrol->token.n > 0 && sh_hash_equal(&token, &s->rotation);
+    if (known && pending) {
+        sh_hash hash = sh_blake2b(token->data, token->n);
+        known = token->n > 0 && sh_hash_equal(&hash, &s->rotation);
     }
-    if (known && node->revoked) {
-        *why = "this key is revoked";
+    if (!known)
+        return admit_new(s, e);
+    if (e->node.revoked) {
+        e->why = "this key is revoked";
         return SH_OK;
     }
-    if (known)
-        return s->key_state == COORD_KEY_PENDING ? complete_rotation(s, node) : SH_OK;
-    SH_TRY(admit(s, enrol, why, later));
-    *is_new = *why == NULL;
-    *node = (sh_node_row){.key = s->from, .current_key = s->from, .enrolled_ms = s->now_ms};
-    return SH_OK;
+    SH_TRY(coord_admit(s, pending ? &s->from : &s->node, e->msg, &e->admitted));
+    return pending && e->admitted ? complete_rotation(s, &e->node) : SH_OK;
 }
 
-sh_status coord_on_enrol(coord_step *s, const sh_msg_enrol *enrol)
+static coord_barred *barred_place(const coord_step *s)
+{
+    return &s->c->barred[s->connection % COORD_BARRED_PLACES];
+}
+
+bool coord_is_barred(const coord_step *s)
+{
+    const coord_barred *b = barred_place(s);
+    return b->used && b->connection == s->connection && sh_hash_equal(&b->key, &s->from);
+}
+
+static void bar(coord_step *s, bool renew)
+{
+    if (renew)
+        *barred_place(s) =
+            (coord_barred){.key = s->from, .connection = s->connection, .used = true};
+    else if (coord_is_barred(s))
+        *barred_place(s) = (coord_barred){0};
+}
+
+sh_status coord_on_enrol(coord_step *s, const sh_msg *message)
 {
     sh_coord *c = s->c;
-    sh_node_row node;
-    const char *why = NULL;
-    uint64_t later = 0;
-    bool is_new = false, changed = false, known = false;
-    SH_TRY(identify(s, enrol, &node, &is_new, &why, &later));
-    if (why != NULL) {
-        SH_TRY(refuse(s, why, later));
+    const sh_msg_enrol *enrol = &message->enrol;
+    enrolment e = {.msg = message, .admitted = true, .later_ms = c->options.checkin_ms};
+    bool changed = false, known = false;
+    SH_TRY(identify(s, &e));
+    if (e.why != NULL) {
+        SH_TRY(refuse(s, e.why, e.later_ms));
         coord_drop_peer(s, &s->from);
         return SH_OK;
     }
-    SH_TRY(coord_epoch_see(s, &node, enrol->epoch, &known, &changed));
+    if (!e.admitted)
+        return SH_OK;
+    sh_node_row *node = &e.node;
+    SH_TRY(coord_epoch_see(s, node, enrol->epoch, &known, &changed));
     if (!known)
         return refuse(s, COORD_TOO_MANY_STORES, 0);
     sh_msg msg = {.type = SH_MSG_WELCOME,
                   .welcome = {.accepted = true, .text = "welcome", .epoch = enrol->epoch}};
-    SH_TRY(coord_epoch_claim(s, &node, enrol, &msg.welcome));
+    SH_TRY(coord_epoch_claim(s, node, enrol, &msg.welcome));
+    bar(s, msg.welcome.renew);
     if (msg.welcome.renew)
         msg.welcome.text = "another sender has this epoch: take a new one";
-    describe(&node, enrol);
-    SH_TRY(coord_node_put(s->txn, &node, s->err));
-    if (is_new) {
+    describe(node, enrol);
+    SH_TRY(coord_node_put(s->txn, node, s->err));
+    if (e.is_new) {
         c->enrolled++;
-        coord_note(s, SH_CNOTE_ENROLLED, &node.key, c->enrolled);
-        coord_set_key(s, &node.key, SH_KEY_ALLOWED);
+        coord_note(s, SH_CNOTE_ENROLLED, &node->key, c->enrolled);
+        coord_set_key(s, &node->key, SH_KEY_ALLOWED);
     }
-    return coord_send(s, &node.key, &msg);
+    return coord_send(s, &node->key, &msg);
 }
 
 sh_status coord_may_speak(coord_step *s, sh_node_row *node, bool *may)

@@ -225,18 +225,18 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message, 
         return coord_drop_stranger(s);
     }
     s->version = msg.version;
-    bool admitted = true;
+    if (msg.type == SH_MSG_ENROL)
+        return coord_on_enrol(s, &msg);
+    sh_node_row node;
+    bool may = false, admitted = false;
+    /* Who may not speak takes nothing of the rate that all share. */
+    SH_TRY(coord_may_speak(s, &node, &may));
+    if (!may || coord_is_barred(s))
+        return SH_OK;
+    key = &node.key;
     SH_TRY(coord_admit(s, key, &msg, &admitted));
     if (!admitted)
         return SH_OK;
-    if (msg.type == SH_MSG_ENROL)
-        return coord_on_enrol(s, &msg.enrol);
-    sh_node_row node;
-    bool may = false;
-    SH_TRY(coord_may_speak(s, &node, &may));
-    if (!may)
-        return SH_OK;
-    key = &node.key;
     switch (msg.type) {
     case SH_MSG_CHECKIN:
         return on_checkin(s, &node, &msg.checkin);

@@ -30,6 +30,7 @@
 #define COORD_NOTES_MAX         128   /* notes a step; the rest of the actions is for the others */
 #define COORD_WAITING_MAX       1024u /* updates whose chunks are on their way up */
 #define COORD_WAITING_NODE_MAX  4u    /* of one node */
+#define COORD_BARRED_PLACES     1024u /* connections told to renew that are remembered */
 #define COORD_EPOCHS_MAX        256u  /* stores that one node may have had */
 #define COORD_WAITING_BYTES_MAX (64u << 20) /* of their items, in memory */
 #define COORD_ASKED_BYTES       (64u << 20) /* default of asked_bytes_max */
@@ -54,14 +55,15 @@
 #define COORD_SCHEMA            3u      /* of the store; 1 had no row that says so */
 #define COORD_EPOCH_SEEN_MS     600000u /* how exactly it is kept when an epoch was last seen */
 
-/* Access: tokens at a time, keys and tokens kept, rotations of a node; a rotation's token; how many
- * wrong tokens are looked at in how long, over all who try. */
+/* Access: tokens at a time, keys and tokens kept, rotations of a node; a rotation's token; of how
+ * many ENROLs of unknown keys without a good token, in how long, over all who try, the store is
+ * told. */
 #define COORD_TOKENS_MAX       1024u
 #define COORD_ACCESS_MAX       200000u
 #define COORD_ROTATIONS_MAX    1000u
 #define COORD_ROTATE_TOKEN_MIN 16u
-#define COORD_GUESSES_MAX      100u
-#define COORD_GUESS_MS         60000u
+#define COORD_STRANGERS_MAX    100u
+#define COORD_STRANGERS_MS     60000u
 #define COORD_TOO_MANY_STORES  "this key has had too many stores: use a new one"
 
 /* Limits of a node: the table, 32,768 keys in 2.6 MB; the least that a full bucket holds: the
@@ -184,6 +186,12 @@ typedef struct { /* META "state" */
 typedef struct coord_relay coord_relay; /* coordinator_relay.c */
 typedef struct coord_bucket coord_bucket;
 
+typedef struct { /* a connection that was told to renew, until it enrols with another epoch */
+    sh_hash key;
+    uint32_t connection;
+    bool used;
+} coord_barred;
+
 struct sh_coord {
     sh_coord_options options;
     sh_rng rng;
@@ -211,9 +219,10 @@ struct sh_coord {
     uint32_t retries;
     uint32_t n_tokens;
     uint64_t tokens_until_ms;
-    uint32_t guesses; /* wrong tokens since guesses_since_ms */
-    uint64_t guesses_since_ms;
-    coord_bucket *buckets; /* NULL: no limits */
+    uint32_t strangers; /* ENROLs of them since strangers_since_ms */
+    uint64_t strangers_since_ms;
+    coord_barred barred[COORD_BARRED_PLACES]; /* by connection */
+    coord_bucket *buckets;                    /* NULL: no limits */
     uint64_t limited, disconnected, commands_refused;
     uint8_t time_stamp[SH_WIRE_TIME_MAX]; /* signed time_ms; time_n 0: none yet */
     size_t time_n;
@@ -238,6 +247,7 @@ typedef struct {
     /* MESSAGE, GONE: the key that it came from, the node that this key belongs to, and how. What is
      * sent to `node` goes to `from`. */
     sh_hash from, node;
+    uint32_t connection; /* MESSAGE */
     coord_key_state key_state;
     sh_hash rotation; /* of a pending key: its token's hash */
     sh_error *err;
@@ -275,6 +285,7 @@ sh_status coord_send_retry(coord_step *s, const sh_hash *node, sh_status code, c
                            uint64_t retry_after_ms);
 void coord_set_key(coord_step *s, const sh_hash *key, sh_key_access access);
 void coord_drop_peer(coord_step *s, const sh_hash *key);
+void coord_drop_others(coord_step *s); /* connections of the message's key but its own */
 sh_status coord_set_timer(coord_step *s, uint64_t at_ms);
 sh_status coord_start_job(coord_step *s); /* of the phase, merging or gating */
 
@@ -365,7 +376,10 @@ sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item
 sh_status coord_tokens_load(sh_coord *c, sh_txn *txn, sh_error *err);
 /* Fills the step's from, node, key_state and rotation. */
 sh_status coord_sender_find(coord_step *s, const sh_hash *key);
-sh_status coord_on_enrol(coord_step *s, const sh_msg_enrol *enrol);
+sh_status coord_on_enrol(coord_step *s, const sh_msg *msg);
+/* Whether the message's connection was told to renew and has not enrolled since: what it had sent
+ * meanwhile is of an epoch that is another's. It comes again, as the new epoch's. */
+bool coord_is_barred(const coord_step *s);
 /* Whether the sender may send anything else than ENROL; it is told when not. */
 sh_status coord_may_speak(coord_step *s, sh_node_row *node, bool *may);
 /* Ends the connection of a sender that is not enrolled, unless any may enrol. */

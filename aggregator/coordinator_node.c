@@ -373,6 +373,10 @@ sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol 
     }
     if (newer == 0)
         return SH_OK; /* the same start, on another connection */
+    /* Another start takes the epoch over. When the one before is a program that still runs, and
+     * this one began from a copy of its store, it has to say who it is before it goes on. */
+    if (e.n_leases > 0)
+        coord_drop_others(s);
     keep_leases(&e, leases, newer);
     return epoch_put(s->txn, &row->key, enrol->epoch, &e, s->err);
 }

@@ -12,6 +12,7 @@
 #include "shared/base/file.h"
 #include "shared/base/log.h"
 
+#define AWAY_MS_MIN 1000u /* what nodes are told while nothing is taken in, at least */
 #define VIEW_MS       500 /* between two refreshes of what HTTP shows */
 #define LINGER_MS     1000
 #define HTTP_BODY_MAX 4096
@@ -221,13 +222,50 @@ static void stop(sh_server *s, const char *reason)
     s->stop_reason = reason;
 }
 
+static bool is_away(const sh_server *s)
+{
+    return s->coord == NULL || sh_clock_mono_ms() < s->hold_until_ms;
+}
+
+/* While the core is down, or holds, what comes is answered "later" and thrown away, as if it had
+ * been lost: queues that nobody reads would grow. Every version reads an ERROR of the oldest. */
+static sh_status turn_away(sh_server *s, sh_error *err)
+{
+    uint64_t now = sh_clock_mono_ms(), until = s->coord == NULL ? s->boot_at_ms : s->hold_until_ms;
+    uint64_t left = SH_MAX(until > now ? until - now : 0, (uint64_t)AWAY_MS_MIN), jitter;
+    for (unsigned i = 0; i < SERVER_GROUP_STEPS; i++) {
+        sh_net_event event;
+        bool checked;
+        SH_TRY(server_fetch_next(s->fetch, &event, &checked, err));
+        if (event.kind == SH_NET_NONE)
+            break;
+        if (event.kind != SH_NET_MESSAGE)
+            continue;
+        s->counters.messages_in++;
+        s->counters.messages_dropped++;
+        sh_random_bytes(&jitter, sizeof jitter);
+        sh_msg later = {.version = SH_WIRE_VERSION_MIN,
+                        .type = SH_MSG_ERROR,
+                        .error = {.code = sh_status_name(SH_ERR_LIMIT),
+                                  .text = "the aggregator takes nothing in now: later",
+                                  .retry_after_ms = left + jitter % left}};
+        sh_buf bytes;
+        sh_buf_init(&bytes, SH_WIRE_MESSAGE_MAX);
+        if (sh_msg_encode(&later, &bytes, NULL) == SH_OK &&
+            sh_net_server_send(s->nodes, &event.key, bytes.data, bytes.len, NULL) == SH_OK)
+            s->counters.messages_out++;
+        sh_buf_release(&bytes);
+    }
+    return SH_OK;
+}
+
 /* At most one group of what waits; the rest is there at the next turn. */
 static sh_status serve_nodes(sh_server *s, sh_error *err)
 {
     sh_net_event event;
     bool checked;
-    if (s->coord == NULL || sh_clock_mono_ms() < s->hold_until_ms)
-        return SH_OK;
+    if (is_away(s))
+        return turn_away(s, err);
     for (;;) {
         SH_TRY(server_fetch_next(s->fetch, &event, &checked, err));
         if (event.kind == SH_NET_NONE)
@@ -237,6 +275,7 @@ static sh_status serve_nodes(sh_server *s, sh_error *err)
         s->counters.messages_in++;
         sh_coord_event e = {.kind = SH_COORD_MESSAGE,
                             .node = event.key,
+                            .connection = event.connection,
                             .message = {event.data, event.n},
                             .checked = checked};
         if (!server_step(s, &e))
@@ -359,16 +398,13 @@ sh_status sh_server_run(sh_server *s, sh_error *err)
     while (!s->stop) {
         struct pollfd fds[] = {{.fd = s->worker.event_fd, .events = POLLIN},
                                {.fd = s->signal_fd, .events = POLLIN}};
-        /* While the core is down, or holds, messages wait in their queues. */
-        bool deaf = s->coord == NULL || sh_clock_mono_ms() < s->hold_until_ms;
         sh_net_waiting waiting = {.servers = servers,
-                                  .n_servers = deaf ? 1 : 2,
+                                  .n_servers = SH_COUNT(servers),
                                   .clients = clients,
                                   .n_clients = s->parent != NULL && s->coord != NULL,
                                   .fds = fds,
                                   .n_fds = SH_COUNT(fds),
-                                  .timeout_ms =
-                                      !deaf && server_fetch_has(s->fetch) ? 0 : wait_ms(s)};
+                                  .timeout_ms = server_fetch_has(s->fetch) ? 0 : wait_ms(s)};
         SH_TRY(sh_net_wait(&waiting, err));
         serve_signals(s);
         serve_worker(s);

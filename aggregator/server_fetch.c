@@ -14,8 +14,8 @@
 #define IDLE_MS 1 /* between two looks at an empty socket */
 
 typedef struct {
-    sh_hash key;
-    size_t at, n;
+    sh_net_event event; /* without data */
+    size_t at;
     bool checked;
 } fetched;
 
@@ -39,11 +39,12 @@ static sh_status keep(server_fetch *f, const sh_net_event *event)
 {
     sh_msg msg;
     fetched *one = &f->list[f->n];
-    *one = (fetched){.key = event->key, .at = f->bytes.len, .n = event->n};
+    *one = (fetched){.event = *event, .at = f->bytes.len};
+    one->event.data = NULL;
     if (sh_buf_append(&f->bytes, event->data, event->n) != SH_OK)
         return sh_fail(&f->err, SH_ERR_NO_MEMORY, "server: no memory for messages that wait");
-    one->checked =
-        sh_msg_decode_checked(f->bytes.data + one->at, one->n, SH_CHECK_NAME, &msg, NULL) == SH_OK;
+    one->checked = sh_msg_decode_checked(f->bytes.data + one->at, event->n, SH_CHECK_NAME, &msg,
+                                         NULL) == SH_OK;
     f->n++;
     return SH_OK;
 }
@@ -164,12 +165,15 @@ sh_status server_fetch_next(server_fetch *f, sh_net_event *event, bool *checked,
         f->status = SH_OK;
         return status;
     }
+    while (f->next < f->n) {
+        const fetched *one = &f->list[f->next++];
+        if (!sh_net_server_hears(f->nodes, &one->event))
+            continue; /* dropped since */
+        *event = one->event;
+        event->data = f->bytes.data + one->at;
+        *checked = one->checked;
+        return SH_OK;
+    }
     *checked = false;
-    if (f->next == f->n)
-        return sh_net_server_next(f->nodes, event, err);
-    const fetched *one = &f->list[f->next++];
-    *event = (sh_net_event){
-        .kind = SH_NET_MESSAGE, .key = one->key, .data = f->bytes.data + one->at, .n = one->n};
-    *checked = one->checked;
-    return SH_OK;
+    return sh_net_server_next(f->nodes, event, err);
 }

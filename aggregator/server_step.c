@@ -210,6 +210,8 @@ static void carry_out(sh_server *s, int depth)
         case SH_COORD_KEY:
             set_key(s, a);
             break;
+        case SH_COORD_DROP_OTHERS: /* done with the step: drop_others */
+            break;
         case SH_COORD_DROP:
             sh_net_server_drop(s->nodes, &a->node);
             s->counters.peers_dropped++;
@@ -240,6 +242,32 @@ static void drop_queue(sh_server *s)
     free(s->queued);
     s->queued = NULL;
     s->n_queued = s->queued_cap = 0;
+}
+
+/* The group's answers to a key: they are for those who asked before, not for who has come since. */
+static void unqueue_sends(sh_server *s, const sh_hash *key)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < s->n_queued; i++) {
+        sh_coord_action *a = &s->queued[i];
+        if (a->kind == SH_COORD_SEND && sh_hash_equal(&a->node, key))
+            sh_buf_release(&a->message);
+        else
+            s->queued[n++] = *a;
+    }
+    s->n_queued = n;
+}
+
+/* What those connections sent and was not stepped yet may not follow in the same group. */
+static void drop_others(sh_server *s, const sh_coord_actions *actions)
+{
+    for (size_t i = 0; i < actions->n; i++) {
+        const sh_coord_action *a = &actions->items[i];
+        if (a->kind != SH_COORD_DROP_OTHERS)
+            continue;
+        sh_net_server_drop_others(s->nodes, &a->node, a->connection);
+        unqueue_sends(s, &a->node);
+    }
 }
 
 static sh_status queue_actions(sh_server *s, sh_coord_actions *actions, sh_error *err)
@@ -327,6 +355,7 @@ bool server_step(sh_server *s, sh_coord_event *event)
         s->group_evaluating = sh_coord_get_status(s->coord).evaluating;
     }
     SH_GOTO(sh_coord_step(s->coord, event, s->txn, &actions, &err));
+    drop_others(s, &actions);
     SH_GOTO(queue_actions(s, &actions, &err));
     s->group_steps++;
     s->group_in += event->message.n;

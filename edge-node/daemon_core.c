@@ -307,11 +307,14 @@ static sh_status batch_step(sh_daemon *d, const sh_node_event *event, sh_error *
     return keep(d, err);
 }
 
-static sh_status batch_commit(sh_daemon *d, sh_error *err)
+/* points: the fail points are here. Signals have none: they come at any time and leave nothing. */
+static sh_status batch_commit(sh_daemon *d, bool points, sh_error *err)
 {
-    daemon_failpoint(d, "node.before_commit");
+    if (points)
+        daemon_failpoint(d, "node.before_commit");
     SH_TRY(sh_txn_commit(&d->txn, err));
-    daemon_failpoint(d, "node.after_commit");
+    if (points)
+        daemon_failpoint(d, "node.after_commit");
     d->failures = 0;
     if (d->full_until_ms) {
         d->full_until_ms = 0;
@@ -355,7 +358,7 @@ static sh_status step_as(sh_daemon *d, const sh_node_event *event, int kind, sh_
     sh_status status = SH_OK;
     SH_GOTO(batch_begin(d, kind, err));
     SH_GOTO(batch_step(d, event, err));
-    SH_GOTO(batch_commit(d, err));
+    SH_GOTO(batch_commit(d, event->kind != SH_NODE_SIGNALS, err));
     return SH_OK;
 cleanup:
     batch_fail(d, status, err);
@@ -480,7 +483,7 @@ static sh_status commit_post(sh_daemon *d, const post *p, sh_error *err)
     }
     for (size_t i = 0; i < p->n_ratings; i++)
         SH_GOTO(rate(d, p->ratings[i], err));
-    SH_GOTO(batch_commit(d, err));
+    SH_GOTO(batch_commit(d, true, err));
     return SH_OK;
 cleanup:
     batch_fail(d, status, err);
@@ -539,7 +542,7 @@ static sh_status commit_messages(sh_daemon *d, const sh_buf *messages, size_t n,
         sh_node_event e = {.kind = SH_NODE_MESSAGE, .message = {messages[i].data, messages[i].len}};
         SH_GOTO(batch_step(d, &e, err));
     }
-    SH_GOTO(batch_commit(d, err));
+    SH_GOTO(batch_commit(d, true, err));
     return SH_OK;
 cleanup:
     batch_fail(d, status, err);

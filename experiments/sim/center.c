@@ -251,6 +251,7 @@ static sh_status carry_out(sim *s, sh_coord_actions *actions, sh_error *err)
             break;
         case SH_COORD_KEY: /* every key may connect here, and nobody is disconnected */
         case SH_COORD_DROP:
+        case SH_COORD_DROP_OTHERS:
             break;
         }
     }
@@ -273,8 +274,10 @@ sh_status sim_coord_event(sim *s, const sim_event *e, sh_error *err)
         const sim_node *n = &s->nodes[e->from];
         if (e->tag != n->connection && sh_rng_unit(&s->net_rng) < LATE_LOST)
             return SH_OK;
-        sh_coord_event m = {
-            .kind = SH_COORD_MESSAGE, .node = n->key, .message = {e->message.data, e->message.len}};
+        sh_coord_event m = {.kind = SH_COORD_MESSAGE,
+                            .node = n->key,
+                            .connection = e->from + 1,
+                            .message = {e->message.data, e->message.len}};
         return step(s, &m, NULL, err);
     }
     case SIM_EV_TIMER: {

@@ -186,6 +186,7 @@ static sh_status carry_out(world_part *p, sh_coord_action *actions, size_t n, sh
             break;
         case SH_COORD_KEY: /* who may connect is not simulated: any key may */
         case SH_COORD_DROP:
+        case SH_COORD_DROP_OTHERS:
         case SH_COORD_SEND_UP: /* and no relays are */
             break;
         }
@@ -582,6 +583,7 @@ static sh_status on_message(world_part *p, sim_event *e, sh_error *err)
     uint32_t from = e->from;
     sh_coord_event m = {.kind = SH_COORD_MESSAGE,
                         .node = w->nodes[from].key,
+                        .connection = from + 1,
                         .message = {e->message.data, e->message.len}};
     return step(p, &m, &e->message, err);
 }

@@ -74,6 +74,7 @@ typedef struct {
     sh_net_event_kind kind;
     sh_hash key;         /* server: the authenticated sender */
     uint32_t connection; /* server: which of the key's connections it came by */
+    uint64_t generation; /* server: drops before that one's handshake */
     const uint8_t *data; /* MESSAGE: n bytes, valid until the next call on the same socket */
     size_t n;
 } sh_net_event;
@@ -90,9 +91,10 @@ typedef struct {
                                  the process's descriptor limit. More than the limit leaves room for
                                  is SH_ERR_USAGE */
     /* What one peer can make the process hold, at most: receive_queue_max messages of receive_max
-     * and one that is being read, queue_max of message_max that it does not read, and what
-     * NET_CONNECTION_BYTES names. Past receive_queue_max its connection is not read until the
-     * server has caught up. */
+     * and one that is being read, queue_max of message_max that it does not read, and
+     * 12 MiB more, of a message of frames without end or of what came between two looks. Past
+     * that, in bytes, its connection is ended. Messages that wait are to be read all the time, also
+     * by who has no use for them now. */
     uint32_t queue_max;         /* messages to a peer; 0: 256 */
     uint32_t receive_queue_max; /* messages from a peer; 0: queue_max */
     size_t message_max;         /* largest to a peer */
@@ -121,6 +123,12 @@ SH_MUST_USE sh_status sh_net_server_answer(sh_net_server *server, uint32_t conne
  * are shut when they send, and a second later (at a call of next) in any case: what was sent to
  * them before gets away. A new handshake is `allow`'s to decide. */
 void sh_net_server_drop(sh_net_server *server, const sh_hash *key);
+/* The same for all connections of a key but this one, which answers go to from now on: another
+ * program came with the same key, and those that it takes over from have to begin anew. */
+void sh_net_server_drop_others(sh_net_server *server, const sh_hash *key, uint32_t connection);
+/* Whether a message that was read before, and kept by the caller, comes from a connection that was
+ * not dropped since; its data is not looked at. */
+bool sh_net_server_hears(const sh_net_server *server, const sh_net_event *event);
 /* From now on a connection on which nothing comes for so long after it was accepted is shut, which
  * bounds what a peer without a word can hold. 0, as at first: never. */
 void sh_net_server_set_silence(sh_net_server *server, uint32_t silence_ms);

@@ -18,9 +18,6 @@
 #define NET_FDS_RESERVED    64    /* descriptors that a server leaves to the rest of the process */
 #define NET_ROUTES_MAX      (1u << 20) /* keys whose route is remembered */
 #define NET_DROPPED_MAX     (1u << 20) /* keys shut out of what they had open */
-#define NET_PEERS_MAX       (1 << 20)  /* descriptors whose connections are watched */
-#define NET_PEERS_MS        200        /* between two looks at them */
-#define NET_DROP_LINGER_MS  1000       /* for what was sent to a peer before it was dropped */
 #define NET_SKIP_MAX        256        /* frames of no use that one call of next goes over */
 /* What CURVE adds to a message on the wire, which libzmq's limit counts (33 bytes), and a little.
  */
@@ -41,40 +38,37 @@ void net_map_remove(net_map *map, const sh_hash *key);
 void net_map_evict(net_map *map);
 void net_map_release(net_map *map);
 
-/* ---- connections that have to be ended (net_peers.c) ---- */
-typedef struct net_peer net_peer;
+/* ---- connections, by descriptor, and those that have to be ended (net_peers.c) ---- */
+#define NET_PEERS_MAX         (1 << 20) /* descriptors whose connections are watched */
+#define NET_PEERS_LOOK_MS     100u
+#define NET_PEERS_LOOKS_A_MS  10u         /* many connections are looked at less often */
+#define NET_DROP_LINGER_MS    1000u       /* for what was sent to a peer before it was dropped */
+#define NET_UNHEARD_MAX       (12u << 20) /* bytes: the kernel's own buffer, and some */
+#define NET_HEARTBEAT_BYTES_S 256u
+#define NET_MESSAGE_BYTES     48u /* around a message on the wire: ZMTP and CURVE */
 typedef struct {
-    net_peer *items; /* [n], by descriptor */
-    size_t n, cap, hand;
+    struct net_peer *items; /* [n], by descriptor */
+    size_t n, cap, watched;
+    uint64_t last_ms, next_ms;
 } net_peers;
 void net_peers_opened(net_peers *peers, int fd, uint64_t now_ms);
 void net_peers_closed(net_peers *peers, int fd);
-void net_peers_heard(net_peers *peers, int fd, const sh_hash *key);
-void net_peers_drop(net_peers *peers, const sh_hash *key, uint64_t now_ms);
-/* One that is to be shut now: dropped NET_DROP_LINGER_MS ago, or not heard for silence_ms since it
- * was accepted (0: never). -1: no more of them; the next call begins anew. */
-int net_peers_due(net_peers *peers, uint64_t now_ms, uint32_t silence_ms);
-void net_peers_release(net_peers *peers);
-
-/* ---- connections that no message comes of (net_unheard.c) ---- */
-#define NET_UNHEARD_MAX        (12u << 20) /* bytes: the kernel's own buffer, and some */
-#define NET_UNHEARD_FDS_MAX    (1u << 20)
-#define NET_HEARTBEAT_BYTES_S  256u
-#define NET_UNHEARD_LOOK_MS    100u
-#define NET_UNHEARD_LOOKS_A_MS 10u /* many connections are looked at less often */
+/* A message of that key came by that connection, of n bytes. */
+void net_peers_heard(net_peers *peers, int fd, const sh_hash *key, uint32_t connection, size_t n);
+/* All connections of the key but that one; NULL: all. */
+void net_peers_drop(net_peers *peers, const sh_hash *key, const uint32_t *but, uint64_t now_ms);
+uint64_t net_peers_due(const net_peers *peers); /* of the next look; UINT64_MAX: none */
 typedef struct {
-    struct net_unheard_slot *slots; /* [n] by descriptor */
-    size_t n, cap, watched;
-    uint64_t last_ms, next_ms;
-} net_unheard;
-void net_unheard_open(net_unheard *u, int fd);
-void net_unheard_close(net_unheard *u, int fd);
-void net_unheard_message(net_unheard *u, int fd);
-uint64_t net_unheard_due(const net_unheard *u); /* of the next look; UINT64_MAX: none */
-/* Looks, when it is time; allowed: bytes of whole messages that were not read yet. */
-void net_unheard_look(net_unheard *u, uint64_t now_ms, uint64_t allowed,
-                      void (*shut)(void *arg, int fd), void *arg);
-void net_unheard_release(net_unheard *u);
+    uint64_t now_ms;
+    uint32_t silence_ms; /* see sh_net_server_set_silence */
+    bool idle;           /* all that came was read */
+    uint64_t allowed;    /* else: bytes of a peer's whole messages that may wait to be read */
+    void (*shut)(void *arg, int fd);
+    void *arg;
+} net_peers_looking;
+/* Looks, when it is time, and shuts what has to be. */
+void net_peers_look(net_peers *peers, const net_peers_looking *look);
+void net_peers_release(net_peers *peers);
 
 /* ---- who may connect (net_zap.c) ---- */
 typedef struct net_gate { /* of one server; the ZAP thread reads it under the lock of its sh_net */
@@ -132,7 +126,7 @@ SH_MUST_USE sh_status net_check_endpoint(const char *endpoint, bool listens, sh_
 typedef struct {
     int type;
     const sh_net_keys *keys;
-    uint32_t queue_max, receive_queue_max; /* 0: the default; receive: queue_max */
+    uint32_t queue_max; /* to a peer; 0: the default */
     size_t receive_max;
 } net_socket_options;
 SH_MUST_USE sh_status net_socket_create(sh_net *net, const net_socket_options *options, void **out,

@@ -5,7 +5,8 @@
  * Dropping a key: every connection notes, at its handshake, the number of drops before it (the
  * generation, which the ZAP handler puts into the metadata of its messages); `dropped` has, for a
  * key, the generation that a connection must have to be heard. A message of an older one is thrown
- * away, and its connection is shut.
+ * away, and its connection is shut. `spared` has the one connection of a key that a drop of its
+ * others left.
  *
  * The cap: libzmq ends all connections of a listener with it, so that to stop listening is no way
  * to refuse the next one. A connection past the cap is shut as soon as its event is read, instead;
@@ -14,7 +15,7 @@
  * first: a socket whose own end is our listening address.
  *
  * What libzmq cannot refuse: a message of any number of frames is put together in memory before we
- * see the first. It takes a key that `allow` lets in, and net_unheard.c to end it.
+ * see the first. It takes a key that `allow` lets in, and net_peers.c to end it.
  */
 #include <errno.h>
 #include <netinet/in.h>
@@ -42,11 +43,10 @@ struct sh_net_server {
     size_t message_max, receive_max;
     net_map routes;  /* key -> number of its newest connection */
     net_map dropped; /* key -> generation from which on it is heard */
+    net_map spared;  /* key -> number of a connection that is heard whatever its generation */
     uint64_t floor;  /* generation from which on anyone is heard */
     net_peers peers;
     uint32_t silence_ms; /* see sh_net_server_set_silence */
-    uint64_t looked_ms;
-    net_unheard unheard;
     uint64_t queued_max; /* bytes of a peer's messages that wait to be read */
     zmq_msg_t body;      /* what the last event shows */
     bool skipping;       /* frames of a message that is thrown away are still to be read */
@@ -113,7 +113,8 @@ sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *o, sh_n
                          .queued_max = receive_queue(o) *
                                        (uint64_t)(o->receive_max ? o->receive_max : o->message_max),
                          .routes = {.max = NET_ROUTES_MAX},
-                         .dropped = {.max = NET_DROPPED_MAX}};
+                         .dropped = {.max = NET_DROPPED_MAX},
+                         .spared = {.max = NET_DROPPED_MAX}};
     s->gate.allow = o->allow;
     s->gate.arg = o->arg;
     snprintf(s->gate.domain, sizeof s->gate.domain, "server-%u", atomic_fetch_add(&net->serial, 1));
@@ -125,7 +126,6 @@ sh_status sh_net_server_create(sh_net *net, const sh_net_server_options *o, sh_n
                               &(net_socket_options){.type = ZMQ_ROUTER,
                                                     .keys = o->keys,
                                                     .queue_max = o->queue_max,
-                                                    .receive_queue_max = o->receive_queue_max,
                                                     .receive_max = s->receive_max},
                               &s->socket, err));
     SH_GOTO(listen_at(s, o, err));
@@ -146,8 +146,8 @@ void sh_net_server_destroy(sh_net_server **out, int linger_ms)
     net_gate_close(s->net, &s->gate);
     net_map_release(&s->routes);
     net_map_release(&s->dropped);
+    net_map_release(&s->spared);
     net_peers_release(&s->peers);
-    net_unheard_release(&s->unheard);
     atomic_fetch_sub(&s->net->sockets, 1);
     free(s);
     *out = NULL;
@@ -175,7 +175,7 @@ uint64_t sh_net_server_ignored(const sh_net_server *server)
 
 net_waitable net_server_waitable(const sh_net_server *server)
 {
-    return (net_waitable){server->socket, server->monitor, net_unheard_due(&server->unheard)};
+    return (net_waitable){server->socket, server->monitor, net_peers_due(&server->peers)};
 }
 
 /* ---- connections ---- */
@@ -218,12 +218,10 @@ static void take_connection_events(sh_net_server *s)
         case ZMQ_EVENT_ACCEPTED:
             s->connections++;
             net_peers_opened(&s->peers, (int)value, net_now_ms());
-            net_unheard_open(&s->unheard, (int)value);
             if (s->connections > s->connections_max)
                 shut(s, (int)value);
             break;
         case ZMQ_EVENT_DISCONNECTED:
-            net_unheard_close(&s->unheard, (int)value);
             if (s->connections > 0)
                 s->connections--;
             net_peers_closed(&s->peers, (int)value);
@@ -235,15 +233,14 @@ static void take_connection_events(sh_net_server *s)
     }
 }
 
-/* Ends what was dropped and does not go by itself, and who has nothing to say. */
-static void shut_peers(sh_net_server *s)
+static void look_at_peers(sh_net_server *s, bool idle)
 {
-    uint64_t now = net_now_ms();
-    if (now - s->looked_ms < NET_PEERS_MS)
-        return;
-    s->looked_ms = now;
-    for (int fd; (fd = net_peers_due(&s->peers, now, s->silence_ms)) >= 0;)
-        shut(s, fd);
+    net_peers_look(&s->peers, &(net_peers_looking){.now_ms = net_now_ms(),
+                                                   .silence_ms = s->silence_ms,
+                                                   .idle = idle,
+                                                   .allowed = s->queued_max,
+                                                   .shut = shut,
+                                                   .arg = s});
 }
 
 void sh_net_server_set_silence(sh_net_server *server, uint32_t silence_ms)
@@ -262,17 +259,21 @@ static bool read_number(const char *text, uint64_t *out)
     return *end == 0;
 }
 
-/* Who sent the message in s->body. False: its connection is not heard. */
-static bool authenticate(sh_net_server *s, sh_hash *key)
+bool sh_net_server_hears(const sh_net_server *s, const sh_net_event *event)
 {
-    uint64_t generation = 0, least = 0;
+    uint64_t least = 0, spared = 0;
+    if (net_map_get(&s->dropped, &event->key, &least) && event->generation < least)
+        return net_map_get(&s->spared, &event->key, &spared) && spared == event->connection;
+    return event->generation >= s->floor;
+}
+
+/* Who sent the message in s->body. False: its connection is not heard. */
+static bool authenticate(sh_net_server *s, sh_net_event *event)
+{
     const char *user = zmq_msg_gets(&s->body, "User-Id");
-    if (!user || sh_hash_parse(user, key, NULL) != SH_OK ||
-        !read_number(zmq_msg_gets(&s->body, NET_GENERATION), &generation))
-        return false;
-    if (net_map_get(&s->dropped, key, &least) && generation < least)
-        return false;
-    return generation >= s->floor;
+    return user && sh_hash_parse(user, &event->key, NULL) == SH_OK &&
+           read_number(zmq_msg_gets(&s->body, NET_GENERATION), &event->generation) &&
+           sh_net_server_hears(s, event);
 }
 
 static sh_status note_route(sh_net_server *s, const sh_hash *key, uint32_t number, sh_error *err)
@@ -322,27 +323,23 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
         }
         if (!read_frames(s, id, &good))
             break;
+        event.connection =
+            (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
         if (!good) {
             s->ignored++;
-        } else if (!authenticate(s, &event.key) || zmq_msg_size(&s->body) > s->receive_max) {
+        } else if (!authenticate(s, &event) || zmq_msg_size(&s->body) > s->receive_max) {
             s->ignored++;
             shut(s, zmq_msg_get(&s->body, ZMQ_SRCFD));
         } else {
-            event.connection =
-                (uint32_t)id[1] << 24 | (uint32_t)id[2] << 16 | (uint32_t)id[3] << 8 | id[4];
             SH_TRY(note_route(s, &event.key, event.connection, err));
-            net_peers_heard(&s->peers, zmq_msg_get(&s->body, ZMQ_SRCFD), &event.key);
-            net_unheard_message(&s->unheard, zmq_msg_get(&s->body, ZMQ_SRCFD));
+            net_peers_heard(&s->peers, zmq_msg_get(&s->body, ZMQ_SRCFD), &event.key,
+                            event.connection, zmq_msg_size(&s->body));
             event.kind = SH_NET_MESSAGE;
             event.data = zmq_msg_data(&s->body);
             event.n = zmq_msg_size(&s->body);
         }
     }
-    if (event.kind == SH_NET_NONE)
-        shut_peers(s); /* what they have said is heard first */
-    /* With nothing left to read, what no message came of is part of none that is whole. */
-    net_unheard_look(&s->unheard, net_now_ms(), event.kind == SH_NET_NONE ? 0 : s->queued_max, shut,
-                     s);
+    look_at_peers(s, event.kind == SH_NET_NONE);
     *out = event;
     return SH_OK;
 }
@@ -384,12 +381,27 @@ sh_status sh_net_server_send(sh_net_server *s, const sh_hash *key, const void *b
     return status;
 }
 
-void sh_net_server_drop(sh_net_server *s, const sh_hash *key)
+/* but: a connection that goes on; NULL: none does. */
+static void drop(sh_net_server *s, const sh_hash *key, const uint32_t *but)
 {
     uint64_t generation = atomic_fetch_add(&s->gate.generation, 1) + 1;
     net_map_remove(&s->routes, key);
-    net_peers_drop(&s->peers, key, net_now_ms());
+    net_map_remove(&s->spared, key);
+    net_peers_drop(&s->peers, key, but, net_now_ms());
+    /* One that cannot be noted has to be made again, as the others. */
+    if (but != NULL && net_map_put(&s->spared, key, *but) == SH_OK)
+        (void)!net_map_put(&s->routes, key, *but);
     /* When a key cannot be noted, every connection that is open now has to be made again. */
     if (net_map_put(&s->dropped, key, generation) != SH_OK)
         s->floor = generation;
+}
+
+void sh_net_server_drop(sh_net_server *s, const sh_hash *key)
+{
+    drop(s, key, NULL);
+}
+
+void sh_net_server_drop_others(sh_net_server *s, const sh_hash *key, uint32_t connection)
+{
+    drop(s, key, &connection);
 }

@@ -131,6 +131,11 @@ static void carry_out(rig *r, sh_coord_actions *actions)
         case SH_COORD_KEY:
             set_key(r, &a->node, a->access == SH_KEY_ALLOWED);
             break;
+        case SH_COORD_DROP_OTHERS:
+            r->others_drops++;
+            r->dropped = a->node;
+            r->spared = a->connection;
+            break;
         case SH_COORD_DROP:
             r->drops++;
             r->dropped = a->node;
@@ -249,7 +254,10 @@ cleanup:
 
 bool rig_send_bytes(rig *r, unsigned node, const void *bytes, size_t n)
 {
-    sh_coord_event event = {.kind = SH_COORD_MESSAGE, .node = rig_key(node), .message = {bytes, n}};
+    sh_coord_event event = {.kind = SH_COORD_MESSAGE,
+                            .node = rig_key(node),
+                            .connection = r->connection,
+                            .message = {bytes, n}};
     return rig_step(r, &event);
 }
 

@@ -43,7 +43,7 @@ typedef struct {
     sh_hash keys[RIG_KEYS_MAX], dropped; /* keys that were allowed or shut; dropped last */
     bool key_allowed[RIG_KEYS_MAX];
     size_t n_keys;
-    uint32_t drops;
+    uint32_t drops, others_drops, connection, spared; /* connection: of what nodes send */
     /* faults */
     size_t commits, crash_at; /* the commit to crash around, from 1 */
     int crash_mode;

@@ -223,7 +223,7 @@ static void test_a_token_does_not_bring_back(void **state)
     finish(r);
 }
 
-static void test_guessing_is_bounded(void **state)
+static void test_guessing_keeps_no_good_token_waiting(void **state)
 {
     (void)state;
     rig *r = setup();
@@ -235,13 +235,53 @@ static void test_guessing_is_bounded(void **state)
         assert_false(enrol(r, i, guess).accepted);
     }
     assert_int_equal(rig_status(r).tokens_refused, 100);
-    sh_msg_welcome later = enrol(r, 151, "the right one"); /* nobody's is looked at now */
-    assert_false(later.accepted);
-    assert_in_range(later.retry_after_ms, 1, 60000);
-    r->now_ms += later.retry_after_ms;
     assert_true(enrol(r, 151, "the right one").accepted);
+    assert_int_equal(rig_status(r).tokens_refused, 100);
+    r->now_ms += 60000;
     assert_false(enrol(r, 0, "guess").accepted);
     assert_int_equal(rig_status(r).tokens_refused, 101);
+    finish(r);
+}
+
+/* Unknown, revoked and flooding keys leave the rate of check-ins to the others. */
+static void test_who_may_not_speak_takes_nothing_of_the_rate(void **state)
+{
+    (void)state;
+    rig *r = setup();
+    r->options.checkins_per_s = 2;
+    r->options.limit_messages_s = 1;
+    r->options.limit_burst_s = 1;
+    rig_boot(r);
+    assert_true(add_token(r, "a token", 5, 60000));
+    for (unsigned node = 0; node < 3; node++)
+        assert_true(key_command(r, SH_COMMAND_ENROL, node));
+    assert_true(key_command(r, SH_COMMAND_REVOKE, 2));
+    sh_msg checkin = {.type = SH_MSG_CHECKIN, .checkin = {.epoch = EPOCH}}, msg;
+    for (unsigned i = 0; i < 20; i++) {
+        assert_false(enrol(r, 9, "a guess").accepted);
+        assert_false(enrol(r, 9, "").accepted);
+        assert_false(enrol(r, 2, "").accepted);
+        assert_true(rig_send(r, 2, &checkin));
+        expect_error(r, 2, "auth");
+    }
+    /* These are over the rate, then over the node's own limit: those take nothing of the rate. */
+    for (unsigned i = 0; i < 150; i++) {
+        assert_true(rig_send(r, 0, &checkin));
+        rig_drop_mail(r);
+    }
+    uint64_t told = rig_status(r).told_later;
+    assert_true(rig_status(r).limited > 0);
+    r->now_ms += 2000; /* two are there again: the node that was in its slot had taken more */
+    for (unsigned i = 0; i < 20; i++) {
+        assert_false(enrol(r, 9, "a guess").accepted);
+        assert_true(rig_send(r, 0, &checkin));
+        rig_drop_mail(r);
+    }
+    assert_true(enrol(r, 10, "a token").accepted);
+    assert_true(rig_send(r, 1, &checkin));
+    assert_true(rig_take(r, 1, &msg));
+    assert_int_equal(msg.type, SH_MSG_PLAN);
+    assert_int_equal(rig_status(r).told_later, told);
     finish(r);
 }
 
@@ -726,7 +766,8 @@ int main(void)
         cmocka_unit_test(test_a_token_enrols_as_often_as_it_says),
         cmocka_unit_test(test_a_token_expires_and_can_be_withdrawn),
         cmocka_unit_test(test_a_token_does_not_bring_back),
-        cmocka_unit_test(test_guessing_is_bounded),
+        cmocka_unit_test(test_guessing_keeps_no_good_token_waiting),
+        cmocka_unit_test(test_who_may_not_speak_takes_nothing_of_the_rate),
         cmocka_unit_test(test_strangers_may_only_enrol),
         cmocka_unit_test(test_a_node_rotates_its_key),
         cmocka_unit_test(test_a_node_cannot_rotate_to_anothers_key),

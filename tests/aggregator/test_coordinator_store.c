@@ -464,6 +464,44 @@ static void test_an_epoch_has_one_sender(void **state)
     finish(r);
 }
 
+static bool answered(rig *r, unsigned node, uint64_t epoch)
+{
+    sh_msg msg = {.type = SH_MSG_CHECKIN, .checkin = {.epoch = epoch}};
+    assert_true(rig_send(r, node, &msg));
+    return rig_take(r, node, &msg);
+}
+
+/* A start that takes an epoch over from another, which may be the original of its copied store and
+ * still run: that one's connections end, and it is told apart when it comes again. */
+static void test_a_start_that_takes_over_is_alone(void **state)
+{
+    (void)state;
+    rig *r = setup();
+    sh_hash key = rig_key(0);
+    r->connection = 7;
+    assert_false(renews(r, 0, 5, "a")); /* from nobody */
+    r->connection = 8;
+    assert_false(renews(r, 0, 5, "a")); /* the same start, by another connection */
+    assert_int_equal(r->others_drops, 0);
+    r->connection = 9;
+    assert_false(renews(r, 0, 5, "ba"));
+    assert_int_equal(r->others_drops, 1);
+    assert_true(sh_hash_equal(&r->dropped, &key));
+    assert_int_equal(r->spared, 9);
+    r->connection = 10;
+    assert_true(renews(r, 0, 5, "a")); /* the original */
+    /* What it sent before it knew is not taken; it is under the new epoch, with what was before. */
+    assert_false(answered(r, 0, 5));
+    r->connection = 9;
+    assert_true(answered(r, 0, 5));
+    r->connection = 10;
+    assert_false(renews(r, 0, 6, "a"));
+    assert_true(answered(r, 0, 6) && answered(r, 0, 5));
+    assert_false(renews(r, 0, 5, "")); /* one that does not take part */
+    assert_int_equal(r->others_drops, 1);
+    finish(r);
+}
+
 /* A restored backup has leases of the past: nodes that went on since are no copies. */
 static void test_leases_across_a_restore(void **state)
 {
@@ -957,6 +995,7 @@ int main(void)
         cmocka_unit_test(test_a_store_of_version_2_goes_on),
         cmocka_unit_test(test_a_newer_store_is_refused),
         cmocka_unit_test(test_an_epoch_has_one_sender),
+        cmocka_unit_test(test_a_start_that_takes_over_is_alone),
         cmocka_unit_test(test_leases_across_a_restore),
         cmocka_unit_test(test_leases_and_older_nodes),
         cmocka_unit_test(test_nodes_have_names),

@@ -97,7 +97,8 @@ static void test_usage(void **state)
 {
     (void)state;
     static const char usage[] = "usage: shoal-sim run [EXPERIMENT] [options]\n"
-                                "       shoal-sim run --help\n";
+                                "       shoal-sim faults [options]\n"
+                                "       shoal-sim run --help, shoal-sim faults --help\n";
     run_result r = run_program(program, (const char *const[]){NULL}, NULL, 0);
     assert_int_equal(r.exit_code, 2);
     assert_string_equal(r.out, "");
@@ -253,6 +254,35 @@ static void test_numbers(void **state)
     json_decref(d);
 }
 
+/* The simulator of faults: what it refuses, and the one object that it ends with. */
+static void test_faults(void **state)
+{
+    (void)state;
+    run_result r = RUN("faults", "--help");
+    assert_int_equal(r.exit_code, 0);
+    assert_string_equal(r.err, "");
+    assert_non_null(strstr(r.out, "--canary"));
+    run_release(&r);
+    expect_refusal(RUN("faults", "--nodez", "3"),
+                   "unknown option '--nodez': the nearest known one is --nodes");
+    expect_refusal(RUN("faults", "seed"), "faults takes options only, not \"seed\"");
+    expect_refusal(RUN("faults", "--canary", "lost"), "--canary: \"lost\" is no known bug");
+    expect_refusal(RUN("faults", "--script", "none.script"),
+                   "cannot open 'none.script': No such file or directory");
+    json_t *a =
+        expect_json(RUN("faults", "--nodes", "3", "--days", "1", "--faults", "off", "--json"), 0);
+    static const char *const keys[] = {
+        "seeds_run",         "violations",   "first_failing_seed", "result_hash",
+        "simulated_seconds", "wall_seconds", "rss_bytes_per_node"};
+    for (size_t i = 0; i < SH_COUNT(keys); i++)
+        if (!json_object_get(a, keys[i]))
+            fail_msg("no %s", keys[i]);
+    assert_int_equal(json_integer_value(json_object_get(a, "seeds_run")), 1);
+    assert_int_equal(json_integer_value(json_object_get(a, "violations")), 0);
+    assert_true(json_number_value(json_object_get(a, "simulated_seconds")) >= 86400);
+    json_decref(a);
+}
+
 int main(int argc, char **argv)
 {
 #define CASE(test) cmocka_unit_test_setup_teardown(test, make_dir, remove_dir)
@@ -264,6 +294,7 @@ int main(int argc, char **argv)
         CASE(test_out),
         cmocka_unit_test(test_json),
         cmocka_unit_test(test_numbers),
+        cmocka_unit_test(test_faults),
     };
     if (argc != 2) {
         fprintf(stderr, "usage: %s PROGRAM\n", argv[0]);

@@ -78,7 +78,7 @@ unsigned e2e_free_port(void);
 
 typedef struct {
     e2e_process process;
-    char name[16], dir[112], key[SH_HASH_HEX_BYTES];
+    char name[24], dir[112], key[SH_HASH_HEX_BYTES];
     unsigned port; /* of HTTP */
     /* set before e2e_fleet_make, where it is to be otherwise */
     unsigned dial;            /* port that node.yaml names; 0: the aggregator's */
@@ -87,7 +87,7 @@ typedef struct {
 
 typedef struct {
     e2e_process process;
-    char name[16], dir[112], key[SH_HASH_HEX_BYTES];
+    char name[24], dir[112], key[SH_HASH_HEX_BYTES];
     unsigned port; /* for all its starts */
 } e2e_relay;
 
@@ -132,7 +132,7 @@ json_t *e2e_relay_status(e2e_fleet *f, unsigned r); /* NULL: it does not answer 
 void e2e_command(e2e_fleet *f, const char *word, const char *argument); /* must succeed */
 json_t *e2e_node_status(e2e_fleet *f, unsigned i);               /* NULL: it does not answer */
 int64_t e2e_node_int(e2e_fleet *f, unsigned i, const char *key); /* of its status; -1: none */
-uint64_t e2e_newest_release(e2e_fleet *f);
+uint64_t e2e_newest_release(e2e_fleet *f); /* 0: the core is down, for now */
 /* `close`, then waits until every node has confirmed the last release and owes nothing. The users
  * must go on asking. Returns the last version. */
 uint64_t e2e_settle(e2e_fleet *f);

@@ -49,11 +49,11 @@ static int release(void **state)
     return 0;
 }
 
-static node *node_make(agg_rig *r)
+static node *node_with(agg_rig *r, const sh_net_keys *keys)
 {
     assert_true(n_nodes < SH_COUNT(nodes));
     node *n = &nodes[n_nodes++];
-    OK(sh_net_keys_make(&n->keys, err));
+    n->keys = *keys;
     sh_hex(n->keys.public_key.b, sizeof n->keys.public_key.b, n->hex);
     OK(sh_net_client_create(r->net,
                             &(sh_net_client_options){.endpoint = r->endpoint,
@@ -64,6 +64,13 @@ static node *node_make(agg_rig *r)
                                                      .reconnect_max_ms = 200},
                             &n->client, err));
     return n;
+}
+
+static node *node_make(agg_rig *r)
+{
+    sh_net_keys keys;
+    OK(sh_net_keys_make(&keys, err));
+    return node_with(r, &keys);
 }
 
 /* The next event that is no `but`. */
@@ -327,6 +334,45 @@ static void limits(void **state)
     assert_int_equal(agg_end(r, SIGTERM), 0);
 }
 
+/* ENROL with these leases, a letter each: whether it has to take a new epoch. */
+static bool node_renews(node *n, const char *leases)
+{
+    uint8_t hashes[SH_WIRE_LEASES_MAX * sizeof(sh_hash)] = {0};
+    sh_msg msg = {
+        .type = SH_MSG_ENROL,
+        .enrol = {
+            .epoch = EPOCH, .agent = "test", .kernel = "none", .cores = 1, .memory_bytes = 1}};
+    for (; leases[msg.enrol.leases.n] != 0; msg.enrol.leases.n++)
+        hashes[msg.enrol.leases.n * sizeof(sh_hash)] = (uint8_t)leases[msg.enrol.leases.n];
+    msg.enrol.leases.hashes = hashes;
+    const sh_msg *m = node_ask(n, &msg);
+    assert_int_equal(m->type, SH_MSG_WELCOME);
+    assert_true(m->welcome.accepted);
+    return m->welcome.renew;
+}
+
+/* A node's disk is copied while it runs, and the copy started: both have one key and one epoch. */
+static void a_copy_of_a_running_node(void **state)
+{
+    agg_rig *r = *state;
+    agg_start(r, NULL, NULL);
+    agg_ready(r);
+    node *original = node_make(r), *copy = node_with(r, &original->keys);
+    json_decref(command(r, (const char *[]){"enrol", original->hex, NULL}));
+    node_until(original, SH_NET_UP);
+    assert_false(node_renews(original, "a"));
+    assert_int_equal(node_checkin(original), SH_MSG_PLAN);
+    node_until(copy, SH_NET_UP);
+    assert_false(node_renews(copy, "ba"));
+    /* The original says nothing, and is cut off; it has to say who it is, and is told apart. */
+    node_until(original, SH_NET_DOWN);
+    node_until(original, SH_NET_UP);
+    assert_int_equal(node_checkin(copy), SH_MSG_PLAN); /* on the same connection, all the while */
+    assert_true(node_renews(original, "a"));
+    assert_int_equal(status_of(r, "clones"), 1);
+    assert_int_equal(agg_end(r, SIGTERM), 0);
+}
+
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
@@ -334,6 +380,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup_teardown(replaced_and_revoked, make, release),
         cmocka_unit_test_setup_teardown(lists, make, release),
         cmocka_unit_test_setup_teardown(limits, make, release),
+        cmocka_unit_test_setup_teardown(a_copy_of_a_running_node, make, release),
     };
     if (argc != 3)
         return 2;

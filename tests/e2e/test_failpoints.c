@@ -137,7 +137,9 @@ static bool is_in(const char *name, size_t n, const char *const *points, size_t 
 }
 
 /* Met by others: of the simulator; of the trainer's library, in tests/trainer/test_checkpoint.c. */
-static const char *const elsewhere[] = {"node.step", "train.checkpoint.half",
+static const char *const elsewhere[] = {"node.step", "node.rotate", "node.rotated",
+                                        "stack.before_commit", "stack.after_commit",
+                                        "train.checkpoint.half",
                                         "train.checkpoint.before_rename",
                                         "train.checkpoint.after_rename"};
 

@@ -192,6 +192,7 @@ static void both_recover(void **state)
     expect_inference(s, "inference while the aggregator's disk is full");
     E2E_UNTIL(e2e_node_int(f, 1, "outbox_items") > 0, "the nodes owe, nothing is acknowledged");
     make_room(s, 0);
+    E2E_UNTIL(e2e_newest_release(f) > 0, "the aggregator's core is there again");
     uint64_t version = e2e_newest_release(f);
     for (unsigned i = 0; i < NODES; i++)
         atomic_store(&s->users[i].topic, e2e_news());

@@ -239,6 +239,48 @@ static void test_dropped_key_is_disconnected(void **state)
     sh_net_server_destroy(&server, 0);
 }
 
+/* Of two connections of a key one is dropped, with what it had sent before. */
+static void test_others_of_a_key_are_dropped(void **state)
+{
+    (void)state;
+    sh_net_server *server = make_server(net, &server_keys, &guests);
+    sh_net_client *old = dial(server, &node_keys), *new = dial(server, &node_keys);
+    client_until(old, server, SH_NET_UP);
+    client_until(new, server, SH_NET_UP);
+    say(new, "first");
+    uint32_t spared = server_message(server).connection;
+    say(old, "kept by the server's owner");
+    sh_net_event kept = server_message(server);
+    assert_int_not_equal(kept.connection, spared);
+    assert_true(sh_net_server_hears(server, &kept));
+    say(old, "in its queue");
+    sh_net_server_drop_others(server, &node_keys.public_key, spared);
+    assert_false(sh_net_server_hears(server, &kept));
+    client_until(old, server, SH_NET_DOWN); /* fails if the server hears it */
+    assert_int_equal(sh_net_server_ignored(server), 1);
+    say(new, "second"); /* on the same connection */
+    sh_net_event event = server_message(server);
+    expect_text(&event, "second");
+    assert_int_equal(event.connection, spared);
+    OK(sh_net_server_send(server, &event.key, "answer", 6, &err));
+    event = client_until(new, server, SH_NET_MESSAGE);
+    expect_text(&event, "answer");
+
+    /* It comes again, and is heard; then it takes over, as the other did. */
+    client_until(old, server, SH_NET_UP);
+    say(old, "again");
+    event = server_message(server);
+    expect_text(&event, "again");
+    sh_net_server_drop_others(server, &node_keys.public_key, event.connection);
+    client_until(new, server, SH_NET_DOWN); /* without a word of its own */
+    sh_net_server_drop(server, &node_keys.public_key);
+    assert_false(sh_net_server_hears(server, &event));
+    client_until(old, server, SH_NET_DOWN);
+    sh_net_client_destroy(&old, 0);
+    sh_net_client_destroy(&new, 0);
+    sh_net_server_destroy(&server, 0);
+}
+
 static void test_silence_is_bounded(void **state)
 {
     (void)state;
@@ -721,6 +763,7 @@ int main(void)
         CASE(test_servers_are_apart),
         CASE(test_dropped_key_is_cut_off),
         CASE(test_dropped_key_is_disconnected),
+        CASE(test_others_of_a_key_are_dropped),
         CASE(test_silence_is_bounded),
         CASE(test_newest_connection_wins),
         CASE(test_plain_client_gets_nothing),

@@ -55,7 +55,7 @@ static void travels_in_chunks(void **state)
             OK(sh_blob_missing(b.txn, T_CHUNK, &blob, want, 2, &n, &test_err));
             if (n == 0)
                 break;
-            sh_msg_chunk chunk;
+            sh_msg_chunk chunk = {0};
             sh_slice value;
             memcpy(chunk.hash.b, want, 32);
             OK(sh_txn_get(a.txn, T_CHUNK, want, 32, &value));
