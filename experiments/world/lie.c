@@ -137,3 +137,53 @@ sh_status world_lie(world_part *p, uint32_t i, sh_buf *message, sh_buf *more, sh
     }
     return SH_OK;
 }
+
+/* *out: the release in the other slot, as it was signed; in place of it a newer one than all, of a
+ * forger. Empty: there is none. */
+static sh_status other_manifest(world_part *p, uint32_t i, bool forged, sh_buf *out, sh_error *err)
+{
+    world *w = p->w;
+    world_node *n = &w->nodes[i];
+    sh_txn *txn = NULL;
+    sh_bytes bytes;
+    sh_manifest manifest;
+    sh_status status = SH_OK;
+    if (sh_txn_begin(n->store, SH_TXN_READ, &txn, NULL) != SH_OK)
+        return SH_OK; /* it cannot be read now */
+    if (sh_node_get_slot(txn, 1 - n->slot, &bytes, NULL) != SH_OK ||
+        sh_manifest_verify(bytes.data, bytes.n, &w->coord_options.release_pk, &manifest, NULL) !=
+            SH_OK)
+        goto cleanup;
+    if (forged) {
+        manifest.version += VERSION_FAR;
+        SH_GOTO(sh_manifest_sign(&manifest, &w->other_sk, out, err));
+    } else {
+        SH_GOTO(sh_buf_append(out, bytes.data, bytes.n));
+    }
+cleanup:
+    sh_txn_abort(&txn);
+    return status;
+}
+
+sh_status world_lie_down(world_part *p, uint32_t i, sh_buf *message, sh_error *err)
+{
+    world_node *n = &p->w->nodes[i];
+    const world_fault *f = world_node_active(n, WORLD_LIE_VERSION);
+    uint64_t draw = world_draw(p->w, i, STREAM_LIE, n->messages[1]);
+    sh_status status = SH_OK;
+    sh_msg msg;
+    sh_buf manifest;
+    if (!f || world_unit(draw) >= f->rate ||
+        sh_msg_decode(message->data, message->len, &msg, NULL) != SH_OK || msg.type != SH_MSG_PLAN)
+        return SH_OK;
+    sh_buf_init(&manifest, SH_WIRE_MESSAGE_MAX);
+    SH_GOTO(other_manifest(p, i, draw % 4 == 0, &manifest, err));
+    if (manifest.len == 0)
+        goto cleanup;
+    msg.plan.manifest = (sh_bytes){manifest.data, manifest.len};
+    SH_GOTO(encode(&msg, message, err));
+    p->counts.faults[f->kind]++;
+cleanup:
+    sh_buf_release(&manifest);
+    return status;
+}

@@ -213,6 +213,7 @@ sh_status world_arrive(world_part *p, sim_event *e, bool *now, sh_error *err)
     fate to = fate_of(p, e->target, false);
     if (to.lost)
         return SH_OK;
+    SH_TRY(world_lie_down(p, e->target, &e->message, err));
     uint64_t sent = sent_at(n, false, p->now_ms, e->message.len, to.bytes_s);
     if (sent == 0)
         return SH_OK;

@@ -248,6 +248,26 @@ static void check_send(world_oracle *o, uint64_t at_ms, const sh_coord_action *a
              (unsigned long long)seq, msg.ack.cls, (unsigned long long)msg.ack.epoch);
 }
 
+static sh_status count_pending(void *arg, const sh_update_row *row)
+{
+    *(uint32_t *)arg += row->verdict == SH_VERDICT_PENDING;
+    return SH_OK;
+}
+
+/* Each update that waits for a round waits once. Fleets that are looked at in part are large: there
+ * the rows are too many for that. */
+static void check_buffer(world_oracle *o, uint64_t at_ms, const sh_coord_status *status,
+                         sh_txn *txn)
+{
+    uint32_t rows = 0;
+    if (status->buffered == o->buffered || o->options.stride > 1)
+        return;
+    o->buffered = status->buffered;
+    if (sh_coord_each_update(txn, count_pending, &rows, NULL) == SH_OK && rows != status->buffered)
+        NOTE(o, WORLD_RULE_ONCE, at_ms, "%u updates wait, of which there are %u", status->buffered,
+             rows);
+}
+
 void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_event *event,
                              const sh_coord_actions *actions, const sh_coord *core, sh_store *store)
 {
@@ -270,6 +290,7 @@ void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_eve
     if (status.buffered > SH_COORD_BUFFER_MAX)
         NOTE(o, WORLD_RULE_LIMIT, at_ms, "%u updates wait, at most %u", status.buffered,
              SH_COORD_BUFFER_MAX);
+    check_buffer(o, at_ms, &status, txn);
     check_published(o, at_ms, &status, txn);
     sh_txn_abort(&txn);
 }

@@ -132,6 +132,7 @@ struct world_oracle {
     size_t n_commits, commits_cap;
     oracle_map published; /* version -> hash of its model's SHA-256 */
     uint64_t coord_version, join_due_ms;
+    uint32_t buffered; /* updates that the core says wait, at the last look */
     bool finished;
     oracle_notes center;
     world_violation *kept; /* [n_kept] */

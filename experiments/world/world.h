@@ -271,6 +271,8 @@ SH_MUST_USE sh_status world_arrive(world_part *p, sim_event *event, bool *now, s
 /* What the node sends instead of *message, and perhaps another one behind it (empty: none). */
 SH_MUST_USE sh_status world_lie(world_part *p, uint32_t i, sh_buf *message, sh_buf *more,
                                 sh_error *err);
+/* What a lying device's core hears instead: releases that were, or that another has signed. */
+SH_MUST_USE sh_status world_lie_down(world_part *p, uint32_t i, sh_buf *message, sh_error *err);
 SH_MUST_USE sh_status world_corrupt_chunk(sh_buf *message, uint64_t draw, bool *done,
                                           sh_error *err);
 
