@@ -359,7 +359,7 @@ static int wait_ms(sh_daemon *d)
         due = SH_MIN(due, SH_MAX(now + SH_MIN(wait, (uint64_t)WAIT_MS_MAX), d->full_until_ms));
     }
     if (d->remake)
-        due = SH_MIN(due, d->full_until_ms); /* 0: at once */
+        due = SH_MIN(due, d->reserve_used_up ? d->full_until_ms : now);
     if (d->erase.wanted || (d->erase.running && d->erase.done))
         due = SH_MIN(due, now + ERASE_LOOK_MS);
     if (d->stopping)

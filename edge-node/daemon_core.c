@@ -3,8 +3,13 @@
  * step or several; what the steps ask for is kept until its commit.
  *
  * When a step or a commit fails, the transaction is aborted and the core made again from the store:
- * the same path as after a crash. A full store is tried again after DAEMON_FULL_PAUSE_MS; until
- * then inferences are dropped and counted, and ratings are refused.
+ * the same path as after a crash.
+ *
+ * A store that was full counts as full for a pause, which doubles with each try that finds it so
+ * again. Until it is over nothing is begun that adds rows: timers wait, inferences are dropped and
+ * counted, ratings are refused. The core is made again at once, with the store's reserve, and small
+ * messages are taken in with the reserve, too: acknowledgements make room. Where the reserve itself
+ * is used up, the core is made again after the pause.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -15,10 +20,10 @@
 #include "shared/base/clock.h"
 #include "shared/base/log.h"
 
-#define KEPT_MAX         (DAEMON_WAITING_MAX * SH_NODE_ACTIONS_MAX * 2)
-#define REMAKE_MAX       4u /* in a row: each of the two slots may turn out to be lost */
-#define STATS_EVERY_MS   1000u
-#define RESERVE_EVERY_MS 1000u
+#define KEPT_MAX            (DAEMON_WAITING_MAX * SH_NODE_ACTIONS_MAX * 2)
+#define REMAKE_MAX          4u /* in a row: each of the two slots may turn out to be lost */
+#define STATS_EVERY_MS      1000u
+#define RESERVE_MESSAGE_MAX 4096u /* bytes; what is longer brings chunks */
 
 uint64_t daemon_now(const sh_daemon *d)
 {
@@ -213,6 +218,24 @@ static sh_status keep(sh_daemon *d, sh_error *err)
     return SH_OK;
 }
 
+/* ---- a full store ---- */
+
+static bool counts_as_full(const sh_daemon *d)
+{
+    return sh_clock_mono_ms() < d->full_until_ms;
+}
+
+static void found_full(sh_daemon *d, const sh_error *err)
+{
+    uint64_t now = sh_clock_mono_ms();
+    bool again = d->full_pause_ms && now < d->full_until_ms + d->full_pause_ms;
+    if (!d->full_until_ms)
+        sh_log(SH_LOG_ERROR, "store", "state=full error=\"%s\"", err->text);
+    d->full_pause_ms = again ? SH_MIN(2 * d->full_pause_ms, (uint64_t)DAEMON_FULL_PAUSE_MAX_MS)
+                             : DAEMON_FULL_PAUSE_MS;
+    d->full_until_ms = now + d->full_pause_ms;
+}
+
 /* ---- the core ---- */
 
 static sh_status link_step(sh_daemon *d, sh_error *err);
@@ -230,13 +253,15 @@ sh_status daemon_make_core(sh_daemon *d, sh_error *err)
     SH_GOTO(sh_node_create(&d->options, (sh_bytes){d->genesis.data, d->genesis.len}, daemon_now(d),
                            &d->rng, d->txn, &d->actions, &d->node, err));
     SH_GOTO(sh_txn_commit(&d->txn, err));
+    d->reserve_used_up = false;
     d->lost_slots = 0;
     d->lives++;
     SH_GOTO(keep(d, err));
     carry_out(d, d->kept, d->n_kept);
     clear_kept(d);
     daemon_signals_repeat(d);
-    return link_step(d, err);
+    status = link_step(d, err);
+    return status == SH_ERR_FULL ? SH_OK : status; /* remake says it */
 cleanup:
     sh_txn_abort(&d->txn);
     sh_node_destroy(&d->node);
@@ -263,14 +288,13 @@ void daemon_settle(sh_daemon *d)
         bool fresh = d->store_corrupt; /* a store that was just made is not set aside, too */
         if (fresh && !daemon_worker_idle(d))
             return; /* it reads the store; its end wakes the loop */
-        if (!fresh && !d->node && sh_clock_mono_ms() < d->full_until_ms)
+        if (!fresh && d->reserve_used_up && counts_as_full(d))
             return;
         sh_status status = settle_once(d, &err);
         if (status == SH_ERR_FULL) {
-            if (!d->full_until_ms)
-                sh_log(SH_LOG_ERROR, "store", "state=full error=\"%s\"", err.text);
-            d->full_until_ms = sh_clock_mono_ms() + DAEMON_FULL_PAUSE_MS;
-            d->remake = true;
+            if (!counts_as_full(d))
+                found_full(d, &err);
+            d->reserve_used_up = d->remake = true;
             return;
         }
         if (status == SH_ERR_CORRUPT && !fresh && d->fatal == SH_OK) {
@@ -295,6 +319,7 @@ static sh_status batch_begin(sh_daemon *d, int kind, sh_error *err)
     daemon_settle(d);
     if (!d->node)
         return sh_fail(err, SH_ERR_FULL, "the node's store is full");
+    d->kind = kind;
     return sh_txn_begin(d->store, kind, &d->txn, err);
 }
 
@@ -316,7 +341,7 @@ static sh_status batch_commit(sh_daemon *d, bool points, sh_error *err)
     if (points)
         daemon_failpoint(d, "node.after_commit");
     d->failures = 0;
-    if (d->full_until_ms) {
+    if (d->full_until_ms && d->kind == SH_TXN_WRITE && !counts_as_full(d)) {
         d->full_until_ms = 0;
         sh_log(SH_LOG_INFO, "store", "state=writable");
     }
@@ -339,10 +364,11 @@ static void batch_fail(sh_daemon *d, sh_status status, const sh_error *err)
         return;
     }
     if (status == SH_ERR_FULL) {
-        if (!d->full_until_ms)
-            sh_log(SH_LOG_ERROR, "store", "state=full error=\"%s\"", err->text);
-        d->full_until_ms = sh_clock_mono_ms() + DAEMON_FULL_PAUSE_MS;
-        sh_node_destroy(&d->node); /* made again after the pause, or for what frees space */
+        if (d->node) { /* or there was none to begin with */
+            found_full(d, err);
+            d->reserve_used_up = d->kind == SH_TXN_RESERVE;
+        }
+        sh_node_destroy(&d->node);
         return;
     }
     sh_log(SH_LOG_ERROR, "step_failed", "status=%s error=\"%s\"", sh_status_name(status),
@@ -365,40 +391,46 @@ cleanup:
     return status;
 }
 
-/* Once a second, so that a store that is full and stays so costs little. */
-static bool may_reserve(sh_daemon *d)
-{
-    uint64_t now = sh_clock_mono_ms();
-    if (now < d->reserve_due_ms || d->fatal != SH_OK)
-        return false;
-    d->reserve_due_ms = now + RESERVE_EVERY_MS;
-    d->full_until_ms = now;
-    return true;
-}
-
 static sh_status link_step(sh_daemon *d, sh_error *err)
 {
     sh_node_event e = {.kind = SH_NODE_LINK_UP};
-    return d->net_up && d->node && !d->remake ? step_as(d, &e, SH_TXN_WRITE, err) : SH_OK;
+    int kind = counts_as_full(d) ? SH_TXN_RESERVE : SH_TXN_WRITE;
+    return d->net_up && d->node && !d->remake ? step_as(d, &e, kind, err) : SH_OK;
+}
+
+/* What is taken in with the reserve while the store counts as full. */
+static bool may_reserve(const sh_node_event *event)
+{
+    switch (event->kind) {
+    case SH_NODE_LINK_UP:
+    case SH_NODE_LINK_DOWN:
+        return true;
+    case SH_NODE_MESSAGE:
+        return event->message.n <= RESERVE_MESSAGE_MAX;
+    default:
+        return false;
+    }
 }
 
 sh_status daemon_step(sh_daemon *d, const sh_node_event *event, sh_error *err)
 {
     sh_error local = {0};
     sh_error *e = err ? err : &local;
-    bool frees = event->kind == SH_NODE_MESSAGE; /* acknowledgements do */
-    /* So does an installation's end, whose chunks go. It begins with the reserve: a core that is
-     * made again gives the job another number, and would have it done again for ever. */
+    /* An installation's end makes room, too: its chunks go. It begins with the reserve: a core that
+     * is made again gives the job another number, and would have it done again for ever. */
     bool ends_job = event->kind == SH_NODE_JOB_DONE && event->result.update.n == 0;
     /* An erasure goes on by timers. */
     bool erases = event->kind == SH_NODE_ERASE ||
                   (event->kind == SH_NODE_TIMER && d->erase.running && !d->erase.done);
     if (erases)
         d->full_until_ms = SH_MIN(d->full_until_ms, sh_clock_mono_ms()); /* it makes room */
+    if (counts_as_full(d) && may_reserve(event))
+        return step_as(d, event, SH_TXN_RESERVE, e);
+    if (counts_as_full(d) && event->kind == SH_NODE_MESSAGE) /* the peer sends it again */
+        return sh_fail(e, SH_ERR_FULL, "the node's store is full");
     sh_status status = step_as(d, event, erases || ends_job ? SH_TXN_RESERVE : SH_TXN_WRITE, e);
-    if (status == SH_ERR_FULL && frees && may_reserve(d)) {
+    if (status == SH_ERR_FULL && may_reserve(event) && d->fatal == SH_OK)
         status = step_as(d, event, SH_TXN_RESERVE, e);
-    }
     return status;
 }
 
@@ -495,7 +527,7 @@ static void commit_or_drop(sh_daemon *d, const post *p)
 {
     sh_error err = {0};
     sh_status status;
-    if (sh_clock_mono_ms() < d->full_until_ms)
+    if (counts_as_full(d))
         status = sh_fail(&err, SH_ERR_FULL, "the node's store is full");
     else
         status = commit_post(d, p, &err);
@@ -552,11 +584,11 @@ cleanup:
 static void end_messages(sh_daemon *d, sh_buf *messages, size_t n)
 {
     sh_error err = {0};
-    if (n && commit_messages(d, messages, n, &err) == SH_ERR_FULL && may_reserve(d))
-        for (size_t i = 0; i < n && d->fatal == SH_OK; i++) { /* acknowledgements free space */
+    if (n && (counts_as_full(d) || commit_messages(d, messages, n, &err) == SH_ERR_FULL))
+        for (size_t i = 0; i < n && d->fatal == SH_OK; i++) {
             sh_node_event e = {.kind = SH_NODE_MESSAGE,
                                .message = {messages[i].data, messages[i].len}};
-            (void)step_as(d, &e, SH_TXN_RESERVE, &err);
+            (void)daemon_step(d, &e, &err);
         }
     for (size_t i = 0; i < n; i++)
         sh_buf_release(&messages[i]);
@@ -612,7 +644,7 @@ void daemon_run_timer(sh_daemon *d)
     sh_node_event e = {.kind = SH_NODE_TIMER};
     bool erases = d->erase.running && !d->erase.done;
     if (d->timer_at_ms == 0 || !d->node || daemon_now(d) < d->timer_at_ms ||
-        (sh_clock_mono_ms() < d->full_until_ms && !erases))
+        (counts_as_full(d) && !erases))
         return;
     d->timer_at_ms = 0;
     (void)daemon_step(d, &e, NULL);

@@ -30,10 +30,11 @@
 #define DAEMON_JOBS_MAX            8u     /* jobs that wait for the worker */
 #define DAEMON_MESSAGES_MAX        16u    /* messages of the aggregator in one transaction */
 #define DAEMON_ROTATE_TRY_MS       60000u /* a refused key is tried before the other one is */
-#define DAEMON_FULL_PAUSE_MS       5000u  /* between two tries at a full store */
-#define DAEMON_FAILURES_MAX        5u     /* steps that fail one after another before we give up */
-#define DAEMON_ID_CLOCK_SHIFT      16     /* 65,536 ids a ms; a next life repeats none */
-#define DAEMON_RATING_DISTANCE_MAX 64u    /* tokens that an edit distance is made of */
+#define DAEMON_FULL_PAUSE_MS       5000u  /* until a full store is tried again; doubles up to: */
+#define DAEMON_FULL_PAUSE_MAX_MS   60000u
+#define DAEMON_FAILURES_MAX        5u  /* steps that fail one after another before we give up */
+#define DAEMON_ID_CLOCK_SHIFT      16  /* 65,536 ids a ms; a next life repeats none */
+#define DAEMON_RATING_DISTANCE_MAX 64u /* tokens that an edit distance is made of */
 
 /* ---- what other threads post ---- */
 typedef struct {
@@ -161,8 +162,10 @@ typedef struct {
     size_t n_kept, kept_cap;
     uint64_t base_ms, boot_ms; /* daemon_now() at the start, and the boot clock then */
     uint64_t timer_at_ms;      /* daemon_now(); 0: none */
-    uint64_t full_until_ms;    /* monotonic; 0: not full */
-    uint64_t reserve_due_ms;   /* when the store's reserve may be used again */
+    int kind;                  /* of txn */
+    uint64_t full_until_ms;    /* monotonic: it counts as full; 0: not full */
+    uint64_t full_pause_ms;    /* the last one */
+    bool reserve_used_up;      /* the core cannot be made again before that */
     bool remake;               /* the core must be made again */
     bool store_corrupt;        /* the store must be set aside before that */
     bool resume_erasure;       /* one may have been interrupted: look when there is a core */

@@ -11,12 +11,12 @@
 #include "shared/store/simulated.h"
 #include "shared/sync/sync.h"
 
-#define RESERVE_EVERY_MS 1000u
-#define SETTLE_USER_MS   300000u
-#define FEEDBACK_TOKENS  16u
-#define SESSION_TOKENS   128u
-#define STREAM_USER      0x55534552u
-#define STREAM_CORRECT   0x434f5252u
+#define RESERVE_MESSAGE_MAX 4096u /* as the daemon's */
+#define SETTLE_USER_MS      300000u
+#define FEEDBACK_TOKENS     16u
+#define SESSION_TOKENS      128u
+#define STREAM_USER         0x55534552u
+#define STREAM_CORRECT      0x434f5252u
 
 static uint64_t wall_of(const world_node *n, uint64_t now_ms)
 {
@@ -37,7 +37,7 @@ void world_node_start_clock(world_node *n, uint64_t now_ms)
 /* ---- steps ---- */
 
 /* A crash of the store ends the process; an unreadable store is found out by the next boot. */
-static sh_status failed(world_part *p, uint32_t i, sh_status why, const sh_error *text,
+static sh_status failed(world_part *p, uint32_t i, int kind, sh_status why, const sh_error *text,
                         sh_error *err)
 {
     world *w = p->w;
@@ -51,8 +51,10 @@ static sh_status failed(world_part *p, uint32_t i, sh_status why, const sh_error
         return world_node_die(p, i, err);
     sh_node_destroy(&n->core);
     if (full)
-        n->full_until_ms = p->now_ms + WORLD_FULL_PAUSE_MS;
-    return world_node_restart_in(p, i, full ? WORLD_FULL_PAUSE_MS : WORLD_REMAKE_MS, err);
+        world_node_full(p, n);
+    if (full && kind == SH_TXN_WRITE)
+        return world_node_boot(p, i, err);
+    return world_node_restart_in(p, i, full ? n->full_pause_ms : WORLD_REMAKE_MS, err);
 }
 
 /* One transaction. *why: what the step or its commit said; an error returned is the engine's. */
@@ -88,37 +90,37 @@ static bool ends_job(const sh_node_event *event)
     return event->kind == SH_NODE_JOB_DONE && event->result.update.n == 0;
 }
 
+/* What is taken in with the reserve while the store counts as full. */
+static bool may_reserve(const sh_node_event *event)
+{
+    return event->kind == SH_NODE_LINK_UP || event->kind == SH_NODE_LINK_DOWN ||
+           (event->kind == SH_NODE_MESSAGE && event->message.n <= RESERVE_MESSAGE_MAX);
+}
+
 sh_status world_node_step(world_part *p, uint32_t i, sh_node_event *event, sh_error *err)
 {
     world *w = p->w;
     world_node *n = &w->nodes[i];
     sh_status why = SH_OK;
     sh_error text = {0};
-    if (!n->up)
-        return SH_OK;
-    bool reserve = event->kind == SH_NODE_MESSAGE && p->now_ms >= n->reserve_due_ms;
-    if (!n->core) { /* after an error; only what frees space does not wait */
-        if (!reserve || n->full_until_ms == 0)
+    for (bool full = world_node_is_full(p, n);; full = true) {
+        bool reserve = ends_job(event) || (full && may_reserve(event));
+        int kind = reserve ? SH_TXN_RESERVE : SH_TXN_WRITE;
+        if (!n->up || !n->core)
             return SH_OK;
-        n->reserve_due_ms = p->now_ms + RESERVE_EVERY_MS;
-        SH_TRY(world_node_boot(p, i, err));
-        if (!n->core)
+        if (full && event->kind == SH_NODE_MESSAGE && !reserve) /* the peer sends it again */
             return SH_OK;
+        SH_TRY(step_as(p, i, event, kind, &why, &text));
+        n->hash = world_mix(n->hash, (uint64_t)event->kind << 32 | (uint64_t)why);
+        if (why == SH_OK) {
+            if (kind == SH_TXN_WRITE && !full)
+                n->full_until_ms = 0;
+            break;
+        }
+        SH_TRY(failed(p, i, kind, why, &text, err));
+        if (why != SH_ERR_FULL || kind == SH_TXN_RESERVE || event->kind != SH_NODE_MESSAGE)
+            return SH_OK; /* of the link the core that was made again knows */
     }
-    int kind = ends_job(event) ? SH_TXN_RESERVE : SH_TXN_WRITE;
-    SH_TRY(step_as(p, i, event, kind, &why, &text));
-    if (why == SH_ERR_FULL && reserve && n->reserve_due_ms <= p->now_ms) {
-        n->reserve_due_ms = p->now_ms + RESERVE_EVERY_MS;
-        sh_node_destroy(&n->core);
-        SH_TRY(world_node_boot(p, i, err));
-        if (!n->core)
-            return SH_OK;
-        SH_TRY(step_as(p, i, event, SH_TXN_RESERVE, &why, &text));
-    }
-    n->hash = world_mix(n->hash, (uint64_t)event->kind << 32 | (uint64_t)why);
-    if (why != SH_OK)
-        return failed(p, i, why, &text, err);
-    n->full_until_ms = 0;
     world_oracle_node_step(w->oracle, i, p->now_ms, event, p->actions, n->core, n->store);
     return world_node_carry_out(p, i, p->actions, err);
 }
@@ -344,7 +346,7 @@ static sh_status use(world_part *p, uint32_t i, uint64_t number, sh_error *err)
     world *w = p->w;
     world_node *n = &w->nodes[i];
     sh_node_event e = {.kind = SH_NODE_INFERENCE};
-    if (!n->core) { /* the daemon answers, and counts that the store did not take it */
+    if (!n->core || world_node_is_full(p, n)) { /* the daemon answers, and counts it */
         p->counts.inferences_full++;
         world_oracle_node_inference(w->oracle, i, p->now_ms, WORLD_INFERENCE_FULL);
         return SH_OK;
@@ -352,7 +354,7 @@ static sh_status use(world_part *p, uint32_t i, uint64_t number, sh_error *err)
     world_make_record(w, i, number, world_node_now(n, p->now_ms), &e.record);
     e.record.release_version = (uint32_t)n->version;
     SH_TRY(world_node_step(p, i, &e, err));
-    bool taken = n->up && n->core != NULL;
+    bool taken = n->up && n->core && !world_node_is_full(p, n);
     if (n->up) {
         p->counts.inferences += taken;
         p->counts.inferences_full += !taken;
@@ -382,7 +384,7 @@ static sh_status on_user(world_part *p, uint32_t i, sh_error *err)
     if (w->settling && n->core && sh_node_get_status(n->core).confirmed_version == n->version)
         return SH_OK; /* only what confirms a release */
     SH_TRY(use(p, i, number, err));
-    return teaches && n->core ? correct(p, i, number, err) : SH_OK;
+    return teaches && n->core && !world_node_is_full(p, n) ? correct(p, i, number, err) : SH_OK;
 }
 
 /* ---- events ---- */
@@ -412,8 +414,13 @@ sh_status world_node_event(world_part *p, sim_event *e, sh_error *err)
         return on_message(p, e, err);
     case SIM_EV_TIMER: {
         sh_node_event t = {.kind = SH_NODE_TIMER};
-        if (e->life != n->life || e->tag != n->timer || p->now_ms < n->full_until_ms)
+        if (e->life != n->life || e->tag != n->timer)
             return SH_OK;
+        if (n->core && world_node_is_full(p, n)) {
+            sim_event later = *e;
+            later.at_ms = n->full_until_ms;
+            return world_push(p, later, err);
+        }
         return n->core ? world_node_step(p, i, &t, err) : SH_OK;
     }
     case SIM_EV_LINK:

@@ -84,6 +84,14 @@ cleanup:
     return status;
 }
 
+void world_node_full(const world_part *p, world_node *n)
+{
+    bool again = n->full_pause_ms && p->now_ms < n->full_until_ms + n->full_pause_ms;
+    n->full_pause_ms =
+        again ? SH_MIN(2 * n->full_pause_ms, WORLD_FULL_PAUSE_MAX_MS) : WORLD_FULL_PAUSE_MS;
+    n->full_until_ms = p->now_ms + n->full_pause_ms;
+}
+
 static sh_status boot_failed(world_part *p, uint32_t i, sh_status why, const sh_error *text,
                              sh_error *err)
 {
@@ -94,8 +102,10 @@ static sh_status boot_failed(world_part *p, uint32_t i, sh_status why, const sh_
     world_oracle_node_failed(w->oracle, i, p->now_ms, why, text->text, excused);
     if (why == SH_ERR_CRASHED)
         return world_node_die(p, i, err);
-    n->full_until_ms = full ? p->now_ms + WORLD_FULL_PAUSE_MS : 0;
-    return world_node_restart_in(p, i, full ? WORLD_FULL_PAUSE_MS : WORLD_REMAKE_MS, err);
+    if (full && !world_node_is_full(p, n))
+        world_node_full(p, n);
+    uint64_t pause = full ? n->full_until_ms - p->now_ms : WORLD_REMAKE_MS;
+    return world_node_restart_in(p, i, pause, err);
 }
 
 sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err)
@@ -107,10 +117,10 @@ sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err)
     if (!n->up) {
         sh_store_simulate_restart(n->store, 0);
         world_node_start_clock(n, p->now_ms);
+        n->full_until_ms = n->full_pause_ms = 0;
     }
     bool began = n->up;
     n->up = true;
-    n->full_until_ms = 0;
     for (unsigned tries = 0; tries < BOOT_TRIES_MAX; tries++) {
         status = make_core(p, i, &text);
         if (status != SH_ERR_CORRUPT || !n->store_bad)

@@ -44,11 +44,12 @@
 #define WORLD_DAY_MS      86400000ull
 /* After the last fault, until every node has confirmed the newest release. */
 #define WORLD_SETTLE_MS_MAX (7 * WORLD_DAY_MS)
-/* A core is made again so long after an error: with a full store more seldom than the daemon does,
- * whose device is not full for hours. */
-#define WORLD_FULL_PAUSE_MS 300000u
-#define WORLD_REMAKE_MS     1000u
-#define WORLD_ACTIVE_MAX    64u /* faults that one node has at a time */
+/* A full store is tried again after so long, doubled up to the most: more seldom than the daemon
+ * does, whose device is not full for hours. */
+#define WORLD_FULL_PAUSE_MS     300000ull
+#define WORLD_FULL_PAUSE_MAX_MS 1200000ull
+#define WORLD_REMAKE_MS         1000u /* a core is made again so long after another error */
+#define WORLD_ACTIVE_MAX        64u   /* faults that one node has at a time */
 
 typedef struct {
     int64_t seed, seeds, nodes, days, threads;
@@ -120,14 +121,14 @@ typedef struct {
     sh_store *backup; /* RESTORE: as the store was; owned */
     world_file backup_files[2];
     sh_hash key;
-    sh_rng rng;              /* user and presence */
-    uint64_t sequence;       /* events that it made */
-    uint64_t messages[2];    /* up, down */
-    uint64_t busy_ms[2];     /* the link sends until then: up, down */
-    uint64_t timer, restart; /* generations */
-    uint64_t hash;           /* of all that it did */
-    uint64_t version;        /* active */
-    uint64_t full_until_ms, reserve_due_ms;
+    sh_rng rng;                            /* user and presence */
+    uint64_t sequence;                     /* events that it made */
+    uint64_t messages[2];                  /* up, down */
+    uint64_t busy_ms[2];                   /* the link sends until then: up, down */
+    uint64_t timer, restart;               /* generations */
+    uint64_t hash;                         /* of all that it did */
+    uint64_t version;                      /* active */
+    uint64_t full_until_ms, full_pause_ms; /* its store counts as full until then */
     uint64_t session, train_due_ms, away_until_ms;
     double clock_rate;                 /* of skews, 0: none */
     int64_t clock_ms;                  /* wall clock - true time */
@@ -249,6 +250,12 @@ void world_node_start_clock(world_node *n, uint64_t now_ms);
 /* ---- node_life.c ---- */
 SH_MUST_USE sh_status world_node_begin(world_part *p, uint32_t i, sh_error *err);
 SH_MUST_USE sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err);
+/* Its store was found full: it counts as full for a pause. */
+void world_node_full(const world_part *p, world_node *n);
+static inline bool world_node_is_full(const world_part *p, const world_node *n)
+{
+    return p->now_ms < n->full_until_ms;
+}
 /* Boots it after so long; an earlier call's time is void. */
 SH_MUST_USE sh_status world_node_restart_in(world_part *p, uint32_t i, uint64_t ms, sh_error *err);
 /* The process dies; it is back after n->down_ms. */
