@@ -236,8 +236,9 @@ static void print_token(const json_t *reply)
     printf("%s\n", text_of(reply, "token"));
     fflush(stdout); /* the token alone is data */
     fprintf(stderr,
-            "token %s: %" PRIu64 " uses until %s. It is shown once: write it to a file, and make "
-            "the node with shoal init node --token-file FILE\n",
+            "token %s enrols %" PRIu64
+            " node(s) until %s. It is shown once: write it to a file, and "
+            "make a node with shoal init node --token-file FILE\n",
             text_of(reply, "id"), uint_of(reply, "uses"), time_of(reply, "expires_ms", when));
 }
 
@@ -265,7 +266,7 @@ static const admin_command commands[] = {
     {"audit", "[--limit N]", "Newest entries of the log of decisions; its whole chain is checked.",
      NULL, NULL, 0, print_audit},
     {"enrol", "(KEY [--name NAME] [--relay] | --file LIST)",
-     "Lets nodes in, by the keys that shoal-node init printed; with --relay a relay, by that of\n"
+     "Lets nodes in, by the keys that shoal-node init printed; with --relay a relay, by that of "
      "shoal-aggregator init --relay. The whole list is checked before the first of it is enrolled.",
      "shoal aggregator enrol 3f…c1 --name kiosk-7 --dir DIR", "key", 's', print_enrolled},
     {"revoke", "KEY",
@@ -295,8 +296,9 @@ static const admin_command token_commands[] = {
      "shoal aggregator token add --uses 20 --name spring --dir DIR > token", NULL, 0, print_token},
     {"token list", "", "Tokens that are outstanding, or expired and not cleared away yet.", NULL,
      NULL, 0, print_tokens},
-    {"token remove", "ID", "Withdraws a token, by its id or name; nodes it has enrolled stay.",
-     NULL, "id", 's', print_ok},
+    {"token remove", "(ID | NAME)",
+     "Withdraws a token, by its id or name; nodes it has enrolled stay.", NULL, "id", 's',
+     print_ok},
 };
 
 /* ---- the call ---- */

@@ -123,9 +123,8 @@ const sh_command sh_aggregator_command = {
     SH_COUNT(table),
     "The server of a fleet: takes in the nodes' updates, merges and gates them, publishes\n"
     "releases. Runs until SIGTERM; logs on stderr. Other commands, each with --help:\n"
-    "    init             makes DIR: keys, first release, configuration\n"
-    "    restore          makes DIR from a backup\n"
-    "    sample-config    prints a configuration with every setting\n"
+    "init (makes DIR: keys, first release, configuration), restore (makes DIR from a\n"
+    "backup), sample-config (prints a configuration with every setting).\n"
     "Operators' commands to one that runs: shoal aggregator --help.",
     "shoal-aggregator --dir /var/lib/shoal-aggregator"};
 

@@ -123,7 +123,8 @@ static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
         sh_log(SH_LOG_WARN, "budget", "state=used_up direction=%s", number == 0 ? "up" : "down");
         break;
     case SH_NOTE_REJECTED:
-        sh_log(SH_LOG_WARN, "link", "state=refused reason=key");
+        sh_log(SH_LOG_WARN, "link", "state=refused reason=%s",
+               d->options.token.n > 0 ? "key-or-token" : "key");
         d->net_refused = true;
         break;
     case SH_NOTE_RENEWED:

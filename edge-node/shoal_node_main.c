@@ -126,6 +126,12 @@ static bool parse(const sh_command *command, int argc, char **argv, void *option
     return *status == SH_OK;
 }
 
+static sh_status not_running(const char *dir, sh_error *err)
+{
+    return sh_fail(err, SH_ERR_IO, "%s: no shoal-node runs here; start it: shoal-node --dir %s",
+                   dir, dir);
+}
+
 static sh_status need(const char *value, const char *flag, const sh_command *command, sh_error *err)
 {
     if (value && value[0])
@@ -263,7 +269,7 @@ static sh_status rotate(int argc, char **argv, sh_error *err)
     sh_json_set(request, "command", json_string("rotate"));
     status = call(request, STATUS_WAIT_MS, &reply, err);
     if (status == SH_ERR_NOT_FOUND)
-        status = sh_fail(err, SH_ERR_IO, "%s: no shoal-node runs here", o.dir);
+        status = not_running(o.dir, err);
     if (status != SH_OK)
         goto cleanup;
     printf("next public key %s\n", json_string_value(json_object_get(reply, "key")));
@@ -308,7 +314,7 @@ static sh_status show_status(int argc, char **argv, sh_error *err)
     sh_json_set(request, "command", json_string("status"));
     status = call(request, STATUS_WAIT_MS, &reply, err);
     if (status == SH_ERR_NOT_FOUND)
-        status = sh_fail(err, SH_ERR_IO, "%s: no shoal-node runs here", o.dir);
+        status = not_running(o.dir, err);
     if (status != SH_OK)
         goto cleanup;
     if (o.json) {

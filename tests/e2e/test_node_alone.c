@@ -121,6 +121,7 @@ static void test_usage(void **state)
     expect_refusal(RUN("--dir", r->node, "--log.level", "loud"), 2, "none of error, warn");
     expect_refusal(RUN("--dir", r->node, "--http.address", "0.0.0.0"), 2, "0.0.0.0");
     expect_refusal(RUN("status", "--dir", r->node), 1, "no shoal-node runs here");
+    expect_refusal(RUN("rotate", "--dir", r->node), 1, "start it: shoal-node --dir");
     expect_refusal(RUN("erase", "--dir", r->node), 2, "either --user NAME or --all");
     run_result sample = RUN("sample-config");
     assert_int_equal(sample.exit_code, 0);
