@@ -227,6 +227,16 @@ static bool is_away(const sh_server *s)
     return s->coord == NULL || sh_clock_mono_ms() < s->hold_until_ms;
 }
 
+/* The next message of a node, or NONE. */
+static sh_status next_message(sh_server *s, sh_net_event *event, bool *checked, sh_error *err)
+{
+    do
+        SH_TRY(server_fetch_next(s->fetch, event, checked, err));
+    while (event->kind != SH_NET_MESSAGE && event->kind != SH_NET_NONE);
+    s->counters.messages_in += event->kind == SH_NET_MESSAGE;
+    return SH_OK;
+}
+
 /* While the core is down, or holds, what comes is answered "later" and thrown away, as if it had
  * been lost: queues that nobody reads would grow. Every version reads an ERROR of the oldest. */
 static sh_status turn_away(sh_server *s, sh_error *err)
@@ -236,12 +246,9 @@ static sh_status turn_away(sh_server *s, sh_error *err)
     for (unsigned i = 0; i < SERVER_GROUP_STEPS; i++) {
         sh_net_event event;
         bool checked;
-        SH_TRY(server_fetch_next(s->fetch, &event, &checked, err));
+        SH_TRY(next_message(s, &event, &checked, err));
         if (event.kind == SH_NET_NONE)
             break;
-        if (event.kind != SH_NET_MESSAGE)
-            continue;
-        s->counters.messages_in++;
         s->counters.messages_dropped++;
         sh_random_bytes(&jitter, sizeof jitter);
         sh_msg later = {.version = SH_WIRE_VERSION_MIN,
@@ -267,12 +274,9 @@ static sh_status serve_nodes(sh_server *s, sh_error *err)
     if (is_away(s))
         return turn_away(s, err);
     for (;;) {
-        SH_TRY(server_fetch_next(s->fetch, &event, &checked, err));
+        SH_TRY(next_message(s, &event, &checked, err));
         if (event.kind == SH_NET_NONE)
             break;
-        if (event.kind != SH_NET_MESSAGE)
-            continue;
-        s->counters.messages_in++;
         sh_coord_event e = {.kind = SH_COORD_MESSAGE,
                             .node = event.key,
                             .connection = event.connection,
