@@ -349,6 +349,7 @@ static sh_status step(world_part *p, sh_coord_event *event, sh_buf *message, sh_
         why = sh_coord_step(c->core, event, c->txn, &c->actions, &text);
     if (why != SH_OK)
         return fall(p, why, &text, err);
+    world_oracle_coord_stepped(w->oracle, event);
     SH_TRY(queue_actions(c, err));
     group_step *g = &c->steps[c->n_steps++];
     *g = (group_step){.event = *event, .first = first, .n = c->n_queued - first};

@@ -54,6 +54,8 @@ void world_oracle_destroy(world_oracle **oracle)
         oracle_map_release(&w->dropped);
     }
     for (size_t i = 0; i < o->n_watches; i++) {
+        for (size_t k = 0; k < o->watches[i].n_lines; k++)
+            free(o->watches[i].lines[k].ranges);
         free(o->watches[i].lines);
         free(o->watches[i].arrivals);
         free(o->watches[i].fresh);

@@ -62,6 +62,7 @@ typedef struct {
     sh_sign_public_key release_key; /* the real one */
     const sh_node_options *node;    /* limits that nodes run with; borrowed for the oracle's life */
     uint64_t store_bytes_max;       /* of a node; 0: not checked */
+    uint32_t node_items_max; /* alarms, windows that are kept of one (node, epoch); 0: 1024 */
     /* Nodes i with i % stride == 0 are checked at each step, the others at joins and at the end;
      * 1: all. */
     uint32_t stride;
@@ -104,6 +105,8 @@ void world_oracle_node_inference(world_oracle *o, uint32_t node, uint64_t at_ms,
 /* ---- the aggregator, by its thread ---- */
 void world_oracle_coord_boot(world_oracle *o, uint64_t at_ms, const sh_coord *core,
                              sh_store *store);
+/* A step was made and is not committed: it may be, and its process die before that is shown. */
+void world_oracle_coord_stepped(world_oracle *o, const sh_coord_event *event);
 void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_event *event,
                              const sh_coord_actions *actions, const sh_coord *core,
                              sh_store *store);

@@ -67,9 +67,47 @@ static bool same_id(const oracle_arrival *a, const oracle_arrival *b)
     return a->epoch == b->epoch && a->cls == b->cls && a->seq == b->seq;
 }
 
-/* The row that an item of this kind must have left, as coordinator.h describes the tables. */
-static void check_row(world_oracle *o, const oracle_watch *w, const oracle_arrival *a,
-                      uint64_t at_ms, sh_txn *txn)
+/* A tombstone named it: the node gave it up, and its mark may be the tombstone's. */
+static bool was_named(const oracle_line *line, uint64_t seq)
+{
+    for (size_t i = 0; i < line->n_ranges; i++)
+        if (line->ranges[i].first <= seq && seq <= line->ranges[i].last)
+            return true;
+    return false;
+}
+
+static void name_range(oracle_line *line, uint64_t first, uint64_t last)
+{
+    for (size_t i = line->n_ranges; i-- > 0;) { /* with those that it meets it is one */
+        oracle_range *r = &line->ranges[i];
+        if (r->last < first || last < r->first)
+            continue;
+        first = SH_MIN(first, r->first);
+        last = SH_MAX(last, r->last);
+        *r = line->ranges[--line->n_ranges];
+    }
+    if (line->n_ranges >= ORACLE_RANGES_MAX)
+        line->n_ranges = 0; /* a liar's; what is honest comes again */
+    oracle_grow((void **)&line->ranges, &line->ranges_cap, line->n_ranges, sizeof *line->ranges);
+    line->ranges[line->n_ranges++] = (oracle_range){first, last};
+}
+
+/* Of one (node, epoch) the last rows are kept: was the place of this one's taken? */
+static bool was_replaced(const world_oracle *o, const oracle_watch *w, const oracle_arrival *a,
+                         sh_txn *txn)
+{
+    uint32_t kept = o->options.node_items_max;
+    sh_msg_ack rows;
+    return a->kind != SH_ITEM_UPDATE &&
+           sh_inbox_get_ack(txn, SH_COORD_T_INBOX, &w->key, a->epoch, a->cls, &rows, NULL) ==
+               SH_OK &&
+           oracle_covers(&rows, a->seq + (kept ? kept : ORACLE_ITEMS_KEPT));
+}
+
+/* Looks at the row that an item of this kind must have left, as coordinator.h describes the tables.
+ * false: the item itself was not taken, a tombstone was in its place. */
+static bool check_row(world_oracle *o, oracle_watch *w, const oracle_arrival *a, uint64_t at_ms,
+                      sh_txn *txn)
 {
     uint8_t key[48];
     sh_slice value;
@@ -81,19 +119,26 @@ static void check_row(world_oracle *o, const oracle_watch *w, const oracle_arriv
                      : a->kind == SH_ITEM_WINDOW ? SH_COORD_T_WINDOW
                                                  : SH_COORD_TABLES;
     if (table == SH_COORD_TABLES)
-        return; /* an evaluation counts for its candidate, which may be decided */
+        return true; /* an evaluation counts for its candidate, which may be decided */
     sh_status status = sh_txn_get(txn, table, key, sizeof key, &value);
+    if (status == SH_ERR_NOT_FOUND && was_replaced(o, w, a, txn))
+        return true;
+    if (status == SH_ERR_NOT_FOUND && was_named(line_of(w, a->epoch, a->cls), a->seq))
+        return false;
     if (status != SH_OK)
         NOTE(o, WORLD_RULE_DURABLE, at_ms, "item %llu of class %u is acknowledged, its row: %s",
              (unsigned long long)a->seq, a->cls, sh_status_name(status));
     else if (table != SH_COORD_T_UPDATE && oracle_item_hash(a->cls, value.data, value.n) != a->hash)
         NOTE(o, WORLD_RULE_CONTENT, at_ms, "item %llu of class %u is not kept as it came",
              (unsigned long long)a->seq, a->cls);
+    return true;
 }
 
 static void commit(world_oracle *o, oracle_watch *w, const oracle_arrival *a, uint64_t at_ms,
                    sh_txn *txn)
 {
+    if (!w->lies && !check_row(o, w, a, at_ms, txn))
+        return;
     o->seen.items_committed++;
     if (w->fresh_ms != at_ms)
         w->n_fresh = 0;
@@ -102,7 +147,6 @@ static void commit(world_oracle *o, oracle_watch *w, const oracle_arrival *a, ui
     w->fresh[w->n_fresh++] = *a;
     if (w->lies)
         return;
-    check_row(o, w, a, at_ms, txn);
     if (!oracle_map_find(&w->committed, a->hash))
         oracle_map_put(&w->committed, a->hash, at_ms + 1);
     oracle_grow((void **)&o->commits, &o->commits_cap, o->n_commits, sizeof *o->commits);
@@ -266,6 +310,17 @@ static void check_buffer(world_oracle *o, uint64_t at_ms, const sh_coord_status 
     if (sh_coord_each_update(txn, count_pending, &rows, NULL) == SH_OK && rows != status->buffered)
         NOTE(o, WORLD_RULE_ONCE, at_ms, "%u updates wait, of which there are %u", status->buffered,
              rows);
+}
+
+void world_oracle_coord_stepped(world_oracle *o, const sh_coord_event *event)
+{
+    sh_msg msg;
+    oracle_watch *w = event->kind == SH_COORD_MESSAGE ? oracle_watch_of(o, &event->node) : NULL;
+    if (w && w->watched &&
+        sh_msg_decode(event->message.data, event->message.n, &msg, NULL) == SH_OK &&
+        msg.type == SH_MSG_ITEM && msg.item.kind == SH_ITEM_TOMBSTONE &&
+        msg.item.cls < SH_CLASSES && msg.item.seq <= msg.item.last_seq)
+        name_range(line_of(w, msg.item.epoch, msg.item.cls), msg.item.seq, msg.item.last_seq);
 }
 
 void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_event *event,

@@ -19,6 +19,8 @@
 
 #define ORACLE_JOIN_MS       600000u /* virtual time between two joins that look at every node */
 #define ORACLE_ARRIVALS_MAX  4096u   /* items of one key that came and are not committed */
+#define ORACLE_RANGES_MAX    1024u   /* ranges of one line that tombstones named */
+#define ORACLE_ITEMS_KEPT    1024u   /* of one (node, epoch), when the options say 0 */
 #define ORACLE_NOTED_MAX     64u /* violations of one party between two joins; more are counted */
 #define ORACLE_ROWS_MAX      (1u << 24)
 #define ORACLE_TOMBSTONE_MAX 64u /* bytes that a class may hold over its quota: one tombstone */
@@ -84,6 +86,10 @@ typedef struct {
 
 /* ---- a key, at the aggregator ---- */
 typedef struct {
+    uint64_t first, last;
+} oracle_range;
+
+typedef struct {
     uint64_t epoch;
     uint8_t cls;
     sh_msg_ack promised, rows; /* what was sent; what was in the store at the last look */
@@ -93,6 +99,10 @@ typedef struct {
      * with it. The node will send that again. */
     sh_msg_ack boot_before, boot_rows;
     uint64_t boot_ms;
+    /* What tombstones named, whether they were taken or not. An item that came before and was not
+     * taken (its node was not to be heard then) is marked by its tombstone, and leaves no row. */
+    oracle_range *ranges;
+    size_t n_ranges, ranges_cap;
 } oracle_line;
 
 typedef struct { /* came, and is not committed */

@@ -460,6 +460,7 @@ static sh_status make(world *w, sh_error *err)
     SH_TRY(world_make_genesis(w, err));
     set_options(w);
     o.release_key = w->coord_options.release_pk;
+    o.node_items_max = w->coord_options.node_items_max;
     SH_TRY(world_oracle_create(&o, &w->oracle, err));
     w->nodes = sh_calloc(o.nodes, sizeof *w->nodes);
     if (!w->nodes)
