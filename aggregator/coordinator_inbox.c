@@ -231,8 +231,12 @@ sh_status coord_on_message(coord_step *s, const sh_hash *key, sh_bytes message, 
     bool may = false, admitted = false;
     /* Who may not speak takes nothing of the rate that all share. */
     SH_TRY(coord_may_speak(s, &node, &may));
-    if (!may || coord_is_barred(s))
+    if (!may)
         return SH_OK;
+    /* Its sender may have done so long ago: then an ENROL that came late barred it. It says again
+     * which epoch it has, or all that it sends is lost for as long as the connection lasts. */
+    if (coord_is_barred(s))
+        return coord_send_error(s, key, SH_ERR_AUTH, "take a new epoch: send ENROL with it");
     key = &node.key;
     SH_TRY(coord_admit(s, key, &msg, &admitted));
     if (!admitted)

@@ -464,11 +464,17 @@ static void test_an_epoch_has_one_sender(void **state)
     finish(r);
 }
 
+/* By a PLAN: the check-in was taken; else the node is told to enrol. */
 static bool answered(rig *r, unsigned node, uint64_t epoch)
 {
     sh_msg msg = {.type = SH_MSG_CHECKIN, .checkin = {.epoch = epoch}};
     assert_true(rig_send(r, node, &msg));
-    return rig_take(r, node, &msg);
+    assert_true(rig_take(r, node, &msg));
+    if (msg.type == SH_MSG_PLAN)
+        return true;
+    assert_int_equal(msg.type, SH_MSG_ERROR);
+    assert_string_equal(msg.error.code, "auth");
+    return false;
 }
 
 /* A start that takes an epoch over from another, which may be the original of its copied store and
@@ -498,6 +504,10 @@ static void test_a_start_that_takes_over_is_alone(void **state)
     assert_false(renews(r, 0, 6, "a"));
     assert_true(answered(r, 0, 6) && answered(r, 0, 5));
     assert_false(renews(r, 0, 5, "")); /* one that does not take part */
+    assert_true(renews(r, 0, 5, "a")); /* its ENROL of before once more, late */
+    assert_false(answered(r, 0, 6));
+    assert_false(renews(r, 0, 6, "a"));
+    assert_true(answered(r, 0, 6));
     assert_int_equal(r->others_drops, 1);
     finish(r);
 }
