@@ -177,10 +177,17 @@ static sh_status run_window(world *w, world_team *team, uint64_t from_ms, uint64
     return SH_OK;
 }
 
+/* So many promises are broken that the rest of the run would show no more: a fleet with a bug in it
+ * may go round in circles for ever. */
+static bool is_decided(const world *w)
+{
+    return world_oracle_violations(w->oracle) >= WORLD_VIOLATIONS_KEPT;
+}
+
 /* All that happens before until_ms. */
 static sh_status run_until(world *w, world_team *team, uint64_t until_ms, sh_error *err)
 {
-    for (uint64_t at; (at = earliest(w)) < until_ms;) {
+    for (uint64_t at; !is_decided(w) && (at = earliest(w)) < until_ms;) {
         SH_TRY(run_window(w, team, at, until_ms, err));
         world_oracle_join(w->oracle, w->window_end_ms);
         world_progress_run(w);
@@ -234,7 +241,7 @@ static sh_status settle(world *w, world_team *team, sh_error *err)
     SH_TRY(world_center_close(w, err));
     SH_TRY(flush(w, err));
     uint64_t until = w->end_ms;
-    while (!at_rest(w) && until < w->end_ms + WORLD_SETTLE_MS_MAX) {
+    while (!is_decided(w) && !at_rest(w) && until < w->end_ms + WORLD_SETTLE_MS_MAX) {
         until += REST_CHECK_MS;
         SH_TRY(run_until(w, team, until, err));
     }
@@ -258,7 +265,7 @@ static sh_status finish(world *w, sh_error *err)
 
 static sh_status run_days(world *w, world_team *team, sh_error *err)
 {
-    for (uint64_t until = 0; until < w->end_ms;) {
+    for (uint64_t until = 0; until < w->end_ms && !is_decided(w);) {
         until = SH_MIN(until + AUDIT_MS, w->end_ms);
         SH_TRY(run_until(w, team, until, err));
         if (w->n_nodes <= AUDIT_NODES_MAX)
