@@ -14,13 +14,16 @@
 #define HOUR_MS          UINT64_C(3600000)
 #define DAY_MS           (24 * HOUR_MS)
 #define PURPOSE_SCRIPT   0x73637231u
-#define FAULTS_NODE_DAY  0.02 /* of each kind, beside the first one */
-#define LIARS_SHARE      4u   /* at most one node in so many lies */
-#define LIARS_PER        50u  /* one in so many does in a large fleet */
-#define ALL_SHARE        16u  /* one link fault in so many is everybody's */
-#define DOWN_SHARE       2u   /* no node is away for more than one part in so many */
-#define QUIET_PARTS      8u   /* the last one of them has no faults */
-#define NUMBER_WRITE_MAX 40u  /* writes before a crash */
+#define FAULTS_NODE_DAY  0.02  /* of each kind, beside the first one */
+#define LIARS_SHARE      4u    /* at most one node in so many lies */
+#define LIARS_PER        50u   /* one in so many does in a large fleet */
+#define CENTER_DAY       2.0   /* of each kind that every node feels, at the aggregator */
+#define ALL_SHARE        16u   /* at most one link fault in so many is everybody's */
+#define ALL_DAY          0.125 /* of each kind in a large fleet: it is not cut off more often */
+#define TORN_SHARE       3u    /* at most one torn commit in so many is the aggregator's */
+#define DOWN_SHARE       2u    /* no node is away for more than one part in so many */
+#define QUIET_PARTS      8u    /* the last one of them has no faults */
+#define NUMBER_WRITE_MAX 40u   /* writes before a crash */
 
 enum { LINK = 1, LIE = 2, DOWN = 4 /* the node is away meanwhile */, CENTER = 8 };
 
@@ -133,7 +136,14 @@ static double between_real(sh_rng *rng, double min, double max)
     return min + (max - min) * sh_rng_unit(rng);
 }
 
-static uint32_t draw_target(maker *m, world_fault_kind kind)
+/* One of the n faults of a kind is such a one: at most one in `share`, and about `day` a day. */
+static bool draw_common(maker *m, uint64_t n, uint32_t share, double day)
+{
+    double of_all = day * m->script->days / (double)n;
+    return sh_rng_unit(&m->rng) < SH_MIN(1.0 / share, of_all);
+}
+
+static uint32_t draw_target(maker *m, world_fault_kind kind, uint64_t n)
 {
     unsigned flags = kinds[kind].flags;
     uint32_t nodes = m->script->nodes;
@@ -141,9 +151,9 @@ static uint32_t draw_target(maker *m, world_fault_kind kind)
         return WORLD_AGGREGATOR;
     if (flags & LIE)
         return m->order[sh_rng_below(&m->rng, m->liars)];
-    if (flags & LINK && sh_rng_below(&m->rng, ALL_SHARE) == 0)
+    if (flags & LINK && draw_common(m, n, ALL_SHARE, ALL_DAY))
         return WORLD_ALL;
-    if (kind == WORLD_TORN && sh_rng_below(&m->rng, 3) == 0)
+    if (kind == WORLD_TORN && draw_common(m, n, TORN_SHARE, CENTER_DAY / 2))
         return WORLD_AGGREGATOR;
     if (kind == WORLD_CLONE || kind == WORLD_RESTORE)
         return m->order[m->liars + sh_rng_below(&m->rng, m->honest)];
@@ -159,13 +169,14 @@ static uint64_t draw_jump(sh_rng *rng)
     return (uint64_t)(sh_rng_below(rng, 2) ? jump : -jump);
 }
 
-static sh_status make_one(maker *m, world_fault_kind kind, sh_error *err)
+/* One of the n of its kind. */
+static sh_status make_one(maker *m, world_fault_kind kind, uint64_t n, sh_error *err)
 {
     const struct kind *k = &kinds[kind];
     uint64_t room = m->quiet_ms;
     world_fault f = {
         .kind = kind,
-        .target = draw_target(m, kind),
+        .target = draw_target(m, kind, n),
         .for_ms = SH_MIN(between(&m->rng, k->for_min, k->for_max), room / 4),
         .rate = between_real(&m->rng, k->rate_min, k->rate_max),
         .number = kind == WORLD_CLOCK_JUMP ? draw_jump(&m->rng)
@@ -199,15 +210,17 @@ static int fault_order(const void *a, const void *b)
 
 static sh_status make_all(maker *m, sh_error *err)
 {
-    double more = FAULTS_NODE_DAY * m->script->nodes * m->script->days;
+    double days = m->script->days, of_nodes = FAULTS_NODE_DAY * m->script->nodes * days;
     for (int kind = 0; kind < WORLD_FAULT_KINDS; kind++) {
         if (kinds[kind].flags & LIE && m->liars == 0)
             continue;
+        bool center = kinds[kind].flags & CENTER;
+        double more = center ? SH_MIN(of_nodes, days) : of_nodes; /* there is one aggregator */
         uint64_t n = 1 + (uint64_t)(2 * more * sh_rng_unit(&m->rng));
-        if (kinds[kind].flags & CENTER || kind == WORLD_TORN)
-            n += 2 * m->script->days; /* what every node depends on */
+        if (center || kind == WORLD_TORN)
+            n += (uint64_t)(CENTER_DAY * days); /* what every node depends on */
         for (uint64_t i = 0; i < n; i++)
-            SH_TRY(make_one(m, (world_fault_kind)kind, err));
+            SH_TRY(make_one(m, (world_fault_kind)kind, n, err));
     }
     if (m->script->n > 0)
         qsort(m->script->faults, m->script->n, sizeof(world_fault), fault_order);

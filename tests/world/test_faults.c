@@ -111,7 +111,7 @@ static void every_fault_has_its_effect(void **state)
 static void partition_delays_and_loses_nothing(void **state)
 {
     (void)state;
-    world_options o = options(9, 12, 2, "partition,drop,duplicate,reorder,delay,slow");
+    world_options o = options(10, 12, 2, "partition,drop,duplicate,reorder,delay,slow");
     world_result r = run(&o, NULL, 1);
     assert_int_equal(r.violations, 0);
     assert_true(r.counts.faults[WORLD_PARTITION] > 0);
