@@ -99,7 +99,7 @@ static sh_status make_room(sh_buf *buf, size_t n)
     return SH_OK;
 }
 
-sh_status sh_buf_append(sh_buf *buf, const void *bytes, size_t n)
+sh_status sh_buf_append_grown(sh_buf *buf, const void *bytes, size_t n)
 {
     if (n == 0)
         return SH_OK;

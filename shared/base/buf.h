@@ -7,6 +7,8 @@
 #ifndef SH_BASE_BUF_H
 #define SH_BASE_BUF_H
 
+#include <string.h>
+
 #include "shared/base/status.h"
 
 typedef struct {
@@ -18,8 +20,18 @@ void sh_buf_init(sh_buf *buf, size_t max_bytes);
 void sh_buf_release(sh_buf *buf);
 void sh_buf_clear(sh_buf *buf); /* len = 0, memory kept */
 
-/* SH_ERR_LIMIT past max, SH_ERR_NO_MEMORY; the buffer is unchanged on error. */
-SH_MUST_USE sh_status sh_buf_append(sh_buf *buf, const void *bytes, size_t n);
+/* SH_ERR_LIMIT past max, SH_ERR_NO_MEMORY; the buffer is unchanged on error. The few bytes of an
+ * encoder's field go in without a call. */
+#define SH_BUF_FEW 64u
+SH_MUST_USE sh_status sh_buf_append_grown(sh_buf *buf, const void *bytes, size_t n);
+SH_MUST_USE static inline sh_status sh_buf_append(sh_buf *buf, const void *bytes, size_t n)
+{
+    if (n == 0 || n > SH_BUF_FEW || n > buf->cap - buf->len)
+        return sh_buf_append_grown(buf, bytes, n);
+    memcpy(buf->data + buf->len, bytes, n);
+    buf->len += n;
+    return SH_OK;
+}
 SH_MUST_USE sh_status sh_buf_printf(sh_buf *buf, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 /* Makes room for n more bytes and returns where they go (len is not moved), NULL on error. */

@@ -96,6 +96,10 @@ void sh_write_varint(sh_writer *w, uint64_t value)
 {
     uint8_t b[10];
     size_t n = 0;
+    if (value < 0x80 && w->status == SH_OK && w->out->len < w->out->cap) { /* most are */
+        w->out->data[w->out->len++] = (uint8_t)value;
+        return;
+    }
     while (value >= 0x80) {
         b[n++] = (uint8_t)(value | 0x80);
         value >>= 7;

@@ -22,8 +22,9 @@ struct mem_node {
 };
 
 typedef struct {
-    mem_node *head[HEIGHT_MAX];
     uint64_t count;
+    uint8_t levels; /* no node was ever higher */
+    mem_node *head[HEIGHT_MAX];
 } mem_table;
 
 typedef struct {

@@ -48,11 +48,25 @@ static int compare(const mem_node *node, sh_slice key)
 static void find(mem_table *table, sh_slice key, bool after, mem_node **links[HEIGHT_MAX])
 {
     mem_node **row = table->head;
-    for (int l = HEIGHT_MAX - 1; l >= 0; l--) {
+    for (int l = table->levels; l < HEIGHT_MAX; l++)
+        links[l] = &row[l];
+    for (int l = table->levels - 1; l >= 0; l--) {
         while (row[l] && compare(row[l], key) < (after ? 1 : 0))
             row = row[l]->next;
         links[l] = &row[l];
     }
+}
+
+/* The first node with a key >= key, NULL when there is none. */
+static mem_node *seek(mem_table *table, sh_slice key)
+{
+    mem_node **row = table->head, *past = NULL;
+    for (int l = table->levels - 1; l >= 0; l--) {
+        while (row[l] && row[l] != past && compare(row[l], key) < 0)
+            row = row[l]->next;
+        past = row[l]; /* it was looked at: not again on the levels below */
+    }
+    return past;
 }
 
 /* Out of, and into, the place that find gave for the node's key. */
@@ -76,6 +90,7 @@ static void link_node(mem_store *store, mem_table *table, mem_node *node,
         *links[l] = node;
     }
     node->dead = false;
+    table->levels = SH_MAX(table->levels, node->height);
     table->count++;
     store->used += node_bytes(node);
 }
@@ -182,9 +197,8 @@ static void give(const mem_node *node, sh_slice *key, sh_slice *value)
 
 static sh_status mem_get(sh_txn *base, unsigned t, sh_slice key, sh_slice *value)
 {
-    mem_node **links[HEIGHT_MAX];
-    mem_node *node = lookup((mem_txn *)base, t, key, links);
-    if (!node)
+    const mem_node *node = seek(&store_of(base)->tables[t], key);
+    if (!node || compare(node, key) != 0)
         return SH_ERR_NOT_FOUND;
     give(node, NULL, value);
     return SH_OK;
@@ -324,9 +338,7 @@ static sh_status mem_seek(sh_cursor *base, sh_slice from, sh_slice *key, sh_slic
     mem_table *table = cursor_table(cursor);
     if (from.n == 0)
         return move(cursor, table->head[0], key, value);
-    mem_node **links[HEIGHT_MAX];
-    find(table, from, false, links);
-    return move(cursor, *links[0], key, value);
+    return move(cursor, seek(table, from), key, value);
 }
 
 static sh_status mem_next(sh_cursor *base, sh_slice *key, sh_slice *value)
