@@ -125,6 +125,7 @@ struct sh_node {
     uint64_t evaluate_job; /* id of the running EVALUATE; 0: none */
     bool evaluate;         /* the last plan asked for the candidate */
 
+    sh_hash verified;  /* BLAKE2b-256 of the last manifest whose signature held */
     uint64_t take_job; /* id of the running INSTALL or SMOKE; 0: none */
     uint64_t take_retry_ms;
     uint64_t train_job;     /* id of the running TRAIN; 0: none */
@@ -160,6 +161,9 @@ sh_status node_monitor_load(node_step *s);
 extern const char node_meta_take[], node_meta_slot0[], node_meta_slot1[];
 sh_status node_manifest_put(node_step *s, const char *key, sh_bytes manifest);
 sh_status node_manifest_del(node_step *s, const char *key);
+/* sh_manifest_verify with the release key, which is spared what it passed last: every plan brings
+ * the same manifest again. */
+sh_status node_manifest_verify(sh_node *n, sh_bytes bytes, sh_manifest *out, sh_error *err);
 /* The manifest being taken; *copy holds its bytes (the caller's to release). */
 sh_status node_manifest_take(node_step *s, sh_buf *copy, sh_manifest *out);
 

@@ -65,8 +65,7 @@ sh_status node_on_manifest(node_step *s, sh_bytes bytes)
     node_state *st = &n->state;
     sh_manifest manifest;
     sh_error local = {0};
-    sh_status status =
-        sh_manifest_verify(bytes.data, bytes.n, &n->options.release_key, &manifest, &local);
+    sh_status status = node_manifest_verify(n, bytes, &manifest, &local);
     if (status == SH_ERR_NO_MEMORY)
         return sh_fail(s->err, status, "%s", local.text);
     if (status != SH_OK) {

@@ -280,6 +280,16 @@ sh_status node_manifest_del(node_step *s, const char *key)
     return sh_txn_del(s->txn, SH_NODE_T_META, key, strlen(key), s->err);
 }
 
+sh_status node_manifest_verify(sh_node *n, sh_bytes bytes, sh_manifest *out, sh_error *err)
+{
+    sh_hash hash = sh_blake2b(bytes.data, bytes.n);
+    if (sh_hash_equal(&hash, &n->verified))
+        return sh_manifest_decode(bytes.data, bytes.n, out, err);
+    SH_TRY(sh_manifest_verify(bytes.data, bytes.n, &n->options.release_key, out, err));
+    n->verified = hash;
+    return SH_OK;
+}
+
 sh_status node_manifest_take(node_step *s, sh_buf *copy, sh_manifest *out)
 {
     sh_slice value;
@@ -290,7 +300,7 @@ sh_status node_manifest_take(node_step *s, sh_buf *copy, sh_manifest *out)
     sh_buf_init(copy, NODE_MANIFEST_MAX);
     if (sh_buf_append(copy, value.data, value.n) != SH_OK)
         return sh_fail(s->err, SH_ERR_NO_MEMORY, "node: manifest of %zu bytes", value.n);
-    return sh_manifest_verify(copy->data, copy->len, &s->n->options.release_key, out, s->err);
+    return node_manifest_verify(s->n, (sh_bytes){copy->data, copy->len}, out, s->err);
 }
 
 sh_status sh_node_get_slot(sh_txn *txn, uint32_t slot, sh_bytes *manifest, sh_error *err)

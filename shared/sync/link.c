@@ -636,7 +636,8 @@ sh_status sh_link_receive(const sh_link_step *s, sh_bytes message)
 {
     sh_msg msg;
     sh_error local = {0};
-    sh_status status = sh_msg_decode(message.data, message.n, &msg, &local);
+    sh_msg_check check = SH_CANARY(INSTALL_UNCHECKED) ? SH_CHECK_ENVELOPE : SH_CHECK_NAME;
+    sh_status status = sh_msg_decode_checked(message.data, message.n, check, &msg, &local);
     if (status == SH_ERR_NO_MEMORY)
         return sh_fail(s->err, status, "%s", local.text);
     if (status != SH_OK)

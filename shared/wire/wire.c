@@ -525,16 +525,23 @@ static sh_status sign_record(const wire_schema *schema, const void *record,
     return SH_OK;
 }
 
+static sh_status check_signed_size(const wire_schema *schema, sh_bytes bytes, size_t max,
+                                   sh_error *err)
+{
+    if (bytes.n > max)
+        return sh_fail(err, SH_ERR_LIMIT, "%s: %zu bytes, at most %zu", schema->name, bytes.n, max);
+    if (bytes.n <= sizeof(sh_signature))
+        return sh_fail(err, SH_ERR_INVALID, "%s: %zu bytes are too few for a signature",
+                       schema->name, bytes.n);
+    return SH_OK;
+}
+
 /* Nothing is read before the signature holds. */
 static sh_status verify_record(const wire_schema *schema, sh_bytes bytes, size_t max,
                                const sh_sign_public_key *pk, void *record, sh_error *err)
 {
     sh_signature sig;
-    if (bytes.n > max)
-        return sh_fail(err, SH_ERR_LIMIT, "%s: %zu bytes, at most %zu", schema->name, bytes.n, max);
-    if (bytes.n <= sizeof(sig.b))
-        return sh_fail(err, SH_ERR_INVALID, "%s: %zu bytes are too few for a signature",
-                       schema->name, bytes.n);
+    SH_TRY(check_signed_size(schema, bytes, max, err));
     size_t signed_n = bytes.n - sizeof(sig.b);
     memcpy(sig.b, (const uint8_t *)bytes.data + signed_n, sizeof(sig.b));
     sh_status status = sh_sign_verify(bytes.data, signed_n, &sig, pk, err);
@@ -557,6 +564,16 @@ sh_status sh_manifest_verify(const void *bytes, size_t n, const sh_sign_public_k
     sh_manifest manifest = {0};
     SH_TRY(verify_record(&manifest_schema, (sh_bytes){bytes, n}, SH_WIRE_MANIFEST_MAX, pk,
                          &manifest, err));
+    *out = manifest;
+    sh_wire_rebase_texts(&manifest_schema, out);
+    return SH_OK;
+}
+
+sh_status sh_manifest_decode(const void *bytes, size_t n, sh_manifest *out, sh_error *err)
+{
+    sh_manifest manifest = {0};
+    SH_TRY(check_signed_size(&manifest_schema, (sh_bytes){bytes, n}, SH_WIRE_MANIFEST_MAX, err));
+    SH_TRY(sh_wire_decode(&manifest_schema, bytes, n - sizeof(sh_signature), &manifest, err));
     *out = manifest;
     sh_wire_rebase_texts(&manifest_schema, out);
     return SH_OK;

@@ -317,6 +317,10 @@ SH_MUST_USE sh_status sh_manifest_sign(const sh_manifest *manifest, const sh_sig
 SH_MUST_USE sh_status sh_manifest_verify(const void *bytes, size_t n, const sh_sign_public_key *pk,
                                          sh_manifest *out, sh_error *err);
 
+/* Without a look at the signature: of bytes that sh_manifest_verify has passed before. */
+SH_MUST_USE sh_status sh_manifest_decode(const void *bytes, size_t n, sh_manifest *out,
+                                         sh_error *err);
+
 /* The aggregator's time, signed by the release key: ["shoal-time", 1, now_ms], then the signature.
  * A floor, not a clock: the true time is not before it. */
 SH_MUST_USE sh_status sh_time_sign(uint64_t now_ms, const sh_sign_secret_key *sk, sh_buf *out,
