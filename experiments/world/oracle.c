@@ -83,11 +83,11 @@ void world_oracle_node_key(world_oracle *o, uint32_t node, const sh_hash *key)
     if (watch == UINT32_MAX) {
         oracle_grow((void **)&o->watches, &o->watches_cap, o->n_watches, sizeof *o->watches);
         watch = (uint32_t)o->n_watches++;
-        o->watches[watch] = (oracle_watch){.key = *key};
+        o->watches[watch] = (oracle_watch){.key = *key, .watched = n->watched};
     }
     oracle_map_put(&o->keys, oracle_hash(key->b, sizeof key->b), watch);
     oracle_watch *w = &o->watches[watch];
-    w->watched |= n->watched;
+    n->watched = w->watched; /* all copies of a store, or none */
     if (n->watch == watch)
         return;
     n->watch = watch;
@@ -223,10 +223,10 @@ static void join_node(world_oracle *o, uint32_t i)
     }
     n->n_gone = 0;
     for (size_t k = 0; k < n->n_active; k++) {
-        const uint64_t *model = oracle_map_find(&o->published, n->active[k].version);
-        if (!model || *model != n->active[k].model)
+        const uint64_t *manifest = oracle_map_find(&o->published, n->active[k].version);
+        if (!manifest || *manifest != n->active[k].manifest)
             oracle_note(&n->notes, WORLD_RULE_MODEL, n->active[k].at_ms, i,
-                        "release %llu is active, which was never published so",
+                        "release %llu is active, whose manifest was never published so",
                         (unsigned long long)n->active[k].version);
     }
     n->n_active = 0;

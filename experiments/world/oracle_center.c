@@ -257,8 +257,7 @@ static void check_published(world_oracle *o, uint64_t at_ms, const sh_coord_stat
         NOTE(o, WORLD_RULE_MODEL, at_ms, "release %llu is published, its manifest: %s",
              (unsigned long long)status->version, sh_status_name(found));
     else
-        oracle_map_put(&o->published, status->version,
-                       oracle_hash(decoded.model.sha256.b, sizeof decoded.model.sha256.b));
+        oracle_map_put(&o->published, status->version, oracle_hash(manifest.data, manifest.n));
     o->coord_version = status->version;
     o->seen.releases++;
 }
@@ -274,14 +273,28 @@ void world_oracle_coord_boot(world_oracle *o, uint64_t at_ms, const sh_coord *co
     sh_txn_abort(&txn);
 }
 
+/* An ACK of the aggregator's own: its hashes are not looked at, nothing has damaged it. */
+static bool is_ack(const void *bytes, size_t n, sh_msg *msg)
+{
+    return sh_msg_decode_checked(bytes, n, SH_CHECK_DONE, msg, NULL) == SH_OK &&
+           msg->type == SH_MSG_ACK;
+}
+
+/* An ITEM that came whole. */
+static bool is_item(const sh_coord_event *event, sh_msg *msg)
+{
+    return sh_msg_decode_checked(event->message.data, event->message.n, SH_CHECK_DONE, msg, NULL) ==
+               SH_OK &&
+           msg->type == SH_MSG_ITEM && msg->item.cls < SH_CLASSES &&
+           sh_msg_decode(event->message.data, event->message.n, msg, NULL) == SH_OK;
+}
+
 /* What an action says of the store must be true of it by now. */
 static void check_send(world_oracle *o, uint64_t at_ms, const sh_coord_action *action, sh_txn *txn)
 {
     oracle_watch *w = oracle_watch_of(o, &action->node);
     sh_msg msg;
-    if (!w || !w->watched ||
-        sh_msg_decode(action->message.data, action->message.len, &msg, NULL) != SH_OK ||
-        msg.type != SH_MSG_ACK)
+    if (!w || !w->watched || !is_ack(action->message.data, action->message.len, &msg))
         return;
     oracle_line *line = line_of(w, msg.ack.epoch, msg.ack.cls);
     look(o, w, line, at_ms, txn);
@@ -316,10 +329,8 @@ void world_oracle_coord_stepped(world_oracle *o, const sh_coord_event *event)
 {
     sh_msg msg;
     oracle_watch *w = event->kind == SH_COORD_MESSAGE ? oracle_watch_of(o, &event->node) : NULL;
-    if (w && w->watched &&
-        sh_msg_decode(event->message.data, event->message.n, &msg, NULL) == SH_OK &&
-        msg.type == SH_MSG_ITEM && msg.item.kind == SH_ITEM_TOMBSTONE &&
-        msg.item.cls < SH_CLASSES && msg.item.seq <= msg.item.last_seq)
+    if (w && w->watched && is_item(event, &msg) && msg.item.kind == SH_ITEM_TOMBSTONE &&
+        msg.item.seq <= msg.item.last_seq)
         name_range(line_of(w, msg.item.epoch, msg.item.cls), msg.item.seq, msg.item.last_seq);
 }
 
@@ -332,9 +343,7 @@ void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_eve
     if (sh_txn_begin(store, SH_TXN_READ, &txn, NULL) != SH_OK)
         return;
     oracle_watch *w = event->kind == SH_COORD_MESSAGE ? oracle_watch_of(o, &event->node) : NULL;
-    if (w && w->watched &&
-        sh_msg_decode(event->message.data, event->message.n, &msg, NULL) == SH_OK &&
-        msg.type == SH_MSG_ITEM && msg.item.cls < SH_CLASSES)
+    if (w && w->watched && is_item(event, &msg))
         arrive(o, w, &msg.item, at_ms, txn);
     if (actions->n > SH_COORD_ACTIONS_MAX)
         NOTE(o, WORLD_RULE_LIMIT, at_ms, "a step has %zu actions", actions->n);
@@ -363,7 +372,7 @@ void world_oracle_coord_sent(world_oracle *o, uint64_t at_ms, const sh_hash *key
     oracle_watch *w = oracle_watch_of(o, key);
     sh_msg msg;
     (void)at_ms;
-    if (!w || !w->watched || sh_msg_decode(bytes, n, &msg, NULL) != SH_OK || msg.type != SH_MSG_ACK)
+    if (!w || !w->watched || !is_ack(bytes, n, &msg))
         return;
     join_acks(&line_of(w, msg.ack.epoch, msg.ack.cls)->promised, &msg.ack);
     o->seen.acks_promised++;

@@ -57,8 +57,8 @@ typedef struct { /* left the outbox, without a count as dropped */
     uint64_t hash, at_ms;
 } oracle_gone;
 
-typedef struct { /* went active, with this model */
-    uint64_t version, model, at_ms;
+typedef struct { /* went active, with this manifest */
+    uint64_t version, manifest, at_ms;
 } oracle_active;
 
 typedef struct {
@@ -140,7 +140,7 @@ struct world_oracle {
     oracle_map keys; /* hash of a key -> its watch */
     oracle_commit *commits;
     size_t n_commits, commits_cap;
-    oracle_map published; /* version -> hash of its model's SHA-256 */
+    oracle_map published; /* version -> hash of its signed manifest, which was verified */
     uint64_t coord_version, join_due_ms;
     uint32_t buffered; /* updates that the core says wait, at the last look */
     bool finished;

@@ -243,8 +243,9 @@ void oracle_node_scan(world_oracle *o, uint32_t node, uint64_t at_ms, sh_store *
 
 /* ---- releases ---- */
 
-/* The active slot's manifest holds, and its file is what the manifest says. */
-static void check_active(world_oracle *o, oracle_node *w, uint32_t i, uint64_t at_ms, uint32_t slot,
+/* The active slot's manifest is, byte for byte, one that was published and whose signature holds (a
+ * join finds that out), and its file is what the manifest says. */
+static void check_active(oracle_node *w, uint32_t i, uint64_t at_ms, uint32_t slot,
                          uint64_t version, sh_store *store)
 {
     sh_txn *txn = NULL;
@@ -254,8 +255,7 @@ static void check_active(world_oracle *o, oracle_node *w, uint32_t i, uint64_t a
         return;
     sh_status status = sh_node_get_slot(txn, slot, &signed_bytes, NULL);
     if (status == SH_OK)
-        status = sh_manifest_verify(signed_bytes.data, signed_bytes.n, &o->options.release_key,
-                                    &manifest, NULL);
+        status = sh_manifest_decode(signed_bytes.data, signed_bytes.n, &manifest, NULL);
     if (status != SH_OK) {
         NOTE(w, i, WORLD_RULE_MODEL, at_ms, "release %llu is active, its manifest: %s",
              (unsigned long long)version, sh_status_name(status));
@@ -264,8 +264,8 @@ static void check_active(world_oracle *o, oracle_node *w, uint32_t i, uint64_t a
              (unsigned long long)version, slot, (unsigned long long)manifest.version);
     } else {
         oracle_grow((void **)&w->active, &w->active_cap, w->n_active, sizeof *w->active);
-        w->active[w->n_active++] = (oracle_active){
-            version, oracle_hash(manifest.model.sha256.b, sizeof manifest.model.sha256.b), at_ms};
+        w->active[w->n_active++] =
+            (oracle_active){version, oracle_hash(signed_bytes.data, signed_bytes.n), at_ms};
         if (!sh_hash_equal(&manifest.model.sha256, &w->slot[slot]))
             NOTE(w, i, WORLD_RULE_MODEL, at_ms,
                  "release %llu is active, and its file is not what the manifest says",
@@ -287,7 +287,7 @@ static bool was_refused(const sh_node_actions *actions)
 }
 
 /* actions NULL: a boot. */
-static void check_version(world_oracle *o, oracle_node *w, uint32_t i, uint64_t at_ms,
+static void check_version(oracle_node *w, uint32_t i, uint64_t at_ms,
                           const sh_node_actions *actions, const sh_node *core, sh_store *store)
 {
     sh_node_status status = sh_node_get_status(core);
@@ -302,7 +302,7 @@ static void check_version(world_oracle *o, oracle_node *w, uint32_t i, uint64_t 
     w->version = status.active_version;
     if (status.active_version != 0 &&
         (!slot_lost || !sh_hash_is_zero(&w->slot[status.active_slot])))
-        check_active(o, w, i, at_ms, status.active_slot, status.active_version, store);
+        check_active(w, i, at_ms, status.active_slot, status.active_version, store);
 }
 
 static void check_limits(world_oracle *o, oracle_node *w, uint32_t i, uint64_t at_ms,
@@ -323,7 +323,7 @@ void world_oracle_node_boot(world_oracle *o, uint32_t node, uint64_t at_ms, cons
     if (!w->watched)
         return;
     oracle_node_scan(o, node, at_ms, store, true);
-    check_version(o, w, node, at_ms, NULL, core, store);
+    check_version(w, node, at_ms, NULL, core, store);
     check_limits(o, w, node, at_ms, NULL, store);
 }
 
@@ -337,6 +337,6 @@ void world_oracle_node_step(world_oracle *o, uint32_t node, uint64_t at_ms,
     if (!w->watched)
         return;
     oracle_node_scan(o, node, at_ms, store, false);
-    check_version(o, w, node, at_ms, actions, core, store);
+    check_version(w, node, at_ms, actions, core, store);
     check_limits(o, w, node, at_ms, actions, store);
 }
