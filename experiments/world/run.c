@@ -309,7 +309,7 @@ static void set_options(world *w)
     c->norm_factor_max = 4;
     c->gate_slice_max = 1.5;
     c->round_ms_max = 6 * WORLD_HOUR_MS;
-    c->checkin_ms = 44 * 60000;
+    c->checkin_ms = 50 * 60000;
     c->chunk_budget = 16;
     c->node_items_max = small ? 0 : 4; /* a month of windows of all nodes is not to be looked at */
     if (small && (bits & 1)) {         /* every other small fleet evaluates candidates itself */
