@@ -304,6 +304,11 @@ void world_oracle_finish(world_oracle *o, uint64_t now_ms, const sh_coord *core,
     o->finished = true;
     join_now(o);
     world_oracle_audit(o, now_ms, coord_store);
+    if (!core) {
+        oracle_note(&o->center, WORLD_RULE_CONVERGED, now_ms, WORLD_AGGREGATOR, "it does not run");
+        collect_all(o);
+        return;
+    }
     sh_coord_status status = sh_coord_get_status(core);
     uint64_t version = status.version, chunks = count_rows(coord_store, SH_COORD_T_CHUNK);
     if (chunks > status.chunk_names)

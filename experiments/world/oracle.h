@@ -128,7 +128,8 @@ typedef struct {         /* what the engine has of a node at the end */
     const sh_node *core; /* NULL: it is switched off for good (a clone): nothing is owed */
     sh_store *store;
 } world_oracle_node;
-/* Faults have stopped and the fleet had its time: audits, and checks that it came to rest. */
+/* Faults have stopped and the fleet had its time: audits, and checks that it came to rest. core
+ * NULL: the aggregator's could not be made, or the run ended while it was down. */
 void world_oracle_finish(world_oracle *o, uint64_t now_ms, const sh_coord *core,
                          sh_store *coord_store, const world_oracle_node *nodes);
 

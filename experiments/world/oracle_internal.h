@@ -25,6 +25,7 @@
 #define ORACLE_ITEMS_KEPT    1024u   /* of one (node, epoch), when the options say 0 */
 #define ORACLE_NOTED_MAX     64u /* violations of one party between two joins; more are counted */
 #define ORACLE_ROWS_MAX      (1u << 24)
+#define ORACLE_ANY           UINT64_MAX
 #define ORACLE_ROW_KEY       48u /* of an update, alarm or window: node, epoch, sequence */
 #define ORACLE_TOMBSTONE_MAX 64u /* bytes that a class may hold over its quota: one tombstone */
 
@@ -67,8 +68,9 @@ typedef struct { /* went active, with this model */
 typedef struct {
     bool known; /* inferences is */
     uint64_t inferences, quiets;
-    uint64_t quiet_until_ms; /* the aggregator has asked for it */
-    uint64_t day, up, down;  /* of its rows' clock; bytes of messages on it */
+    uint64_t quiet_until_ms;            /* the aggregator has asked for it */
+    uint64_t day, up, down;             /* of its rows' clock; bytes of messages on it */
+    uint64_t trying, trying_job, tried; /* release that a SMOKE job opens; that one opened */
 } oracle_use;
 
 typedef struct {
@@ -179,6 +181,9 @@ void oracle_check_use(const world_oracle *o, uint32_t i, uint64_t at_ms, const s
                       const sh_node_actions *actions, const sh_node *core);
 void oracle_check_rings(const world_oracle *o, oracle_node *w, uint32_t i, uint64_t at_ms,
                         sh_txn *txn);
+
+/* Before the step's releases are looked at: which one a job has opened. */
+void oracle_see_jobs(oracle_use *use, const sh_node_event *event, const sh_node_actions *actions);
 
 /* ---- oracle_rows.c ---- */
 /* contents: of updates' rows, by oracle_id_hash. */

@@ -107,6 +107,35 @@ static void check_message(const world_oracle *o, oracle_node *w, uint32_t i, uin
              (unsigned long long)use->down, (unsigned long long)budgets->down_day, msg.want.n);
 }
 
+/* What a check-in says that was dropped is what the outbox counts. */
+static void check_checkin(oracle_node *w, uint32_t i, uint64_t at_ms, const sh_buf *message)
+{
+    sh_msg msg;
+    if (sh_msg_decode(message->data, message->len, &msg, NULL) != SH_OK ||
+        msg.type != SH_MSG_CHECKIN)
+        return;
+    for (int cls = 0; cls < SH_CLASSES; cls++)
+        if (msg.checkin.dropped[cls] != w->now.dropped[cls])
+            NOTE(w, i, WORLD_RULE_OUTBOX, at_ms, "class %d: it says that %llu of %llu were dropped",
+                 cls, (unsigned long long)msg.checkin.dropped[cls],
+                 (unsigned long long)w->now.dropped[cls]);
+}
+
+void oracle_see_jobs(oracle_use *use, const sh_node_event *event, const sh_node_actions *actions)
+{
+    bool done = event->kind == SH_NODE_JOB_DONE && event->result.status == SH_OK;
+    if (done && use->trying_job == ORACLE_ANY) /* that a boot started */
+        use->tried = ORACLE_ANY;
+    else if (done && event->result.id == use->trying_job)
+        use->tried = use->trying;
+    for (size_t k = 0; k < actions->n; k++)
+        if (actions->items[k].kind == SH_NODE_START_JOB &&
+            actions->items[k].job.kind == SH_JOB_SMOKE) {
+            use->trying = actions->items[k].job.version;
+            use->trying_job = actions->items[k].job.id;
+        }
+}
+
 void oracle_check_use(const world_oracle *o, uint32_t i, uint64_t at_ms, const sh_node_event *event,
                       const sh_node_actions *actions, const sh_node *core)
 {
@@ -115,8 +144,13 @@ void oracle_check_use(const world_oracle *o, uint32_t i, uint64_t at_ms, const s
     const sh_node_options *limits = o->options.node;
     bool counts = !event || event->kind == SH_NODE_INFERENCE;
     bool budgets = limits && (limits->budgets.up_day || limits->budgets.down_day);
+    if (!event)
+        use->trying_job = ORACLE_ANY;
     if (!event || event->kind == SH_NODE_LINK_UP || event->kind == SH_NODE_LINK_DOWN)
         use->quiet_until_ms = 0; /* another connection */
+    for (size_t k = 0; actions && o->options.stride <= 1 && k < actions->n; k++)
+        if (actions->items[k].kind == SH_NODE_SEND)
+            check_checkin(w, i, at_ms, &actions->items[k].message);
     if (!counts && !budgets && !o->options.says_later)
         return;
     sh_node_status status = sh_node_get_status(core);

@@ -313,6 +313,11 @@ static void check_version(world_oracle *o, oracle_node *w, uint32_t i, uint64_t 
     if (status.active_version < w->version && !was_refused(actions) && !lost)
         NOTE(w, i, WORLD_RULE_VERSION, at_ms, "the active release goes from %llu back to %llu",
              (unsigned long long)w->version, (unsigned long long)status.active_version);
+    bool tried = w->use.tried == status.active_version || w->use.tried == ORACLE_ANY;
+    if (actions && status.active_version > w->version && !tried)
+        NOTE(w, i, WORLD_RULE_MODEL, at_ms, "release %llu is active, which was not tried",
+             (unsigned long long)status.active_version);
+    w->use.tried = 0;
     bool slot_lost = actions == NULL; /* the shell opens the file first, and tells of a bad one */
     w->version = status.active_version;
     if (status.active_version != 0 &&
@@ -352,6 +357,7 @@ void world_oracle_node_step(world_oracle *o, uint32_t node, uint64_t at_ms,
     if (!w->watched)
         return;
     oracle_node_scan(o, node, at_ms, store, false);
+    oracle_see_jobs(&w->use, event, actions);
     check_version(o, w, node, at_ms, actions, core, store);
     check_limits(o, w, node, at_ms, actions, store);
     oracle_check_use(o, node, at_ms, event, actions, core);

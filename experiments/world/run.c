@@ -288,12 +288,14 @@ static void set_small_options(world *w, uint64_t bits)
         c->canary_share = 1;
         c->canary_ms_max = 4 * WORLD_HOUR_MS;
     }
-    if (bits & 2) /* a day's windows are more */
+    if (bits & 2) { /* a day's windows are more, and two large updates */
         c->node_items_max = 16;
+        n->outbox_quota_bytes[SH_CLASS_UPDATE] = 96u << 10;
+    }
     if (bits & 4) { /* a fleet that comes back at once is told to come back later */
         c->checkins_per_s = 1;
         c->items_per_s = 1;
-        c->asked_bytes_max = 3 * SH_CHUNK_BYTES;
+        c->asked_bytes_max = 72000; /* the largest update, alone */
     }
     if (bits & 8) /* more than most need on a day, less than some */
         n->budgets = (sh_node_budgets){.up_day = 40u << 10, .down_day = 640u << 10};
