@@ -135,7 +135,7 @@ static sh_status displace(coord_step *s, unsigned table, const sh_update_id *id,
                           const sh_msg_item *item)
 {
     uint8_t key[COORD_ID_BYTES];
-    uint32_t kept = items_kept(s->c);
+    uint32_t kept = items_kept(s->c) - SH_CANARY(LOSE_ROW);
     sh_update_id old = {.node = id->node, .epoch = id->epoch};
     if (item->last_seq <= kept)
         return SH_OK;

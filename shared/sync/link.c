@@ -644,7 +644,7 @@ static void on_error(const sh_link_step *s, const sh_msg *msg)
     if (msg->version < l->version && strcmp(error->code, sh_status_name(SH_ERR_UNSUPPORTED)) == 0)
         speak(s, msg->version);
     uint64_t quiet = SH_MIN(error->retry_after_ms, l->options.retry_max_ms);
-    if (quiet > 0)
+    if (quiet > 0 && !SH_CANARY(IGNORE_LATER))
         l->hold_ms = s->now_ms + quiet;
     if (strcmp(error->code, sh_status_name(SH_ERR_AUTH)) == 0 && l->enrol.due_ms == SH_LINK_NEVER)
         sh_link_arm(s, &l->enrol); /* it does not know us: enrol again */
