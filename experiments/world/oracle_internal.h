@@ -68,9 +68,11 @@ typedef struct { /* went active, with this model */
 typedef struct {
     bool known; /* inferences is */
     uint64_t inferences, quiets;
-    uint64_t quiet_until_ms;            /* the aggregator has asked for it */
-    uint64_t day, up, down;             /* of its rows' clock; bytes of messages on it */
-    uint64_t trying, trying_job, tried; /* release that a SMOKE job opens; that one opened */
+    uint64_t quiet_until_ms; /* the aggregator has asked for it */
+    uint64_t day, up, down;  /* of its rows' clock; bytes of messages on it */
+    /* The release that the last job is of, that job when it is a SMOKE, and the release that one
+     * has opened in this step. */
+    uint64_t trying, trying_job, tried;
 } oracle_use;
 
 typedef struct {

@@ -124,16 +124,19 @@ static void check_checkin(oracle_node *w, uint32_t i, uint64_t at_ms, const sh_b
 void oracle_see_jobs(oracle_use *use, const sh_node_event *event, const sh_node_actions *actions)
 {
     bool done = event->kind == SH_NODE_JOB_DONE && event->result.status == SH_OK;
-    if (done && use->trying_job == ORACLE_ANY) /* that a boot started */
+    use->tried = 0;
+    if (done && use->trying_job == ORACLE_ANY)
         use->tried = ORACLE_ANY;
     else if (done && event->result.id == use->trying_job)
         use->tried = use->trying;
-    for (size_t k = 0; k < actions->n; k++)
-        if (actions->items[k].kind == SH_NODE_START_JOB &&
-            actions->items[k].job.kind == SH_JOB_SMOKE) {
-            use->trying = actions->items[k].job.version;
-            use->trying_job = actions->items[k].job.id;
-        }
+    for (size_t k = 0; k < actions->n; k++) {
+        const sh_node_job *job = &actions->items[k].job;
+        if (actions->items[k].kind != SH_NODE_START_JOB ||
+            (job->kind != SH_JOB_SMOKE && job->kind != SH_JOB_INSTALL))
+            continue;
+        use->trying = job->version;
+        use->trying_job = job->kind == SH_JOB_SMOKE ? job->id : 0;
+    }
 }
 
 void oracle_check_use(const world_oracle *o, uint32_t i, uint64_t at_ms, const sh_node_event *event,
@@ -145,7 +148,7 @@ void oracle_check_use(const world_oracle *o, uint32_t i, uint64_t at_ms, const s
     bool counts = !event || event->kind == SH_NODE_INFERENCE;
     bool budgets = limits && (limits->budgets.up_day || limits->budgets.down_day);
     if (!event)
-        use->trying_job = ORACLE_ANY;
+        use->trying_job = ORACLE_ANY; /* what create has started is not seen */
     if (!event || event->kind == SH_NODE_LINK_UP || event->kind == SH_NODE_LINK_DOWN)
         use->quiet_until_ms = 0; /* another connection */
     for (size_t k = 0; actions && o->options.stride <= 1 && k < actions->n; k++)

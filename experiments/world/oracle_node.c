@@ -317,7 +317,6 @@ static void check_version(world_oracle *o, oracle_node *w, uint32_t i, uint64_t 
     if (actions && status.active_version > w->version && !tried)
         NOTE(w, i, WORLD_RULE_MODEL, at_ms, "release %llu is active, which was not tried",
              (unsigned long long)status.active_version);
-    w->use.tried = 0;
     bool slot_lost = actions == NULL; /* the shell opens the file first, and tells of a bad one */
     w->version = status.active_version;
     if (status.active_version != 0 &&

@@ -288,9 +288,9 @@ static void set_small_options(world *w, uint64_t bits)
         c->canary_share = 1;
         c->canary_ms_max = 4 * WORLD_HOUR_MS;
     }
-    if (bits & 2) { /* a day's windows are more, and two large updates */
+    if (bits & 2) { /* a day's windows are more, and so is a large update */
         c->node_items_max = 16;
-        n->outbox_quota_bytes[SH_CLASS_UPDATE] = 96u << 10;
+        n->outbox_quota_bytes[SH_CLASS_UPDATE] = 64u << 10;
     }
     if (bits & 4) { /* a fleet that comes back at once is told to come back later */
         c->checkins_per_s = 1;
