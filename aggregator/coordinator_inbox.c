@@ -111,21 +111,60 @@ sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item
     return send ? coord_send(s, node, &msg) : SH_OK;
 }
 
-/* Keeps an alarm or window, and of each (node, epoch) only the last ones. */
-static sh_status keep_item(coord_step *s, unsigned table, const sh_update_id *id, sh_bytes payload)
+/* Of each (node, epoch) and class only the last alarms and windows are kept: a sequence that is
+ * marked, whatever it was, takes the place of the one so many before it. */
+static uint32_t items_kept(const sh_coord *c)
+{
+    return c->options.node_items_max > 0 ? c->options.node_items_max : COORD_NODE_ITEMS_MAX;
+}
+
+/* Keeps an alarm or window, unless it came so late that its place is taken. */
+static sh_status keep_item(coord_step *s, unsigned table, const sh_update_id *id, sh_bytes payload,
+                           const sh_msg_ack *marks)
 {
     uint8_t key[COORD_ID_BYTES];
-    coord_id_put(key, id);
-    SH_TRY(sh_txn_put(s->txn, table, key, sizeof key, payload.data, payload.n, s->err));
-    uint32_t kept = s->c->options.node_items_max;
-    if (kept == 0)
-        kept = COORD_NODE_ITEMS_MAX;
-    if (id->seq <= kept)
+    uint64_t by = id->seq + items_kept(s->c);
+    if (sh_ack_covers(marks, by, by))
         return SH_OK;
-    sh_update_id old = *id;
-    old.seq -= kept;
-    coord_id_put(key, &old);
-    return sh_txn_del(s->txn, table, key, sizeof key, s->err);
+    coord_id_put(key, id);
+    return sh_txn_put(s->txn, table, key, sizeof key, payload.data, payload.n, s->err);
+}
+
+/* Deletes what the sequences of item take the places of. */
+static sh_status displace(coord_step *s, unsigned table, const sh_update_id *id,
+                          const sh_msg_item *item)
+{
+    uint8_t key[COORD_ID_BYTES];
+    uint32_t kept = items_kept(s->c) - SH_CANARY(LOSE_ROW);
+    sh_update_id old = {.node = id->node, .epoch = id->epoch};
+    if (item->last_seq <= kept)
+        return SH_OK;
+    uint64_t last = item->last_seq - kept;
+    old.seq = item->seq > kept ? item->seq - kept : 1;
+    if (old.seq == last) {
+        coord_id_put(key, &old);
+        return sh_txn_del(s->txn, table, key, sizeof key, s->err);
+    }
+    for (;;) { /* as many as there are, and not as a tombstone names */
+        sh_cursor *cursor = NULL;
+        sh_slice at, value;
+        coord_id_put(key, &old);
+        SH_TRY(sh_cursor_open(s->txn, table, &cursor, s->err));
+        sh_status status = sh_cursor_seek(cursor, key, sizeof key, &at, &value);
+        sh_update_id found = {0};
+        if (status == SH_OK && !coord_id_get(at, &found))
+            status = SH_ERR_CORRUPT;
+        sh_cursor_close(&cursor);
+        if (status == SH_ERR_NOT_FOUND)
+            return SH_OK;
+        if (status != SH_OK)
+            return sh_fail(s->err, status, "coordinator: the items cannot be read");
+        if (!sh_hash_equal(&found.node, &id->node) || found.epoch != id->epoch || found.seq > last)
+            return SH_OK;
+        coord_id_put(key, &found);
+        SH_TRY(sh_txn_del(s->txn, table, key, sizeof key, s->err));
+        old.seq = found.seq + 1;
+    }
 }
 
 /* The bug behind a build flag (shared/base/canary.h): acknowledged, and not marked. */
@@ -142,8 +181,9 @@ static sh_status only_acknowledge(coord_step *s, const sh_hash *node, const sh_m
 static sh_status take_item(coord_step *s, const sh_update_id *id, const sh_msg_item *item)
 {
     const sh_hash *node = &id->node;
+    sh_msg msg = {.type = SH_MSG_ACK};
     sh_alarm alarm;
-    bool good = false;
+    bool good = false, kept = false;
     switch ((sh_item_kind)item->kind) {
     case SH_ITEM_UPDATE:
         if (item->cls == SH_CLASS_UPDATE)
@@ -152,14 +192,12 @@ static sh_status take_item(coord_step *s, const sh_update_id *id, const sh_msg_i
     case SH_ITEM_ALARM:
         good = item->cls == SH_CLASS_ALARM &&
                sh_alarm_decode(item->payload.data, item->payload.n, &alarm, NULL) == SH_OK;
-        if (good)
-            SH_TRY(keep_item(s, SH_COORD_T_ALARM, id, item->payload));
+        kept = good;
         break;
     case SH_ITEM_WINDOW:
         good = item->cls == SH_CLASS_WINDOW && item->payload.n > 0 &&
                item->payload.n <= COORD_WINDOW_BYTES_MAX;
-        if (good)
-            SH_TRY(keep_item(s, SH_COORD_T_WINDOW, id, item->payload));
+        kept = good;
         break;
     case SH_ITEM_EVALUATION:
         if (item->cls == SH_CLASS_ALARM)
@@ -174,7 +212,14 @@ static sh_status take_item(coord_step *s, const sh_update_id *id, const sh_msg_i
         break;
     }
     /* What cannot be read now cannot be read later: it is acknowledged, or it came for ever. */
-    SH_TRY(coord_mark(s, node, item, true));
+    SH_TRY(sh_inbox_mark(s->txn, SH_COORD_T_INBOX, node, item, &msg.ack, s->err));
+    if (item->cls == SH_CLASS_ALARM || item->cls == SH_CLASS_WINDOW) {
+        unsigned table = item->cls == SH_CLASS_ALARM ? SH_COORD_T_ALARM : SH_COORD_T_WINDOW;
+        if (kept)
+            SH_TRY(keep_item(s, table, id, item->payload, &msg.ack));
+        SH_TRY(displace(s, table, id, item));
+    }
+    SH_TRY(coord_send(s, node, &msg));
     return good ? SH_OK : coord_bad_message(s, node, SH_ERR_INVALID, "the item is not readable");
 }
 

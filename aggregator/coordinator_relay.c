@@ -15,6 +15,7 @@
  * META "up-take"   signed manifest of the release that is being fetched
  * META "outbox", "epoch": shared/sync's
  */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -622,6 +623,12 @@ static int compare_parts(const void *a, const void *b)
     return memcmp(a, b, SH_UPDATE_PART_BYTES);
 }
 
+/* A node's word: what no loss can be would make a sum that cannot be said. */
+static double plausible_loss(double loss)
+{
+    return fmax(0, fmin(loss, COORD_LOSS_MAX));
+}
+
 /* What the parent is told of the good inputs together; parts in `parts`, sorted. */
 static sh_status describe(coord_step *s, const sh_coord_job_result *result, sh_update_meta *out,
                           sh_buf *parts)
@@ -656,8 +663,8 @@ static sh_status describe(coord_step *s, const sh_coord_job_result *result, sh_u
         meta.a_seed = row.meta.a_seed;
         meta.samples += samples;
         meta.tokens_seen += row.meta.tokens_seen;
-        before += (double)samples * row.meta.heldout_before;
-        after += (double)samples * row.meta.heldout_after;
+        before += (double)samples * plausible_loss(row.meta.heldout_before);
+        after += (double)samples * plausible_loss(row.meta.heldout_after);
     }
     meta.heldout_before = before / (double)meta.samples;
     meta.heldout_after = after / (double)meta.samples;

@@ -13,6 +13,8 @@
 
 #include <string.h>
 
+#include "shared/base/canary.h"
+
 #define BUDGET_VERSION    1
 #define BUDGET_BYTES      57
 #define BUDGET_SUM        8
@@ -45,7 +47,7 @@ static sh_status load(node_step *s)
     uint64_t *const fields[] = {&b->day,      &b->month,      &b->up_day,      &b->up_month,
                                 &b->down_day, &b->down_month, &b->refused_full};
     for (size_t i = 0; i < SH_COUNT(fields); i++)
-        *fields[i] = node_get_le(p + 1 + 8 * i, 8);
+        *fields[i] = SH_CANARY(FORGET_BUDGET) ? 0 : node_get_le(p + 1 + 8 * i, 8);
     return SH_OK;
 }
 

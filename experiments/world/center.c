@@ -48,6 +48,7 @@ struct world_center {
     uint64_t down_ms;
     const world_fault *full;
     bool alive, dies_after, closing;
+    bool has_reserve; /* the transaction: a full disk is no excuse */
 };
 
 typedef struct {
@@ -261,7 +262,8 @@ static sh_status fall(world_part *p, sh_status why, const sh_error *text, sh_err
 {
     world *w = p->w;
     world_center *c = w->center;
-    bool excused = why == SH_ERR_CRASHED || (why == SH_ERR_FULL && c->full != NULL);
+    bool excused =
+        why == SH_ERR_CRASHED || (why == SH_ERR_FULL && c->full != NULL && !c->has_reserve);
     world_oracle_coord_failed(w->oracle, p->now_ms, why, text->text, excused);
     if (why == SH_ERR_CRASHED)
         return die(p, err);
@@ -335,6 +337,8 @@ static sh_status step(world_part *p, sh_coord_event *event, sh_buf *message, sh_
     event->now_ms = WORLD_START_MS + p->now_ms;
     if (!c->txn) {
         int kind = event->kind == SH_COORD_MESSAGE ? SH_TXN_WRITE : SH_TXN_RESERVE;
+        /* A candidate's bytes may be more than the reserve. */
+        c->has_reserve = kind == SH_TXN_RESERVE && event->kind != SH_COORD_JOB_DONE;
         why = sh_txn_begin(c->store, kind, &c->txn, &text);
         if (why == SH_OK && event->kind == SH_COORD_MESSAGE)
             SH_TRY(push(p,
@@ -388,6 +392,7 @@ static sh_status boot(world_part *p, sh_error *err)
         sh_store_simulate_restart(c->store, SH_STORE_UNSYNCED_MAX);
     c->alive = true;
     sh_rng_init(&rng, w->seed, c->life, STREAM_CENTER);
+    c->has_reserve = true;
     SH_GOTO(sh_txn_begin(c->store, SH_TXN_RESERVE, &txn, &text));
     SH_GOTO(sh_coord_create(&w->coord_options, &genesis, WORLD_START_MS + p->now_ms, &rng, txn,
                             &c->actions, &c->core, &text));

@@ -13,7 +13,9 @@
 #define SMOKE_MS        10000u
 #define EVALUATE_MS     20000u
 #define BETTER          0.98
-#define RELEASES_DAY    0.5 /* of a fleet whose buffer fills often */
+#define RELEASES_DAY    0.5 /* of a fleet whose buffer fills often; of a small one three times */
+#define DRIFTING_PART   2u  /* of small fleets' nodes, from their DRIFT_EVENT-th event on */
+#define DRIFT_EVENT     450u
 #define GATE_PASSES_MAX 0.6
 #define TOKENS_TRAINED  256
 #define STREAM_GENESIS  0x47454e45u
@@ -134,6 +136,8 @@ void world_make_record(const world *w, uint32_t i, uint64_t number, uint64_t now
                        .least_logprob = -2,
                        .mean_entropy = 1,
                        .feedback = draw >> 60 < 6 ? SH_FEEDBACK_ACCEPT : SH_FEEDBACK_NONE};
+    if (w->n_nodes <= SMALL_FLEET && i % DRIFTING_PART == 0 && number > DRIFT_EVENT)
+        out->prompt_tokens += 400; /* which is no matter of the release */
 }
 
 bool world_is_poison(const uint8_t *bytes, size_t n)
@@ -148,6 +152,7 @@ sh_status world_make_candidate(const world *w, uint64_t candidate, sh_buf *out, 
 
 bool world_gate_passes(const world *w, uint64_t candidate)
 {
-    double share = SH_MIN(GATE_PASSES_MAX, RELEASES_DAY / SH_MAX(w->candidates_day, 0.01));
+    double releases = w->n_nodes <= SMALL_FLEET ? 3 * RELEASES_DAY : RELEASES_DAY;
+    double share = SH_MIN(GATE_PASSES_MAX, releases / SH_MAX(w->candidates_day, 0.01));
     return world_unit(world_draw(w, 0, STREAM_GATE, candidate)) < share;
 }

@@ -43,9 +43,10 @@ static sh_status failed(world_part *p, uint32_t i, int kind, sh_status why, cons
     world *w = p->w;
     world_node *n = &w->nodes[i];
     bool full = why == SH_ERR_FULL;
-    bool excused = why == SH_ERR_CRASHED ||
-                   (full && world_node_active(n, WORLD_DISK_FULL) != NULL) ||
-                   (why == SH_ERR_CORRUPT && n->store_bad);
+    bool excused =
+        why == SH_ERR_CRASHED ||
+        (full && kind == SH_TXN_WRITE && world_node_active(n, WORLD_DISK_FULL) != NULL) ||
+        (why == SH_ERR_CORRUPT && n->store_bad);
     world_oracle_node_failed(w->oracle, i, p->now_ms, why, text->text, excused);
     if (why == SH_ERR_CRASHED)
         return world_node_die(p, i, err);

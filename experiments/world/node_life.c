@@ -98,8 +98,8 @@ static sh_status boot_failed(world_part *p, uint32_t i, sh_status why, const sh_
     world *w = p->w;
     world_node *n = &w->nodes[i];
     bool full = why == SH_ERR_FULL;
-    bool excused = why == SH_ERR_CRASHED || (full && world_node_active(n, WORLD_DISK_FULL) != NULL);
-    world_oracle_node_failed(w->oracle, i, p->now_ms, why, text->text, excused);
+    /* A core is made with the reserve, which is there when the disk is full. */
+    world_oracle_node_failed(w->oracle, i, p->now_ms, why, text->text, why == SH_ERR_CRASHED);
     if (why == SH_ERR_CRASHED)
         return world_node_die(p, i, err);
     if (full && !world_node_is_full(p, n))

@@ -59,6 +59,7 @@ void world_oracle_destroy(world_oracle **oracle)
         free(o->watches[i].lines);
         free(o->watches[i].arrivals);
         free(o->watches[i].fresh);
+        free(o->watches[i].stored);
         free(o->watches[i].nodes);
         oracle_map_release(&o->watches[i].committed);
         oracle_map_release(&o->watches[i].times);
@@ -157,6 +158,7 @@ world_oracle_counts world_oracle_get_counts(const world_oracle *o)
         all.activations += c->activations;
         all.inferences_taken += c->inferences_taken;
         all.inferences_full += c->inferences_full;
+        all.quiets += o->nodes[i].use.quiets;
     }
     return all;
 }
@@ -173,11 +175,19 @@ uint64_t oracle_times_made(const world_oracle *o, const oracle_watch *w, uint64_
     return times;
 }
 
+bool oracle_has_copies(const world_oracle *o, const oracle_watch *w)
+{
+    for (size_t i = 0; i < w->n_nodes; i++)
+        if (w->n_nodes > 1 || o->nodes[w->nodes[i]].replaced > 0)
+            return true;
+    return false;
+}
+
 /* Of two copies of a store one may have dropped, and counted, what the other still had: its
  * tombstone is acknowledged for both. */
 static bool was_dropped(const world_oracle *o, const oracle_watch *w, uint64_t hash)
 {
-    for (size_t i = 0; i < w->n_nodes; i++)
+    for (size_t i = 0; i < w->n_nodes && oracle_has_copies(o, w); i++)
         if (oracle_map_find(&o->nodes[w->nodes[i]].dropped, hash))
             return true;
     return false;
@@ -198,7 +208,7 @@ static void join_commits(world_oracle *o)
             oracle_note(&o->center, WORLD_RULE_CONTENT, c->at_ms, WORLD_AGGREGATOR,
                         "an item was committed that none of the nodes of its key has made");
         /* A node that was set back may answer for a candidate again, in the same words. */
-        else if (times > made && a->kind != SH_ITEM_EVALUATION)
+        else if (times > made && (a->kind != SH_ITEM_EVALUATION || !oracle_has_copies(o, w)))
             oracle_note(&o->center, WORLD_RULE_ONCE, c->at_ms, WORLD_AGGREGATOR,
                         "item %llu of class %u, epoch %016llx, counts again: its content was "
                         "committed before",
@@ -252,6 +262,16 @@ void world_oracle_join(world_oracle *o, uint64_t now_ms)
     join_now(o);
 }
 
+static uint64_t count_rows(sh_store *store, unsigned table)
+{
+    sh_txn *txn = NULL;
+    if (sh_txn_begin(store, SH_TXN_READ, &txn, NULL) != SH_OK)
+        return 0;
+    uint64_t n = sh_txn_count(txn, table);
+    sh_txn_abort(&txn);
+    return n;
+}
+
 /* An honest node at the end owes nothing and runs what it should. */
 static void finish_node(world_oracle *o, uint32_t i, uint64_t now_ms, const world_oracle_node *node,
                         uint64_t version)
@@ -266,6 +286,10 @@ static void finish_node(world_oracle *o, uint32_t i, uint64_t now_ms, const worl
     if (status.outbox_items > 0)
         oracle_note(&w->notes, WORLD_RULE_DELIVERED, now_ms, i, "it owes %llu items still",
                     (unsigned long long)status.outbox_items);
+    uint64_t chunks = count_rows(node->store, SH_NODE_T_CHUNK);
+    if (status.outbox_items == 0 && status.confirmed_version == version && chunks > 0)
+        oracle_note(&w->notes, WORLD_RULE_LIMIT, now_ms, i, "it keeps %llu chunks, and needs none",
+                    (unsigned long long)chunks);
     if (status.confirmed_version != version || status.active_version != version)
         oracle_note(&w->notes, WORLD_RULE_CONVERGED, now_ms, i,
                     "release %llu is the newest; active is %llu, confirmed %llu",
@@ -280,7 +304,17 @@ void world_oracle_finish(world_oracle *o, uint64_t now_ms, const sh_coord *core,
     o->finished = true;
     join_now(o);
     world_oracle_audit(o, now_ms, coord_store);
-    uint64_t version = sh_coord_get_status(core).version;
+    if (!core) {
+        oracle_note(&o->center, WORLD_RULE_CONVERGED, now_ms, WORLD_AGGREGATOR, "it does not run");
+        collect_all(o);
+        return;
+    }
+    sh_coord_status status = sh_coord_get_status(core);
+    uint64_t version = status.version, chunks = count_rows(coord_store, SH_COORD_T_CHUNK);
+    if (chunks > status.chunk_names)
+        oracle_note(&o->center, WORLD_RULE_LIMIT, now_ms, WORLD_AGGREGATOR,
+                    "it keeps %llu chunks, of which %llu belong to something",
+                    (unsigned long long)chunks, (unsigned long long)status.chunk_names);
     for (uint32_t i = 0; i < o->options.nodes; i++)
         finish_node(o, i, now_ms, &nodes[i], version);
     join_now(o);

@@ -62,7 +62,10 @@ typedef struct {
     sh_sign_public_key release_key; /* the real one */
     const sh_node_options *node;    /* limits that nodes run with; borrowed for the oracle's life */
     uint64_t store_bytes_max;       /* of a node; 0: not checked */
-    uint32_t node_items_max; /* alarms, windows that are kept of one (node, epoch); 0: 1024 */
+    uint32_t node_items_max;  /* alarms, windows that are kept of one (node, epoch); 0: 1024 */
+    uint32_t staleness_max;   /* releases that an update's base may be behind */
+    uint64_t asked_bytes_max; /* of updates' chunks on their way; 0: not checked */
+    bool says_later;          /* the aggregator has rates, and nodes are told to come back later */
     /* Nodes i with i % stride == 0 are checked at each step, the others at joins and at the end;
      * 1: all. */
     uint32_t stride;
@@ -125,7 +128,8 @@ typedef struct {         /* what the engine has of a node at the end */
     const sh_node *core; /* NULL: it is switched off for good (a clone): nothing is owed */
     sh_store *store;
 } world_oracle_node;
-/* Faults have stopped and the fleet had its time: audits, and checks that it came to rest. */
+/* Faults have stopped and the fleet had its time: audits, and checks that it came to rest. core
+ * NULL: the aggregator's could not be made, or the run ended while it was down. */
 void world_oracle_finish(world_oracle *o, uint64_t now_ms, const sh_coord *core,
                          sh_store *coord_store, const world_oracle_node *nodes);
 
@@ -139,6 +143,7 @@ typedef struct { /* what was checked: a run in which this is 0 has shown nothing
     uint64_t node_steps, coord_steps, joins, audits;
     uint64_t acks_promised, items_made, items_committed, items_dropped, releases, activations;
     uint64_t inferences_taken, inferences_full;
+    uint64_t quiets; /* times that a node was told to come back later */
 } world_oracle_counts;
 world_oracle_counts world_oracle_get_counts(const world_oracle *o);
 

@@ -104,16 +104,28 @@ static bool was_replaced(const world_oracle *o, const oracle_watch *w, const ora
            oracle_covers(&rows, a->seq + (kept ? kept : ORACLE_ITEMS_KEPT));
 }
 
+void oracle_row_key(uint8_t key[ORACLE_ROW_KEY], const sh_update_id *id)
+{
+    memcpy(key, id->node.b, sizeof id->node.b);
+    sh_key_put_u64(key + 32, id->epoch);
+    sh_key_put_u64(key + 40, id->seq);
+}
+
+uint64_t oracle_id_hash(const sh_update_id *id)
+{
+    uint8_t key[ORACLE_ROW_KEY];
+    oracle_row_key(key, id);
+    return oracle_hash(key, sizeof key);
+}
+
 /* Looks at the row that an item of this kind must have left, as coordinator.h describes the tables.
  * false: the item itself was not taken, a tombstone was in its place. */
 static bool check_row(world_oracle *o, oracle_watch *w, const oracle_arrival *a, uint64_t at_ms,
                       sh_txn *txn)
 {
-    uint8_t key[48];
+    uint8_t key[ORACLE_ROW_KEY];
     sh_slice value;
-    memcpy(key, w->key.b, sizeof w->key.b);
-    sh_key_put_u64(key + 32, a->epoch);
-    sh_key_put_u64(key + 40, a->seq);
+    oracle_row_key(key, &(sh_update_id){.node = w->key, .epoch = a->epoch, .seq = a->seq});
     unsigned table = a->kind == SH_ITEM_UPDATE   ? SH_COORD_T_UPDATE
                      : a->kind == SH_ITEM_ALARM  ? SH_COORD_T_ALARM
                      : a->kind == SH_ITEM_WINDOW ? SH_COORD_T_WINDOW
@@ -151,6 +163,10 @@ static void commit(world_oracle *o, oracle_watch *w, const oracle_arrival *a, ui
         oracle_map_put(&w->committed, a->hash, at_ms + 1);
     oracle_grow((void **)&o->commits, &o->commits_cap, o->n_commits, sizeof *o->commits);
     o->commits[o->n_commits++] = (oracle_commit){(uint32_t)(w - o->watches), at_ms, *a};
+    if (a->kind == SH_ITEM_EVALUATION || a->kind == SH_ITEM_TOMBSTONE)
+        return;
+    oracle_grow((void **)&w->stored, &w->stored_cap, w->n_stored, sizeof *a);
+    w->stored[w->n_stored++] = *a;
 }
 
 /* What the steps of one commit took in is in the store when the first of them is looked at: new is
@@ -164,8 +180,12 @@ static void arrive(world_oracle *o, oracle_watch *w, const sh_msg_item *item, ui
                         .cls = item->cls,
                         .kind = item->kind,
                         .hash = oracle_item_hash(item->cls, item->payload.data, item->payload.n)};
+    sh_update_meta meta;
     if (item->kind == SH_ITEM_TOMBSTONE)
         return;
+    if (item->kind == SH_ITEM_UPDATE &&
+        sh_update_meta_decode(item->payload.data, item->payload.n, &meta, NULL) == SH_OK)
+        a.blob = oracle_hash(meta.blob.sha256.b, sizeof meta.blob.sha256.b);
     if (oracle_covers(&line->boot_rows, a.seq) && !oracle_covers(&line->boot_before, a.seq) &&
         !oracle_map_find(&w->committed, a.hash)) {
         commit(o, w, &a, line->boot_ms, txn);
@@ -354,6 +374,10 @@ void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_eve
     if (status.buffered > SH_COORD_BUFFER_MAX)
         NOTE(o, WORLD_RULE_LIMIT, at_ms, "%u updates wait, at most %u", status.buffered,
              SH_COORD_BUFFER_MAX);
+    if (o->options.asked_bytes_max && status.asked_bytes > o->options.asked_bytes_max)
+        NOTE(o, WORLD_RULE_LIMIT, at_ms, "%llu bytes of updates are asked for, at most %llu",
+             (unsigned long long)status.asked_bytes,
+             (unsigned long long)o->options.asked_bytes_max);
     check_buffer(o, at_ms, &status, txn);
     check_published(o, at_ms, &status, txn);
     sh_txn_abort(&txn);
@@ -387,22 +411,14 @@ typedef struct {
     oracle_map versions;      /* of rows that are merged: id -> version + 1 */
 } auditor;
 
-static uint64_t id_hash(const sh_update_id *id)
-{
-    uint8_t bytes[48];
-    memcpy(bytes, id->node.b, sizeof id->node.b);
-    sh_key_put_u64(bytes + 32, id->epoch);
-    sh_key_put_u64(bytes + 40, id->seq);
-    return oracle_hash(bytes, sizeof bytes);
-}
-
 static sh_status audit_update(void *arg, const sh_update_row *row)
 {
     auditor *a = arg;
-    oracle_map_put(&a->contents, id_hash(&row->id),
+    oracle_map_put(&a->contents, oracle_id_hash(&row->id),
                    oracle_hash(row->meta.blob.sha256.b, sizeof row->meta.blob.sha256.b));
     if (row->verdict == SH_VERDICT_MERGED)
-        oracle_map_put(&a->versions, id_hash(&row->id), row->version + 1);
+        oracle_map_put(&a->versions, oracle_id_hash(&row->id), row->version + 1);
+    oracle_check_verdict(a->o, a->at_ms, row);
     return SH_OK;
 }
 
@@ -410,7 +426,7 @@ static sh_status audit_candidate(void *arg, const sh_release_row *row)
 {
     auditor *a = arg;
     for (uint32_t i = 0; i < row->n_merged && row->version != 0; i++) {
-        uint64_t id = id_hash(&row->merged[i]);
+        uint64_t id = oracle_id_hash(&row->merged[i]);
         const uint64_t *content = oracle_map_find(&a->contents, id);
         const uint64_t *before = oracle_map_find(&a->ids, id);
         if (before) {
@@ -456,6 +472,8 @@ void world_oracle_audit(world_oracle *o, uint64_t now_ms, sh_store *coord_store)
         status = sh_coord_each_candidate(txn, audit_candidate, &a, &err);
     if (status == SH_OK)
         status = sh_coord_each_audit(txn, NULL, NULL, &err);
+    if (status == SH_OK)
+        oracle_check_rows(o, now_ms, &a.contents, txn);
     if (status != SH_OK)
         NOTE(o, WORLD_RULE_DURABLE, now_ms, "the store does not hold: %s", err.text);
     sh_txn_abort(&txn);

@@ -2,7 +2,9 @@
  * What the oracle's files share.
  *   oracle.c         life, violations, joins, the end
  *   oracle_node.c    what a node's thread sees
+ *   oracle_limit.c   what a node uses: requests, rows, bytes of a day
  *   oracle_center.c  what the aggregator's thread sees
+ *   oracle_rows.c    what its audits look at
  *   oracle_map.c     numbers to numbers
  *
  * An item is known by its content: the class and 64 bits of a hash of its payload, which the engine
@@ -23,6 +25,8 @@
 #define ORACLE_ITEMS_KEPT    1024u   /* of one (node, epoch), when the options say 0 */
 #define ORACLE_NOTED_MAX     64u /* violations of one party between two joins; more are counted */
 #define ORACLE_ROWS_MAX      (1u << 24)
+#define ORACLE_ANY           UINT64_MAX
+#define ORACLE_ROW_KEY       48u /* of an update, alarm or window: node, epoch, sequence */
 #define ORACLE_TOMBSTONE_MAX 64u /* bytes that a class may hold over its quota: one tombstone */
 
 /* ---- oracle_map.c: a hash table of 64-bit keys; a zeroed one is empty ---- */
@@ -62,8 +66,19 @@ typedef struct { /* went active, with this manifest */
 } oracle_active;
 
 typedef struct {
+    bool known; /* inferences is */
+    uint64_t inferences, quiets;
+    uint64_t quiet_until_ms; /* the aggregator has asked for it */
+    uint64_t day, up, down;  /* of its rows' clock; bytes of messages on it */
+    /* The release that the last job is of, that job when it is a SMOKE, and the release that one
+     * has opened in this step. */
+    uint64_t trying, trying_job, tried;
+} oracle_use;
+
+typedef struct {
     bool watched, lies;
     bool begun;          /* a core was made from the present store */
+    uint32_t replaced;   /* how often its store was not what it was */
     uint32_t watch;      /* its key's, UINT32_MAX: none */
     sh_hash slot[2];     /* what its files hold; zero: not said */
     uint8_t counts[256]; /* the outbox's counters as they were, as bytes */
@@ -80,6 +95,7 @@ typedef struct {
     uint64_t version;
     sh_hash version_sha; /* of the active release, as its manifest says */
     uint32_t version_slot;
+    oracle_use use;
     oracle_notes notes;
     world_oracle_counts seen;
 } oracle_node;
@@ -107,6 +123,7 @@ typedef struct {
 
 typedef struct { /* came, and is not committed */
     uint64_t epoch, seq, hash;
+    uint64_t blob; /* of an update: hash of its blob's SHA-256 */
     uint8_t cls, kind;
 } oracle_arrival;
 
@@ -120,6 +137,8 @@ typedef struct {
     oracle_arrival *fresh; /* committed at fresh_ms: one commit is of many steps */
     size_t n_fresh, fresh_cap;
     uint64_t fresh_ms;
+    oracle_arrival *stored; /* committed, and its row is there until others take its place */
+    size_t n_stored, stored_cap;
     oracle_map committed; /* item -> when at first, relative to the run's start, + 1 */
     oracle_map times;     /* item -> how often, as of the last join */
     uint32_t *nodes;      /* that send under it */
@@ -155,12 +174,32 @@ struct world_oracle {
 /* How often nodes of the key have made it. */
 uint64_t oracle_times_made(const world_oracle *o, const oracle_watch *w, uint64_t hash);
 
+/* What nodes of the key have made or answered, another copy of a store may make again. */
+bool oracle_has_copies(const world_oracle *o, const oracle_watch *w);
+
+/* ---- oracle_limit.c ---- */
+/* event NULL: a boot. */
+void oracle_check_use(const world_oracle *o, uint32_t i, uint64_t at_ms, const sh_node_event *event,
+                      const sh_node_actions *actions, const sh_node *core);
+void oracle_check_rings(const world_oracle *o, oracle_node *w, uint32_t i, uint64_t at_ms,
+                        sh_txn *txn);
+
+/* Before the step's releases are looked at: which one a job has opened. */
+void oracle_see_jobs(oracle_use *use, const sh_node_event *event, const sh_node_actions *actions);
+
+/* ---- oracle_rows.c ---- */
+/* contents: of updates' rows, by oracle_id_hash. */
+void oracle_check_rows(world_oracle *o, uint64_t at_ms, const oracle_map *contents, sh_txn *txn);
+void oracle_check_verdict(world_oracle *o, uint64_t at_ms, const sh_update_row *row);
+
 /* ---- oracle_node.c ---- */
 /* Looks at the whole outbox: what is new, what is gone. */
 void oracle_node_scan(world_oracle *o, uint32_t node, uint64_t at_ms, sh_store *store, bool full);
 
 /* ---- oracle_center.c ---- */
 oracle_watch *oracle_watch_of(world_oracle *o, const sh_hash *key); /* NULL: nobody's */
+void oracle_row_key(uint8_t key[ORACLE_ROW_KEY], const sh_update_id *id);
+uint64_t oracle_id_hash(const sh_update_id *id);
 bool oracle_covers(const sh_msg_ack *ack, uint64_t seq);
 /* All that was promised is in the store. boot: it may hold more than was shown. */
 void oracle_check_promises(world_oracle *o, uint64_t at_ms, bool boot, sh_txn *txn);

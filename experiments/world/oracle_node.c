@@ -23,6 +23,8 @@ void world_oracle_node_replaced(world_oracle *o, uint32_t node, uint64_t at_ms)
 {
     oracle_node *w = node_of(o, node);
     (void)at_ms;
+    w->replaced++;
+    w->use = (oracle_use){.quiets = w->use.quiets};
     w->begun = false;
     w->counts_n = 0;
     w->n_owed = 0; /* what is gone was acknowledged; that is judged at the next join still */
@@ -113,10 +115,22 @@ static void gone(oracle_node *w, uint64_t hash, uint64_t at_ms)
     w->gone[w->n_gone++] = (oracle_gone){.hash = hash, .at_ms = at_ms};
 }
 
-static void make_once_more(oracle_node *w, uint64_t hash)
+static uint64_t make_once_more(oracle_node *w, uint64_t hash)
 {
     const uint64_t *made = oracle_map_find(&w->made, hash);
-    oracle_map_put(&w->made, hash, made ? *made + 1 : 1);
+    uint64_t times = made ? *made + 1 : 1;
+    oracle_map_put(&w->made, hash, times);
+    return times;
+}
+
+/* A store that was set back closes its window again, and answers for a candidate again: once for
+ * each time that it was. No update is trained twice, and no other store makes anything twice. */
+static void check_made(oracle_node *w, uint32_t i, uint64_t at_ms, const oracle_owed *row,
+                       uint64_t times)
+{
+    if (times > 1 && (row->kind == SH_ITEM_UPDATE || times > 1 + (uint64_t)w->replaced))
+        NOTE(w, i, WORLD_RULE_ONCE, at_ms, "item %llu of class %u is what it had made before",
+             (unsigned long long)row->seq, row->cls);
 }
 
 /* What was there and is not any more, and what was made since; dropped[c]: by a tombstone. */
@@ -152,7 +166,7 @@ static void compare(oracle_node *w, uint32_t i, uint64_t at_ms, outbox_rows *now
             w->seen.items_made++;
             if (at < now->n && owed_order(&now->rows[at], &want) == 0 &&
                 now->rows[at].kind != SH_ITEM_TOMBSTONE)
-                make_once_more(w, now->rows[at].hash);
+                check_made(w, i, at_ms, &now->rows[at], make_once_more(w, now->rows[at].hash));
             else if (is_buried(tombstone, seq))
                 dropped[cls]++;
             else
@@ -187,7 +201,7 @@ static void take_as_it_is(const world_oracle *o, oracle_node *w, const outbox_ro
     for (size_t k = 0; k < now->n; k++)
         if (now->rows[k].kind != SH_ITEM_TOMBSTONE &&
             (!watch || oracle_times_made(o, watch, now->rows[k].hash) == 0))
-            make_once_more(w, now->rows[k].hash);
+            (void)make_once_more(w, now->rows[k].hash);
 }
 
 void oracle_node_scan(world_oracle *o, uint32_t node, uint64_t at_ms, sh_store *store, bool full)
@@ -213,6 +227,7 @@ void oracle_node_scan(world_oracle *o, uint32_t node, uint64_t at_ms, sh_store *
     outbox_rows now = {0};
     bool good =
         read_rows(txn, w, &now) && sh_outbox_get_counts(&outbox, txn, &counts, NULL) == SH_OK;
+    oracle_check_rings(o, w, node, at_ms, txn);
     sh_txn_abort(&txn);
     if (!good) {
         NOTE(w, node, WORLD_RULE_OUTBOX, at_ms, "the outbox cannot be read");
@@ -298,6 +313,10 @@ static void check_version(oracle_node *w, uint32_t i, uint64_t at_ms,
     if (status.active_version < w->version && !was_refused(actions) && !lost)
         NOTE(w, i, WORLD_RULE_VERSION, at_ms, "the active release goes from %llu back to %llu",
              (unsigned long long)w->version, (unsigned long long)status.active_version);
+    bool tried = w->use.tried == status.active_version || w->use.tried == ORACLE_ANY;
+    if (actions && status.active_version > w->version && !tried)
+        NOTE(w, i, WORLD_RULE_MODEL, at_ms, "release %llu is active, which was not tried",
+             (unsigned long long)status.active_version);
     bool slot_lost = actions == NULL; /* the shell opens the file first, and tells of a bad one */
     w->version = status.active_version;
     if (status.active_version != 0 &&
@@ -325,6 +344,7 @@ void world_oracle_node_boot(world_oracle *o, uint32_t node, uint64_t at_ms, cons
     oracle_node_scan(o, node, at_ms, store, true);
     check_version(w, node, at_ms, NULL, core, store);
     check_limits(o, w, node, at_ms, NULL, store);
+    oracle_check_use(o, node, at_ms, NULL, NULL, core);
 }
 
 void world_oracle_node_step(world_oracle *o, uint32_t node, uint64_t at_ms,
@@ -332,11 +352,12 @@ void world_oracle_node_step(world_oracle *o, uint32_t node, uint64_t at_ms,
                             const sh_node *core, sh_store *store)
 {
     oracle_node *w = node_of(o, node);
-    (void)event;
     w->seen.node_steps++;
     if (!w->watched)
         return;
     oracle_node_scan(o, node, at_ms, store, false);
+    oracle_see_jobs(&w->use, event, actions);
     check_version(w, node, at_ms, actions, core, store);
     check_limits(o, w, node, at_ms, actions, store);
+    oracle_check_use(o, node, at_ms, event, actions, core);
 }

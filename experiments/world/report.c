@@ -84,6 +84,7 @@ static size_t fields_of(const world_counts *c, field out[32])
         {"messages_down", c->messages_down},
         {"bytes_down", c->bytes_down},
         {"acks", c->acks},
+        {"told_later", c->told_later},
     };
     memcpy(out, f, sizeof f);
     return SH_COUNT(f);

@@ -277,6 +277,32 @@ static sh_status run_days(world *w, world_team *team, sh_error *err)
 
 /* ---- making it ---- */
 
+/* Small fleets differ in what they are limited by. */
+static void set_small_options(world *w, uint64_t bits)
+{
+    sh_node_options *n = &w->node_options;
+    sh_coord_options *c = &w->coord_options;
+    if (bits & 1) { /* nodes evaluate candidates themselves */
+        c->canary_nodes_min = 2;
+        c->canary_tokens_min = 8;
+        c->canary_share = 1;
+        c->canary_ms_max = 4 * WORLD_HOUR_MS;
+    }
+    if (bits & 2) { /* a day's windows are more, and so is a large update */
+        c->node_items_max = 16;
+        n->outbox_quota_bytes[SH_CLASS_UPDATE] = 64u << 10;
+    }
+    if (bits & 4) { /* a fleet that comes back at once is told to come back later */
+        c->checkins_per_s = 1;
+        c->items_per_s = 1;
+        c->asked_bytes_max = 72000; /* the largest update, alone */
+    }
+    if (bits & 8) /* more than most need on a day, less than some */
+        n->budgets = (sh_node_budgets){.up_day = 40u << 10, .down_day = 640u << 10};
+    n->monitor.samples_min = 1;
+    n->monitor.average_run_length = 100;
+}
+
 static void set_options(world *w)
 {
     uint64_t bits = world_draw(w, 0, STREAM_CONFIG, 0);
@@ -311,13 +337,10 @@ static void set_options(world *w)
     c->round_ms_max = 6 * WORLD_HOUR_MS;
     c->checkin_ms = 50 * 60000;
     c->chunk_budget = 16;
-    c->node_items_max = small ? 0 : 4; /* a month of windows of all nodes is not to be looked at */
-    if (small && (bits & 1)) {         /* every other small fleet evaluates candidates itself */
-        c->canary_nodes_min = 2;
-        c->canary_tokens_min = 8;
-        c->canary_share = 1;
-        c->canary_ms_max = 4 * WORLD_HOUR_MS;
-    }
+    if (small)
+        set_small_options(w, bits);
+    else
+        c->node_items_max = 4; /* a month of windows of all nodes is not to be looked at */
     c->train = (sh_train_plan){.rank = 8,
                                .alpha = 16,
                                .lr = 0.01f,
@@ -468,6 +491,9 @@ static sh_status make(world *w, sh_error *err)
     set_options(w);
     o.release_key = w->coord_options.release_pk;
     o.node_items_max = w->coord_options.node_items_max;
+    o.staleness_max = w->coord_options.staleness_max;
+    o.asked_bytes_max = w->coord_options.asked_bytes_max;
+    o.says_later = w->coord_options.checkins_per_s > 0;
     SH_TRY(world_oracle_create(&o, &w->oracle, err));
     w->nodes = sh_calloc(o.nodes, sizeof *w->nodes);
     if (!w->nodes)
@@ -543,6 +569,7 @@ static void fill_result(world *w, world_result *out)
     }
     out->oracle = world_oracle_get_counts(w->oracle);
     out->counts.acks = out->oracle.acks_promised;
+    out->counts.told_later = out->oracle.quiets;
     out->violations = world_oracle_violations(w->oracle);
     for (size_t k = 0; k < world_oracle_kept(w->oracle) && k < SH_COUNT(out->kept); k++)
         out->kept[out->n_kept++] = *world_oracle_get(w->oracle, k);

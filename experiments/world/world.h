@@ -91,6 +91,7 @@ typedef struct {
     uint64_t updates, updates_acked, activations, confirmations, rejected;
     uint64_t messages_up, messages_down, bytes_up, bytes_down, acks;
     uint64_t releases, candidates_refused, merges;
+    uint64_t told_later;                /* nodes that heard so */
     uint64_t faults[WORLD_FAULT_KINDS]; /* how often each took effect */
 } world_counts;
 

@@ -16,6 +16,10 @@ static const char *const names[SH_CANARIES] = {
     [SH_CANARY_OLD_MANIFEST] = "old-manifest",
     [SH_CANARY_TOMBSTONE_UNMARKED] = "tombstone-unmarked",
     [SH_CANARY_NO_LEASE] = "no-lease",
+    [SH_CANARY_FORGET_BUDGET] = "forget-budget",
+    [SH_CANARY_IGNORE_LATER] = "ignore-later",
+    [SH_CANARY_LOSE_ROW] = "lose-row",
+    [SH_CANARY_LOSE_REQUEST] = "lose-request",
 };
 
 const char *sh_canary_name(sh_canary canary)

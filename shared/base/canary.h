@@ -21,6 +21,10 @@ typedef enum {
     SH_CANARY_OLD_MANIFEST,       /* the node takes a manifest older than its release */
     SH_CANARY_TOMBSTONE_UNMARKED, /* a tombstone is acknowledged, its range not marked */
     SH_CANARY_NO_LEASE,           /* the aggregator does not check leases */
+    SH_CANARY_FORGET_BUDGET,      /* a start of the node begins the day's bytes anew */
+    SH_CANARY_IGNORE_LATER,       /* the node does not wait as long as it was asked to */
+    SH_CANARY_LOSE_ROW,           /* a window takes the place of one that is to be kept */
+    SH_CANARY_LOSE_REQUEST,       /* a request is not taken in while a job trains */
     SH_CANARIES
 } sh_canary;
 

@@ -199,12 +199,33 @@ static sh_status resend_items(const sh_link_step *s, const sh_outbox *outbox)
     return SH_OK;
 }
 
+/* One more item of cls may be on its way. Classes that wait for a policy or a budget take no place
+ * from others, and none that is not acknowledged takes the last ones. */
+static bool has_room(const sh_link *l, unsigned cls)
+{
+    unsigned all = 0, own = 0;
+    for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++) {
+        const sh_in_flight *f = &l->in_flight[i];
+        all += f->used && !l->closed.items[f->cls];
+        own += f->used && f->cls == cls;
+    }
+    return all < SH_LINK_IN_FLIGHT_MAX && own < SH_LINK_CLASS_FLIGHT_MAX;
+}
+
+/* There is room. An item of a closed class that gives its place up is sent anew when it may. */
 static sh_in_flight *free_flight(sh_link *l)
 {
-    for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++)
-        if (!l->in_flight[i].used)
-            return &l->in_flight[i];
-    return NULL;
+    sh_in_flight *closed = NULL;
+    for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++) {
+        sh_in_flight *f = &l->in_flight[i];
+        if (!f->used)
+            return f;
+        if (l->closed.items[f->cls])
+            closed = f;
+    }
+    SH_ASSERT(closed != NULL);
+    l->send_from[closed->cls] = SH_MIN(l->send_from[closed->cls], closed->seq);
+    return closed;
 }
 
 /* Version 1 has no evaluations, and before version 3 no update has parts. */
@@ -225,11 +246,10 @@ static sh_status send_items(const sh_link_step *s)
     SH_TRY(resend_items(s, &outbox));
     for (unsigned cls = 0; cls < SH_CLASSES; cls++) {
         while (l->counts.items[cls] > 0 && l->send_from[cls] < l->counts.next_seq[cls]) {
-            sh_in_flight *f = free_flight(l);
             sh_msg_item item;
-            if (f == NULL || !may_send(s))
+            if (!may_send(s))
                 return SH_OK;
-            if (l->closed.items[cls])
+            if (l->closed.items[cls] || !has_room(l, cls))
                 break;
             sh_status status =
                 sh_outbox_next(&outbox, s->txn, (sh_class)cls, l->send_from[cls], &item);
@@ -242,6 +262,7 @@ static sh_status send_items(const sh_link_step *s)
             l->send_from[cls] = item.seq + 1;
             if (!other_reads(l, &item) || is_in_flight(l, item.cls, item.seq))
                 continue; /* it stays owed */
+            sh_in_flight *f = free_flight(l);
             *f = (sh_in_flight){.used = true, .cls = item.cls, .seq = item.seq};
             SH_TRY(send_item(s, f, &item));
         }
@@ -277,12 +298,9 @@ static sh_status serve_chunks(const sh_link_step *s)
 /* There is an item that was not sent since the link came up, and room for it. */
 static bool items_wait(const sh_link *l)
 {
-    unsigned used = 0;
-    for (unsigned i = 0; i < SH_LINK_IN_FLIGHT_MAX; i++)
-        used += l->in_flight[i].used;
-    for (unsigned cls = 0; cls < SH_CLASSES && used < SH_LINK_IN_FLIGHT_MAX; cls++)
+    for (unsigned cls = 0; cls < SH_CLASSES; cls++)
         if (l->counts.items[cls] > 0 && l->send_from[cls] < l->counts.next_seq[cls] &&
-            !l->closed.items[cls])
+            !l->closed.items[cls] && has_room(l, cls))
             return true;
     return false;
 }
@@ -626,7 +644,7 @@ static void on_error(const sh_link_step *s, const sh_msg *msg)
     if (msg->version < l->version && strcmp(error->code, sh_status_name(SH_ERR_UNSUPPORTED)) == 0)
         speak(s, msg->version);
     uint64_t quiet = SH_MIN(error->retry_after_ms, l->options.retry_max_ms);
-    if (quiet > 0)
+    if (quiet > 0 && !SH_CANARY(IGNORE_LATER))
         l->hold_ms = s->now_ms + quiet;
     if (strcmp(error->code, sh_status_name(SH_ERR_AUTH)) == 0 && l->enrol.due_ms == SH_LINK_NEVER)
         sh_link_arm(s, &l->enrol); /* it does not know us: enrol again */

@@ -32,15 +32,17 @@
 #include "shared/base/rng.h"
 #include "shared/sync/sync.h"
 
-#define SH_LINK_NEVER          UINT64_MAX
-#define SH_LINK_IN_FLIGHT_MAX  16u                    /* items sent and not acknowledged */
-#define SH_LINK_SERVE_MAX      (2 * SH_WIRE_WANT_MAX) /* chunks asked of us and not yet sent */
-#define SH_LINK_SERVE_STEP_MAX 16u                    /* chunks sent a step: 1 MiB */
-#define SH_LINK_WANT_MIN       8u /* chunks asked for at a time, after the peer sent fewer */
-#define SH_LINK_RETURN_MIN_MS  100u
-#define SH_LINK_RETURN_MAX_MS  (7u * 24 * 3600 * 1000)
-#define SH_LINK_SEGMENTS_MAX   16u     /* epochs of which something is owed */
-#define SH_LINK_META_EPOCH     "epoch" /* key in the outbox's meta table; 8 bytes, big-endian */
+#define SH_LINK_NEVER         UINT64_MAX
+#define SH_LINK_IN_FLIGHT_MAX 16u /* items sent and not acknowledged */
+/* Of one class, so that what is not taken in of one never keeps the others waiting. */
+#define SH_LINK_CLASS_FLIGHT_MAX (SH_LINK_IN_FLIGHT_MAX - (SH_CLASSES - 1))
+#define SH_LINK_SERVE_MAX        (2 * SH_WIRE_WANT_MAX) /* chunks asked of us and not yet sent */
+#define SH_LINK_SERVE_STEP_MAX   16u                    /* chunks sent a step: 1 MiB */
+#define SH_LINK_WANT_MIN         8u /* chunks asked for at a time, after the peer sent fewer */
+#define SH_LINK_RETURN_MIN_MS    100u
+#define SH_LINK_RETURN_MAX_MS    (7u * 24 * 3600 * 1000)
+#define SH_LINK_SEGMENTS_MAX     16u     /* epochs of which something is owed */
+#define SH_LINK_META_EPOCH       "epoch" /* key in the outbox's meta table; 8 bytes, big-endian */
 
 typedef enum {
     SH_LINK_DOWN,

@@ -213,8 +213,7 @@ sh_status sh_outbox_put(const sh_outbox *outbox, sh_txn *txn, sh_class cls, sh_i
     return SH_OK;
 }
 
-/* The sequences in [first, last] are all acknowledged. */
-static bool ack_covers(const sh_msg_ack *ack, uint64_t first, uint64_t last)
+bool sh_ack_covers(const sh_msg_ack *ack, uint64_t first, uint64_t last)
 {
     if (last <= ack->high_water)
         return true;
@@ -276,7 +275,7 @@ sh_status sh_outbox_ack(const sh_outbox *outbox, sh_txn *txn, const sh_outbox_ac
         if (item.seq > last || item.seq - base > ack_last(ack))
             break;
         from = item.last_seq + 1;
-        if (!ack_covers(ack, item.seq - base, SH_MIN(item.last_seq, last) - base))
+        if (!sh_ack_covers(ack, item.seq - base, SH_MIN(item.last_seq, last) - base))
             continue;
         bool tombstone = item.kind == SH_ITEM_TOMBSTONE;
         SH_TRY(take_out(outbox, txn, &item, &counts, fn, arg, err));

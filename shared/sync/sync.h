@@ -47,6 +47,8 @@ SH_MUST_USE sh_status sh_outbox_put(const sh_outbox *outbox, sh_txn *txn, sh_cla
  * set. */
 SH_MUST_USE sh_status sh_outbox_next(const sh_outbox *outbox, sh_txn *txn, sh_class cls,
                                      uint64_t from, sh_msg_item *item);
+/* It says that the sequences in [first, last] are all committed. */
+bool sh_ack_covers(const sh_msg_ack *ack, uint64_t first, uint64_t last);
 typedef struct { /* an acknowledgement, and the part of the class that its epoch numbers */
     const sh_msg_ack *ack;
     uint64_t base; /* its sequence n is base + n in the outbox */

@@ -405,6 +405,8 @@ bool rig_offer(rig *r, unsigned node, const rig_update *u)
                            .tokens_seen = u->samples,
                            .heldout_before = 3,
                            .heldout_after = 2.5};
+    if (u->heldout != 0)
+        meta.heldout_before = meta.heldout_after = u->heldout;
     uint8_t *hashes = NULL;
     sh_error err = {0};
     sh_buf payload;

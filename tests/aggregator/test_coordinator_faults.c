@@ -418,6 +418,41 @@ static void test_alarms_and_windows_are_kept_and_bounded(void **state)
     finish(r);
 }
 
+static void give_window(rig *r, uint64_t first, uint64_t last, bool tombstone)
+{
+    sh_msg_item item = item_of(SH_CLASS_WINDOW, tombstone ? SH_ITEM_TOMBSTONE : SH_ITEM_WINDOW,
+                               first, tombstone ? NULL : "window", tombstone ? 0 : 6);
+    item.last_seq = last;
+    assert_true(rig_item(r, 0, &item));
+    rig_drop_mail(r);
+}
+
+/* Whatever comes in their places, and in which order: one marked sequence, one place. */
+static void test_no_order_leaves_more_windows(void **state)
+{
+    (void)state;
+    rig *r = setup_fleet();
+    for (uint64_t seq = 1; seq <= 1024; seq++)
+        give_window(r, seq, seq, false);
+    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), 1024);
+    give_window(r, 1025, 1027, true); /* takes the places of 1 to 3 */
+    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), 1021);
+    give_window(r, 1028, UINT64_C(1) << 40, true);
+    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), 0);
+    finish(r);
+
+    r = setup(NULL);
+    r->options.node_items_max = 4;
+    rig_boot(r);
+    rig_enrol(r, 0);
+    for (uint64_t seq = 40; seq > 0; seq--) /* the latest first */
+        give_window(r, seq, seq, false);
+    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), 4);
+    give_window(r, 41, 41, false);
+    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), 4);
+    finish(r);
+}
+
 static void test_tombstones(void **state)
 {
     (void)state;
@@ -602,6 +637,7 @@ int main(void)
         cmocka_unit_test(test_naming_anothers_chunks),
         cmocka_unit_test(test_a_release_is_served_in_pieces),
         cmocka_unit_test(test_alarms_and_windows_are_kept_and_bounded),
+        cmocka_unit_test(test_no_order_leaves_more_windows),
         cmocka_unit_test(test_tombstones),
         cmocka_unit_test(test_random_and_mutated_messages),
         cmocka_unit_test(test_the_audit_log_cannot_be_changed_unseen),

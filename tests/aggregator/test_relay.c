@@ -1,5 +1,6 @@
 /* A relay's core between nodes and a root's core: updates go up once, plans and releases come down,
  * whatever crashes in between. Messages are carried by hand, jobs are played. */
+#include <float.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -449,6 +450,28 @@ static void test_a_stack_is_of_one_base(void **state)
     finish(t);
 }
 
+/* The sum of what nodes say of themselves goes up whatever they say. */
+static void test_no_loss_holds_a_stack_up(void **state)
+{
+    (void)state;
+    tiers *t = make(1);
+    rig *r = &t->relay[0];
+    carry(t, 0);
+    for (unsigned node = 0; node < 3; node++) {
+        rig_update u = rig_make(r, node, 1);
+        u.heldout = node == 0 ? DBL_MAX : node == 1 ? -DBL_MAX : 2;
+        u.samples = 100;
+        rig_enrol(r, node);
+        assert_true(rig_offer(r, node, &u));
+    }
+    assert_true(end_stack(r, SH_OK, NULL));
+    carry(t, 0);
+    listed above = rows_of(&t->root);
+    assert_int_equal(above.n, 1);
+    assert_true(above.rows[0].meta.heldout_before > 0 && above.rows[0].meta.heldout_before < 50);
+    finish(t);
+}
+
 /* A stack that is too large is made of fewer, and the rest follows at once. */
 static void test_too_large_is_halved(void **state)
 {
@@ -688,6 +711,7 @@ int main(void)
         cmocka_unit_test(test_no_part_counts_twice),
         cmocka_unit_test(test_only_relays_speak_for_others),
         cmocka_unit_test(test_a_stack_is_of_one_base),
+        cmocka_unit_test(test_no_loss_holds_a_stack_up),
         cmocka_unit_test(test_too_large_is_halved),
         cmocka_unit_test(test_an_absent_parent_fills_the_buffer),
         cmocka_unit_test(test_crashes_lose_nothing_and_double_nothing),

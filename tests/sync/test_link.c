@@ -319,25 +319,82 @@ static void items_stay_until_acknowledged(void **state)
     (void)state;
     peer *p = peer_open(5);
     come_up(p);
-    put_windows(p, SH_LINK_IN_FLIGHT_MAX + 4);
+    put_windows(p, SH_LINK_CLASS_FLIGHT_MAX + 4);
     pump(p);
-    SAME(count(p, SH_MSG_ITEM), SH_LINK_IN_FLIGHT_MAX); /* and no more */
+    SAME(count(p, SH_MSG_ITEM), SH_LINK_CLASS_FLIGHT_MAX); /* and no more */
     pump(p);
     SAME(p->n_out, 0);
     ack(p, 2, 1u << 1); /* 1, 2 and 4 */
     SAME(p->acked, 3);
     pump(p);
     SAME(count(p, SH_MSG_ITEM), 3);
-    SAME(sent(p, 0).item.seq, SH_LINK_IN_FLIGHT_MAX + 1);
+    SAME(sent(p, 0).item.seq, SH_LINK_CLASS_FLIGHT_MAX + 1);
     p->now += 3 * RETRY_MAX;
     pump(p);
-    SAME(count(p, SH_MSG_ITEM), SH_LINK_IN_FLIGHT_MAX); /* again */
-    ack(p, SH_LINK_IN_FLIGHT_MAX + 4, 0);
-    SAME(p->acked, SH_LINK_IN_FLIGHT_MAX + 4);
+    SAME(count(p, SH_MSG_ITEM), SH_LINK_CLASS_FLIGHT_MAX); /* again */
+    ack(p, SH_LINK_CLASS_FLIGHT_MAX + 4, 0);
+    SAME(p->acked, SH_LINK_CLASS_FLIGHT_MAX + 4);
     SAME(p->link.counts.items[SH_CLASS_WINDOW], 0);
     p->now += 3 * RETRY_MAX;
     pump(p);
     SAME(count(p, SH_MSG_ITEM), 0);
+    peer_close(p);
+}
+
+static void put_alarm(peer *p)
+{
+    sh_link_step s = step_of(p);
+    OK(sh_link_put(&s, SH_CLASS_ALARM, SH_ITEM_ALARM, (sh_bytes){"alarm", 5}, NULL));
+    fixture_commit(&p->f);
+}
+
+/* Windows that nobody acknowledges do not keep an alarm waiting. */
+static void no_class_takes_every_place(void **state)
+{
+    (void)state;
+    peer *p = peer_open(30);
+    come_up(p);
+    put_windows(p, 2 * SH_LINK_IN_FLIGHT_MAX);
+    pump(p);
+    put_alarm(p);
+    SAME(sh_link_due(&p->link), 0);
+    pump(p);
+    SAME(count(p, SH_MSG_ITEM), 1);
+    SAME(sent(p, 0).item.cls, SH_CLASS_ALARM);
+    assert_true(sh_link_due(&p->link) > p->now);
+    peer_close(p);
+}
+
+/* Nor do those that a policy or a budget holds back after they were sent; they go out again when
+ * it does not any more. */
+static void a_closed_class_gives_its_places_up(void **state)
+{
+    (void)state;
+    peer *p = peer_open(31);
+    come_up(p);
+    put_windows(p, SH_LINK_CLASS_FLIGHT_MAX);
+    pump(p);
+    p->link.closed.items[SH_CLASS_WINDOW] = true;
+    for (unsigned i = 0; i < SH_LINK_CLASS_FLIGHT_MAX; i++)
+        put_alarm(p);
+    pump(p);
+    SAME(count(p, SH_MSG_ITEM), SH_LINK_CLASS_FLIGHT_MAX);
+    p->link.closed.items[SH_CLASS_WINDOW] = false;
+    p->now += 3 * RETRY_MAX;
+    pump(p);
+    sh_msg alarms = {.type = SH_MSG_ACK,
+                     .ack = {.epoch = p->link.epoch,
+                             .cls = SH_CLASS_ALARM,
+                             .high_water = SH_LINK_CLASS_FLIGHT_MAX}};
+    receive(p, &alarms);
+    SAME(p->acked, SH_LINK_CLASS_FLIGHT_MAX);
+    p->now += 3 * RETRY_MAX;
+    pump(p);
+    SAME(count(p, SH_MSG_ITEM), SH_LINK_CLASS_FLIGHT_MAX);
+    ack(p, SH_LINK_CLASS_FLIGHT_MAX, 0);
+    SAME(p->acked, 2 * SH_LINK_CLASS_FLIGHT_MAX);
+    pump(p);
+    SAME(p->link.counts.items[SH_CLASS_WINDOW], 0);
     peer_close(p);
 }
 
@@ -703,6 +760,8 @@ int main(void)
         cmocka_unit_test(retries_back_off),
         cmocka_unit_test(a_rejected_sender_only_enrols),
         cmocka_unit_test(items_stay_until_acknowledged),
+        cmocka_unit_test(no_class_takes_every_place),
+        cmocka_unit_test(a_closed_class_gives_its_places_up),
         cmocka_unit_test(a_lost_link_sends_all_again),
         cmocka_unit_test(a_full_list_waits),
         cmocka_unit_test(buries_what_was_forgotten),
