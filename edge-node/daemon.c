@@ -232,7 +232,9 @@ static sh_status start(sh_daemon *d, sh_error *err)
     SH_TRY(read_files(d, err));
     SH_TRY(read_enrol_token(d, err));
     SH_TRY(make_folders(err));
-    SH_TRY(daemon_store_open(d, err)); /* from here on the folder is ours alone */
+    sh_status opened = daemon_store_open(d, err); /* from here on the folder is ours alone */
+    if (opened != SH_OK && opened != SH_ERR_FULL) /* which the loop waits for */
+        return opened;
     daemon_empty_work();
     (void)unlink(SH_NODE_DIR_MODELS "/candidate.gguf");
     SH_TRY(daemon_inbox_init(&d->inbox, err));
@@ -296,7 +298,7 @@ static void stop_hard(sh_daemon *d)
 {
     sh_error err = {0};
     daemon_flush(d);
-    if (sh_store_sync(d->store, &err) != SH_OK)
+    if (d->store && sh_store_sync(d->store, &err) != SH_OK)
         sh_log(SH_LOG_ERROR, "store", "error=\"%s\"", err.text);
     sh_log(SH_LOG_WARN, "stop", "reason=%s forced=1", d->stop_reason);
     _exit(0);

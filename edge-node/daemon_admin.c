@@ -59,7 +59,7 @@ static json_t *status_json(sh_daemon *d)
                             : d->net_refused ? "refused"
                             : d->client      ? "down"
                                              : "off"));
-    sh_json_set(o, "store_bytes", json_integer((json_int_t)sh_store_bytes_used(d->store)));
+    sh_json_set(o, "store_bytes", json_integer((json_int_t)daemon_store_bytes(d)));
     sh_json_set(o, "store_full", json_boolean(d->full_until_ms != 0));
     sh_json_set(o, "stores_lost", json_integer(d->stores_lost));
     sh_json_set(o, "serving_version", json_integer((json_int_t)d->active_version));
@@ -219,10 +219,11 @@ static void start_erasure(sh_daemon *d)
 static sh_status compact(sh_daemon *d, sh_error *err)
 {
     sh_node_destroy(&d->node);
-    SH_TRY(sh_store_compact(d->store, err));
+    if (d->store)
+        SH_TRY(sh_store_compact(d->store, err));
     daemon_store_forget_aside();
     (void)unlink(SH_NODE_FILE_ERASING);
-    return daemon_make_core(d, err);
+    return d->store ? daemon_make_core(d, err) : SH_OK;
 }
 
 void daemon_resume_erasure(sh_daemon *d)

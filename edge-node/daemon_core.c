@@ -9,7 +9,7 @@
  * again. Until it is over nothing is begun that adds rows: timers wait, inferences are dropped and
  * counted, ratings are refused. The core is made again at once, with the store's reserve, and small
  * messages are taken in with the reserve, too: acknowledgements make room. Where the reserve itself
- * is used up, the core is made again after the pause.
+ * is used up, the core is made again after the pause; so is the store where there is none yet.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -274,6 +274,8 @@ static sh_status settle_once(sh_daemon *d, sh_error *err)
 {
     if (d->store_corrupt)
         SH_TRY(daemon_store_replace(d, err));
+    else if (!d->store)
+        SH_TRY(daemon_store_open(d, err));
     SH_TRY(daemon_make_core(d, err));
     if (d->node && d->resume_erasure) {
         d->resume_erasure = false;
@@ -655,7 +657,7 @@ void daemon_refresh_stats(sh_daemon *d, bool now)
 {
     uint64_t ms = sh_clock_mono_ms();
     bool bytes = now || ms >= d->stats_due_ms;
-    uint64_t used = bytes ? sh_store_bytes_used(d->store) : 0;
+    uint64_t used = bytes ? daemon_store_bytes(d) : 0;
     if (bytes)
         d->stats_due_ms = ms + STATS_EVERY_MS;
     const daemon_window *w = d->last_window.inferences ? &d->last_window : &d->window;

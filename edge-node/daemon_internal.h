@@ -137,8 +137,8 @@ typedef struct {
 
 typedef struct {
     const sh_settings *settings;
-    sh_store *store;
-    sh_node *node; /* NULL: the store was too full to make it again; tried later */
+    sh_store *store; /* NULL: the disk is too full to make one; tried later, and so is the node */
+    sh_node *node;   /* NULL: the store was too full to make it again; tried later */
     sh_node_options options;
     sh_hash enrol_token; /* that options.token is, until the aggregator has let us in */
     sh_buf genesis;      /* signed manifest */
@@ -263,7 +263,12 @@ sh_status daemon_file_end(int fd, const char *temporary, const char *path, sh_er
 sh_status daemon_copy_file(const char *from, const char *to, sh_error *err);
 
 /* ---- daemon_store.c ---- */
+/* SH_ERR_FULL: the disk has no room for a new store. */
 sh_status daemon_store_open(sh_daemon *d, sh_error *err);
+uint64_t daemon_store_bytes(const sh_daemon *d);
+/* The newest release whose signed manifest and whole file lie in models/, newer than the genesis
+ * one, into options.kept_manifest and kept_slot; its version, 0: none. */
+uint64_t daemon_find_kept(sh_daemon *d);
 /* Sets the open one aside for corrupt_err and begins a new one. The worker is idle. */
 sh_status daemon_store_replace(sh_daemon *d, sh_error *err);
 void daemon_store_forget_aside(void); /* they hold what users wrote */

@@ -217,20 +217,41 @@ sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_erro
     return SH_OK;
 }
 
-sh_status daemon_serve_without_core(sh_daemon *d, sh_error *err)
+/* What the store says that is active. */
+static sh_status serve_stored(sh_daemon *d, sh_error *err)
 {
     sh_txn *txn = NULL;
     uint64_t version = 0;
     uint32_t slot = 0;
+    SH_TRY(sh_txn_begin(d->store, SH_TXN_READ, &txn, err));
+    sh_status status = sh_node_stored_active(txn, &version, &slot, err);
+    sh_txn_abort(&txn);
+    return status == SH_OK ? daemon_activate(d, version, slot, err) : status;
+}
+
+/* Without a store: what lies in models/. A store that is made later begins with the same. */
+static sh_status serve_kept(sh_daemon *d, sh_error *err)
+{
+    char path[64];
+    sh_model *model = NULL;
+    sh_manifest manifest;
+    uint64_t version = daemon_find_kept(d);
+    if (version == 0)
+        return sh_fail(err, SH_ERR_NOT_FOUND, "no release but the genesis one is here");
+    const sh_bytes *kept = &d->options.kept_manifest;
+    SH_TRY(sh_manifest_verify(kept->data, kept->n, &d->options.release_key, &manifest, err));
+    daemon_slot_path(d->options.kept_slot, path, sizeof path);
+    SH_TRY(open_model(path, &manifest.model.sha256, &model, err));
+    SH_TRY(serve(d, path, model, version, err));
+    d->active_slot = d->options.kept_slot;
+    return SH_OK;
+}
+
+sh_status daemon_serve_without_core(sh_daemon *d, sh_error *err)
+{
     sh_model *model = NULL;
     sh_manifest genesis;
-    sh_status status = sh_txn_begin(d->store, SH_TXN_READ, &txn, err);
-    if (status == SH_OK)
-        status = sh_node_stored_active(txn, &version, &slot, err);
-    sh_txn_abort(&txn);
-    if (status == SH_OK)
-        status = daemon_activate(d, version, slot, err);
-    if (status == SH_OK)
+    if ((d->store ? serve_stored(d, err) : serve_kept(d, err)) == SH_OK)
         return SH_OK;
     SH_TRY(sh_manifest_verify(d->genesis.data, d->genesis.len, &d->options.release_key, &genesis,
                               err));
