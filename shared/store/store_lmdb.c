@@ -3,6 +3,10 @@
  * database a table, and the files writer.lock, whose flock says that a process writes here, and
  * readers.lock, which other processes that read hold shared.
  *
+ * To LMDB an empty data.mdb is one that is to be made. So writer.lock is empty until the first
+ * commit of a store is durable, and holds a line from then on: an empty data.mdb beside it has lost
+ * what was in it.
+ *
  * The reserve. LMDB's only limit is its map, so plain writers run on a map that is reserve_bytes
  * short of bytes_max, and a SH_TXN_RESERVE writer near the limit on the whole of it. Changing the
  * map takes a moment without transactions in this process; `lock` and `open` see to that. If there
@@ -919,6 +923,22 @@ static const sh_store_backend lmdb_backend = {
     .cursor_close = lmdb_cursor_close,
 };
 
+static bool was_made(const lmdb_store *store)
+{
+    struct stat info;
+    return fstat(store->writer_fd, &info) == 0 && info.st_size > 0;
+}
+
+/* Where there is no room for it, the next start that has some does it. */
+static void remember_made(const lmdb_store *store)
+{
+    static const char line[] = "a store was made here\n";
+    if (was_made(store))
+        return;
+    if (pwrite(store->writer_fd, line, sizeof(line) - 1, 0) > 0 && !store->no_sync)
+        (void)fdatasync(store->writer_fd);
+}
+
 /* A file that a full disk let begin and not end is no store yet: left behind, the next try would
  * take it for a damaged one. */
 static sh_status open_file(lmdb_store *store, sh_error *err)
@@ -927,6 +947,11 @@ static sh_status open_file(lmdb_store *store, sh_error *err)
     struct stat info;
     SH_TRY(sh_path_join(path, sizeof(path), store->dir, "data.mdb", err));
     bool is_new = !store->base.read_only && (stat(path, &info) != 0 || info.st_size == 0);
+    if (is_new && was_made(store))
+        return sh_fail(err, SH_ERR_CORRUPT,
+                       "store '%s': data.mdb is empty or gone, and a store was made here: put it "
+                       "back from a backup, or remove the folder to begin anew",
+                       store->dir);
     if (!store->base.read_only)
         SH_TRY(reserve_lock_file(store, err));
     sh_status status = open_env(store, err);
@@ -951,8 +976,11 @@ static sh_status open_parts(lmdb_store *store, const sh_store_options *options, 
     if (!options->read_only)
         SH_TRY(remove_compact(store, err)); /* what a crash left may hold what was deleted */
     SH_TRY(open_file(store, err));
-    if (!options->read_only && !options->no_sync)
+    if (options->read_only)
+        return SH_OK;
+    if (!options->no_sync)
         SH_TRY(sync_names(store, err));
+    remember_made(store);
     return SH_OK;
 }
 

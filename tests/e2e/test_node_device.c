@@ -122,29 +122,40 @@ static void test_damaged_at_the_start(void **state)
     start(r, NULL);
     use(r);
     epoch(r, was);
-    for (int i = 1; i <= 3; i++) {
+    for (int i = 1; i <= 4; i++) {
         assert_int_equal(node_rig_end(r, i == 2 ? SIGTERM : SIGKILL), i == 2 ? 0 : 128 + SIGKILL);
         if (i == 1) /* its two first pages: not a store any more */
             damage(r, 0, 2 * PAGE, 'x');
         else if (i == 2) /* all behind them: not what was in it */
             damage(r, 2 * PAGE, 0, 0);
-        else /* torn off */
-            assert_int_equal(truncate(in_node(r, "store/data.mdb"), 2 * PAGE), 0);
+        else /* torn off; emptied, as by a file system that had its name on the disk and no more */
+            assert_int_equal(truncate(in_node(r, "store/data.mdb"), i == 3 ? 2 * PAGE : 0), 0);
         start(r, NULL);
         expect_new_store(r, i, was);
     }
-    assert_false(sh_file_exists(in_node(r, "store.corrupt-1"))); /* two are kept */
-    assert_true(sh_file_exists(in_node(r, "store.corrupt-2")));
+    assert_false(sh_file_exists(in_node(r, "store.corrupt-2"))); /* two are kept */
     assert_true(sh_file_exists(in_node(r, "store.corrupt-3")));
+    assert_true(sh_file_exists(in_node(r, "store.corrupt-4")));
     /* They hold what users wrote: an erasure takes them, too. */
     run_result e = run_program(
         program, (const char *const[]){"erase", "--dir", r->node, "--user", "bob", NULL}, NULL, 0);
     if (e.exit_code != 0)
         fail_msg("erase: exit code %d: %s%s", e.exit_code, e.out, e.err);
     run_release(&e);
-    assert_false(sh_file_exists(in_node(r, "store.corrupt-2")));
     assert_false(sh_file_exists(in_node(r, "store.corrupt-3")));
-    assert_int_equal(number(r, "stores_lost"), 3);
+    assert_false(sh_file_exists(in_node(r, "store.corrupt-4")));
+    assert_int_equal(number(r, "stores_lost"), 4);
+    assert_int_equal(node_rig_end(r, SIGTERM), 0);
+}
+
+/* A crash right after its creation: nothing was in it. */
+static void test_empty_before_the_first_start(void **state)
+{
+    node_rig *r = *state;
+    OK(sh_file_write_atomic(in_node(r, "store/data.mdb"), "", 0, err));
+    start(r, NULL);
+    use(r);
+    assert_int_equal(number(r, "stores_lost"), 0);
     assert_int_equal(node_rig_end(r, SIGTERM), 0);
 }
 
@@ -265,6 +276,7 @@ int main(int argc, char **argv)
     program = argv[1];
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_damaged_at_the_start, make, release),
+        cmocka_unit_test_setup_teardown(test_empty_before_the_first_start, make, release),
         cmocka_unit_test_setup_teardown(test_damaged_while_it_runs, make, release),
         cmocka_unit_test_setup_teardown(test_the_release_stays, make, release),
         cmocka_unit_test_setup_teardown(test_signals, make, release),
