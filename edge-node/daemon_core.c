@@ -127,6 +127,9 @@ static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
                d->options.token.n > 0 ? "key-or-token" : "key");
         d->net_refused = true;
         break;
+    case SH_NOTE_MANIFEST_LOST:
+        sh_log(SH_LOG_ERROR, "manifest_lost", "version=%llu state=on-its-way", n);
+        break;
     case SH_NOTE_RENEWED:
         sh_log(SH_LOG_WARN, "store_copied", "renewals=%llu", n);
         break;

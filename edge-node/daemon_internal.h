@@ -272,6 +272,9 @@ uint64_t daemon_find_kept(sh_daemon *d);
 /* Sets the open one aside for corrupt_err and begins a new one. The worker is idle. */
 sh_status daemon_store_replace(sh_daemon *d, sh_error *err);
 void daemon_store_forget_aside(void); /* they hold what users wrote */
+/* The signed manifest of a slot's file lies beside it, too: what is left when the store's is lost.
+ */
+void daemon_manifest_path(uint32_t slot, char *out, size_t n);
 void daemon_keep_manifest(uint32_t slot, sh_bytes manifest);
 
 /* ---- daemon_signals.c ---- */

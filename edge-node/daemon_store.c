@@ -109,7 +109,7 @@ static sh_status set_aside(sh_daemon *d, const sh_error *why, sh_error *err)
 
 /* ---- what is served goes on ---- */
 
-static void manifest_path(uint32_t slot, char *out, size_t n)
+void daemon_manifest_path(uint32_t slot, char *out, size_t n)
 {
     snprintf(out, n, SH_NODE_DIR_MODELS "/slot%u.manifest", slot);
 }
@@ -120,7 +120,7 @@ void daemon_keep_manifest(uint32_t slot, sh_bytes manifest)
     uint8_t *old = NULL;
     size_t n = 0;
     sh_error err = {0};
-    manifest_path(slot, path, sizeof path);
+    daemon_manifest_path(slot, path, sizeof path);
     bool same = sh_file_read(path, SH_WIRE_MANIFEST_MAX, &old, &n, NULL) == SH_OK &&
                 n == manifest.n && memcmp(old, manifest.data, n) == 0;
     free(old);
@@ -137,7 +137,7 @@ static void look_at_slot(sh_daemon *d, uint32_t slot, uint64_t *version)
     sh_manifest manifest;
     sh_hash got;
     uint64_t size;
-    manifest_path(slot, path, sizeof path);
+    daemon_manifest_path(slot, path, sizeof path);
     if (sh_file_read(path, SH_WIRE_MANIFEST_MAX, &bytes, &n, NULL) != SH_OK)
         return;
     bool good = sh_manifest_verify(bytes, n, &d->options.release_key, &manifest, NULL) == SH_OK &&

@@ -269,6 +269,7 @@ typedef enum {
     SH_NOTE_TRAIN_STOPPED, /* its policy no longer holds; number: round */
     SH_NOTE_CLOCK_SET,     /* by the aggregator's signed time; number: seconds that it was off */
     SH_NOTE_BUDGET,        /* a byte budget is used up; number: 0 up, 1 down */
+    SH_NOTE_MANIFEST_LOST, /* of the release on its way, in the store; number: version */
     SH_NOTE_RENEWED, /* another sender had this epoch, a copy of the store; number: renewals */
 } sh_node_note;
 

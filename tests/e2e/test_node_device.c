@@ -17,7 +17,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "edge-node/node.h"
 #include "shared/base/file.h"
+#include "shared/store/store.h"
 #include "tests/e2e/node_rig.h"
 
 #define PAGE 4096
@@ -214,6 +216,51 @@ static void put(node_rig *r, const char *name, const char *text)
     OK(sh_file_write_atomic(in_node(r, name), text, strlen(text), err));
 }
 
+/* One bit of what the store has as the manifest of a slot. */
+static void damage_manifest(node_rig *r, const char *slot)
+{
+    const sh_store_options o = {.tables = sh_node_tables, .n_tables = SH_NODE_TABLES};
+    sh_store *store = NULL;
+    sh_txn *txn = NULL;
+    sh_slice value;
+    uint8_t copy[4096];
+    OK(sh_store_open_lmdb(in_node(r, "store"), &o, &store, err));
+    OK(sh_txn_begin(store, SH_TXN_WRITE, &txn, err));
+    OK(sh_txn_get(txn, SH_NODE_T_META, slot, strlen(slot), &value));
+    assert_in_range(value.n, 1, sizeof copy);
+    memcpy(copy, value.data, value.n);
+    copy[value.n / 2] ^= 1;
+    OK(sh_txn_put(txn, SH_NODE_T_META, slot, strlen(slot), copy, value.n, err));
+    OK(sh_txn_commit(&txn, err));
+    sh_store_close(&store);
+}
+
+/* The one beside the file says the same; without that the slot is lost, and the store is not. */
+static void test_a_manifest_is_damaged(void **state)
+{
+    node_rig *r = *state;
+    char was[32], now[32];
+    test_the_release_stays(state);
+    damage_manifest(r, "slot1");
+    start(r, NULL);
+    assert_true(node_rig_logged(r, "event=manifest_lost version=2 slot=1 state=file-is-sound"));
+    assert_int_equal(number(r, "active_version"), 2);
+    assert_int_equal(number(r, "serving_version"), 2);
+    use(r);
+    epoch(r, was);
+    assert_int_equal(node_rig_end(r, SIGTERM), 0);
+    put(r, "models/slot1.manifest", "rubbish");
+    start(r, NULL);
+    assert_true(node_rig_logged(r, "event=manifest_lost version=2 slot=1 state=lost"));
+    assert_true(node_rig_logged(r, "event=slot_lost slot=1"));
+    assert_int_equal(number(r, "active_version"), 1);
+    assert_int_equal(number(r, "serving_version"), 1);
+    use(r);
+    epoch(r, now);
+    assert_string_equal(was, now);
+    assert_int_equal(node_rig_end(r, SIGTERM), 0);
+}
+
 static void test_signals(void **state)
 {
     node_rig *r = *state;
@@ -279,6 +326,7 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup_teardown(test_empty_before_the_first_start, make, release),
         cmocka_unit_test_setup_teardown(test_damaged_while_it_runs, make, release),
         cmocka_unit_test_setup_teardown(test_the_release_stays, make, release),
+        cmocka_unit_test_setup_teardown(test_a_manifest_is_damaged, make, release),
         cmocka_unit_test_setup_teardown(test_signals, make, release),
         cmocka_unit_test_setup_teardown(test_usage, make, release),
     };
