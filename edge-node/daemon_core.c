@@ -61,6 +61,14 @@ static void forget_token(sh_daemon *d)
                strerror(errno));
 }
 
+/* A link on which the aggregator refuses everything is up for the network only. */
+const char *daemon_refused(const sh_daemon *d)
+{
+    if (d->net_up)
+        return d->node ? sh_node_rejected(d->node) : NULL;
+    return d->net_refused ? "the aggregator does not know this key, or it was revoked there" : NULL;
+}
+
 static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
 {
     unsigned long long n = number;
@@ -123,8 +131,8 @@ static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
         sh_log(SH_LOG_WARN, "budget", "state=used_up direction=%s", number == 0 ? "up" : "down");
         break;
     case SH_NOTE_REJECTED:
-        sh_log(SH_LOG_WARN, "link", "state=refused reason=%s",
-               d->options.token.n > 0 ? "key-or-token" : "key");
+        sh_log(SH_LOG_WARN, "link", "state=refused reason=%s text=\"%s\"",
+               d->options.token.n > 0 ? "key-or-token" : "key", daemon_refused(d));
         d->net_refused = true;
         break;
     case SH_NOTE_MANIFEST_LOST:
@@ -670,8 +678,7 @@ void daemon_refresh_stats(sh_daemon *d, bool now)
     if (d->node)
         s->node = sh_node_get_status(d->node);
     s->full = d->full_until_ms != 0;
-    s->net_up = d->net_up;
-    s->net_refused = d->net_refused;
+    s->let_in = d->net_up && !daemon_refused(d);
     s->refused_full = d->refused_full;
     s->stores_lost = d->stores_lost;
     if (bytes)

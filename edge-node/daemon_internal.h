@@ -121,7 +121,7 @@ typedef struct {
 /* What the loop says to other threads; under stats_lock. */
 typedef struct {
     sh_node_status node;
-    bool has_node, full, net_up, net_refused;
+    bool has_node, full, let_in;
     uint64_t store_bytes, refused_full; /* the latter: that the core has not counted yet */
     uint32_t stores_lost;
     uint64_t trainings_ok, trainings_failed, trainings_cancelled;
@@ -248,6 +248,8 @@ void daemon_take_messages(sh_daemon *d);
 void daemon_run_timer(sh_daemon *d);
 void daemon_settle(sh_daemon *d); /* makes the core again where that is wanted */
 void daemon_refresh_stats(sh_daemon *d, bool now);
+const char *
+daemon_refused(const sh_daemon *d); /* why the aggregator lets us not in; NULL: it does */
 
 /* ---- daemon_slots.c ---- */
 void daemon_slot_path(uint32_t slot, char *out, size_t n);

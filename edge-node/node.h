@@ -329,6 +329,9 @@ typedef struct {
     bool erasing; /* SH_NODE_ERASE goes on with timer events */
 } sh_node_status;
 sh_node_status sh_node_get_status(const sh_node *node);
+/* Why the aggregator did not let this node in when it last asked, in its words; NULL: it did, or
+ * has not answered since the start. Until the node's next step. */
+const char *sh_node_rejected(const sh_node *node);
 
 /* ---- what reports and the audit read of a node's store ---- */
 typedef enum { SH_LEDGER_OWED, SH_LEDGER_ACKED, SH_LEDGER_DROPPED } sh_ledger_state;

@@ -120,7 +120,8 @@ struct sh_node {
     bool dirty, monitor_dirty;
 
     sh_link link;
-    uint64_t armed_ms; /* of the last SET_TIMER */
+    char rejected[SH_WIRE_TEXT_MAX + 1]; /* why, from a refusal to a welcome */
+    uint64_t armed_ms;                   /* of the last SET_TIMER */
 
     uint64_t retain_ms;    /* when a row may be too old (rows' clock) */
     uint64_t evaluate_job; /* id of the running EVALUATE; 0: none */

@@ -3,6 +3,7 @@
  */
 #include "edge-node/node_internal.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -273,9 +274,12 @@ static sh_status on_chunks(void *arg)
     return node_evaluate_advance(arg);
 }
 
-static void on_rejected(void *arg)
+static void on_rejected(void *arg, const char *why)
 {
-    node_note(arg, SH_NOTE_REJECTED, 0);
+    node_step *s = arg;
+    (void)snprintf(s->n->rejected, sizeof(s->n->rejected), "%s",
+                   why && why[0] ? why : "refused without a reason");
+    node_note(s, SH_NOTE_REJECTED, 0);
 }
 
 static void on_renewed(void *arg)
@@ -372,7 +376,10 @@ void node_checkin_soon(node_step *s)
 sh_status node_on_message(node_step *s, sh_bytes message)
 {
     sh_link_step link = node_link(s);
-    return sh_link_receive(&link, message);
+    SH_TRY(sh_link_receive(&link, message));
+    if (s->n->link.state == SH_LINK_WELCOME)
+        s->n->rejected[0] = 0;
+    return SH_OK;
 }
 
 sh_status node_pump(node_step *s)

@@ -282,15 +282,27 @@ cleanup:
     return status;
 }
 
+static void print_link(const json_t *reply, const char *state)
+{
+    const char *why = json_string_value(json_object_get(reply, "link_reason"));
+    const char *advice = json_string_value(json_object_get(reply, "link_advice"));
+    printf("%-20s %s%s%s\n", "link", state, why ? ": " : "", why ? why : "");
+    if (advice)
+        printf("%-20s %s\n", "", advice);
+}
+
 static void print_status(const json_t *reply)
 {
     const char *key;
     json_t *value;
     json_object_foreach((json_t *)reply, key, value)
     {
-        if (strcmp(key, "ok") == 0)
+        if (strcmp(key, "ok") == 0 || strcmp(key, "link_reason") == 0 ||
+            strcmp(key, "link_advice") == 0)
             continue;
-        if (json_is_string(value))
+        if (strcmp(key, "link") == 0)
+            print_link(reply, json_string_value(value));
+        else if (json_is_string(value))
             printf("%-20s %s\n", key, json_string_value(value));
         else if (json_is_boolean(value))
             printf("%-20s %s\n", key, json_is_true(value) ? "yes" : "no");
