@@ -358,10 +358,10 @@ static int wait_ms(sh_daemon *d)
     if (d->timer_at_ms && d->node) {
         uint64_t steady = daemon_now(d); /* it counts sleep, the other does not */
         uint64_t wait = d->timer_at_ms > steady ? d->timer_at_ms - steady : 0;
-        due = SH_MIN(due, SH_MAX(now + SH_MIN(wait, (uint64_t)WAIT_MS_MAX), d->full_until_ms));
+        due = SH_MIN(due, SH_MAX(now + SH_MIN(wait, (uint64_t)WAIT_MS_MAX), d->full.until_ms));
     }
     if (d->remake)
-        due = SH_MIN(due, d->reserve_used_up ? d->full_until_ms : now);
+        due = SH_MIN(due, d->reserve_used_up ? d->full.until_ms : now);
     if (d->erase.wanted || (d->erase.running && d->erase.done))
         due = SH_MIN(due, now + ERASE_LOOK_MS);
     if (d->stopping)

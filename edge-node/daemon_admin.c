@@ -83,7 +83,7 @@ static json_t *status_json(sh_daemon *d)
     sh_json_set(o, "http_port", json_integer(sh_api_port(d->api)));
     link_json(d, o);
     sh_json_set(o, "store_bytes", json_integer((json_int_t)daemon_store_bytes(d)));
-    sh_json_set(o, "store_full", json_boolean(d->full_until_ms != 0));
+    sh_json_set(o, "store_full", json_boolean(d->full.is));
     sh_json_set(o, "stores_lost", json_integer(d->stores_lost));
     sh_json_set(o, "serving_version", json_integer((json_int_t)d->active_version));
     sh_json_set(o, "requests", json_integer((json_int_t)engine.requests));

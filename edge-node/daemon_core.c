@@ -234,18 +234,16 @@ static sh_status keep(sh_daemon *d, sh_error *err)
 
 static bool counts_as_full(const sh_daemon *d)
 {
-    return sh_clock_mono_ms() < d->full_until_ms;
+    return daemon_full_counts(&d->full, sh_clock_mono_ms());
 }
 
 static void found_full(sh_daemon *d, const sh_error *err)
 {
-    uint64_t now = sh_clock_mono_ms();
-    bool again = d->full_pause_ms && now < d->full_until_ms + d->full_pause_ms;
-    if (!d->full_until_ms)
+    bool first = !d->full.is;
+    daemon_full_found(&d->full, sh_clock_mono_ms());
+    if (first)
         sh_log(SH_LOG_ERROR, "store", "state=full error=\"%s\"", err->text);
-    d->full_pause_ms = again ? SH_MIN(2 * d->full_pause_ms, (uint64_t)DAEMON_FULL_PAUSE_MAX_MS)
-                             : DAEMON_FULL_PAUSE_MS;
-    d->full_until_ms = now + d->full_pause_ms;
+    sh_log(SH_LOG_DEBUG, "store_pause", "ms=%llu", (unsigned long long)d->full.pause_ms);
 }
 
 /* ---- the core ---- */
@@ -268,6 +266,7 @@ sh_status daemon_make_core(sh_daemon *d, sh_error *err)
     d->reserve_used_up = false;
     d->lost_slots = 0;
     d->lives++;
+    sh_log(SH_LOG_DEBUG, "core", "life=%llu", (unsigned long long)d->lives);
     SH_GOTO(keep(d, err));
     carry_out(d, d->kept, d->n_kept);
     clear_kept(d);
@@ -355,10 +354,8 @@ static sh_status batch_commit(sh_daemon *d, bool points, sh_error *err)
     if (points)
         daemon_failpoint(d, "node.after_commit");
     d->failures = 0;
-    if (d->full_until_ms && d->kind == SH_TXN_WRITE && !counts_as_full(d)) {
-        d->full_until_ms = 0;
+    if (d->kind == SH_TXN_WRITE && daemon_full_written(&d->full, sh_clock_mono_ms()))
         sh_log(SH_LOG_INFO, "store", "state=writable");
-    }
     /* Carrying out may step again (a job that ends at once does not: it comes by the inbox). */
     carry_out(d, d->kept, d->n_kept);
     clear_kept(d);
@@ -437,7 +434,7 @@ sh_status daemon_step(sh_daemon *d, const sh_node_event *event, sh_error *err)
     bool erases = event->kind == SH_NODE_ERASE ||
                   (event->kind == SH_NODE_TIMER && d->erase.running && !d->erase.done);
     if (erases)
-        d->full_until_ms = SH_MIN(d->full_until_ms, sh_clock_mono_ms()); /* it makes room */
+        d->full.until_ms = SH_MIN(d->full.until_ms, sh_clock_mono_ms()); /* it makes room */
     if (counts_as_full(d) && may_reserve(event))
         return step_as(d, event, SH_TXN_RESERVE, e);
     if (counts_as_full(d) && event->kind == SH_NODE_MESSAGE) /* the peer sends it again */
@@ -677,7 +674,7 @@ void daemon_refresh_stats(sh_daemon *d, bool now)
     s->has_node = d->node != NULL;
     if (d->node)
         s->node = sh_node_get_status(d->node);
-    s->full = d->full_until_ms != 0;
+    s->full = d->full.is;
     s->let_in = d->net_up && !daemon_refused(d);
     s->refused_full = d->refused_full;
     s->stores_lost = d->stores_lost;

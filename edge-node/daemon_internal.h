@@ -2,6 +2,7 @@
  * What the daemon's files share.
  *   daemon.c        start, the loop, stop
  *   daemon_core.c   steps, group commit, actions, the core made again
+ *   daemon_full.c   how long a full store counts as full
  *   daemon_inbox.c  what other threads post to the loop
  *   daemon_jobs.c   installations, smoke tests, evaluations on the worker
  *   daemon_train.c  the training child
@@ -106,6 +107,18 @@ typedef struct {
     bool started, busy, stop;
 } daemon_worker;
 
+/* ---- a full store; monotonic time ---- */
+typedef struct {
+    bool is;           /* since it was found full nothing was written */
+    uint64_t until_ms; /* it counts as full */
+    uint64_t pause_ms; /* the last one */
+} daemon_full;
+
+bool daemon_full_counts(const daemon_full *full, uint64_t now_ms);
+void daemon_full_found(daemon_full *full, uint64_t now_ms);
+/* A plain transaction was committed. True: it is no longer full. */
+bool daemon_full_written(daemon_full *full, uint64_t now_ms);
+
 /* ---- probes ---- */
 typedef struct {
     pthread_t thread;
@@ -163,12 +176,11 @@ typedef struct {
     uint64_t base_ms, boot_ms; /* daemon_now() at the start, and the boot clock then */
     uint64_t timer_at_ms;      /* daemon_now(); 0: none */
     int kind;                  /* of txn */
-    uint64_t full_until_ms;    /* monotonic: it counts as full; 0: not full */
-    uint64_t full_pause_ms;    /* the last one */
-    bool reserve_used_up;      /* the core cannot be made again before that */
-    bool remake;               /* the core must be made again */
-    bool store_corrupt;        /* the store must be set aside before that */
-    bool resume_erasure;       /* one may have been interrupted: look when there is a core */
+    daemon_full full;
+    bool reserve_used_up; /* the core cannot be made again before that */
+    bool remake;          /* the core must be made again */
+    bool store_corrupt;   /* the store must be set aside before that */
+    bool resume_erasure;  /* one may have been interrupted: look when there is a core */
     sh_error corrupt_err;
     uint32_t stores_lost;
     uint64_t refused_full; /* by a full store, and not told to the core yet */

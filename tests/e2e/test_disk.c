@@ -58,8 +58,13 @@ static int make(void **state)
 
 static int release(void **state)
 {
+    static const char *const folders[] = {"store", "."};
     e2e_fleet *f = *state;
-    (void)umount2(f->nodes[0].dir, MNT_DETACH); /* after a failure, too: it cannot be removed */
+    char path[SH_PATH_BYTES];
+    for (size_t i = 0; i < SH_COUNT(folders); i++) { /* what is mounted cannot be removed */
+        OK(sh_path_join(path, sizeof path, f->nodes[0].dir, folders[i], err));
+        (void)umount2(path, MNT_DETACH);
+    }
     e2e_fleet_release(f);
     free(*state);
     return 0;
@@ -178,7 +183,66 @@ static void a_full_disk(void **state)
     write_again(f, &a, "bob");
     assert_int_equal(e2e_end(&f->nodes[0].process, SIGTERM), 0);
     fleets_check_feedback(f, 0, a.acknowledged, 0);
-    assert_int_equal(umount2(store, MNT_DETACH), 0);
+}
+
+/* ---- how often it tries ---- */
+
+static unsigned times_logged(const e2e_process *p, const char *what)
+{
+    unsigned n = 0;
+    char *log = e2e_log(p);
+    for (const char *at = log; (at = strstr(at, what)) != NULL; at += strlen(what))
+        n++;
+    free(log);
+    return n;
+}
+
+static bool has_tried_again(e2e_fleet *f, author *a)
+{
+    write_one(f, a, "bob"); /* there is always something to write */
+    return e2e_logged(&f->nodes[0].process, "event=store_pause ms=10000");
+}
+
+/* With an aggregator that answers: an enrolment brings a welcome, a plan and timers, and none of
+ * them begins another life of the core before the pause is over. */
+static void a_full_disk_is_left_alone(void **state)
+{
+    static const char *const more[] = {"--feedback.tokens-max",
+                                       "1000000000",
+                                       "--completions.count-max",
+                                       "100000",
+                                       "--log.level",
+                                       "debug",
+                                       NULL};
+    e2e_fleet *f = *state;
+    e2e_process *node = &f->nodes[0].process;
+    char store[SH_PATH_BYTES], filler[SH_PATH_BYTES];
+    author a = {0};
+    const char *why = own_mounts();
+    OK(sh_path_join(store, sizeof store, f->nodes[0].dir, "store", err));
+    OK(sh_path_join(filler, sizeof filler, store, "filler", err));
+    if (!why && mount("tmpfs", store, "tmpfs", 0, DISK_OPTIONS) != 0)
+        why = strerror(errno);
+    if (why) {
+        print_message("SKIP: a full disk is left alone: %s\n", why);
+        skip();
+    }
+    f->node_words = more;
+    e2e_fleet_start(f);
+    assert_true(e2e_saw(node, "event=checked_in"));
+    for (int i = 0; i < 20; i++)
+        write_one(f, &a, "bob");
+    fill_disk(filler);
+    write_until_full(f, &a, "bob");
+    E2E_UNTIL(has_tried_again(f, &a), "it tries again");
+    unsigned lives = times_logged(node, "event=core "), pauses = times_logged(node, "store_pause");
+    print_message("%u lives of the core, %u pauses\n", lives, pauses);
+    assert_true(lives <= 1 + 2 * pauses);
+    assert_int_equal(times_logged(node, "event=store_pause ms=5000"), 1);
+    assert_int_equal(unlink(filler), 0);
+    write_again(f, &a, "bob");
+    e2e_fleet_stop(f);
+    fleets_check_feedback(f, 0, a.acknowledged, 0);
 }
 
 /* ---- a disk that was full before there was a store ---- */
@@ -207,16 +271,6 @@ static const char *move_folder(const e2e_node *node)
     assert_int_equal(mount(fresh, node->dir, NULL, MS_MOVE, NULL), 0);
     assert_int_equal(rmdir(fresh), 0);
     return NULL;
-}
-
-static unsigned times_logged(const e2e_process *p, const char *what)
-{
-    unsigned n = 0;
-    char *log = e2e_log(p);
-    for (const char *at = log; (at = strstr(at, what)) != NULL; at += strlen(what))
-        n++;
-    free(log);
-    return n;
 }
 
 /* It is ready, and answers; when the filler goes, it makes its store by itself. */
@@ -303,6 +357,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(a_store_at_its_limit, make, release),
         cmocka_unit_test_setup_teardown(a_full_disk, make, release),
+        cmocka_unit_test_setup_teardown(a_full_disk_is_left_alone, make, release),
         cmocka_unit_test_setup_teardown(no_store_yet, make, release),
     };
     if (argc != 2)
