@@ -240,10 +240,12 @@ static bool counts_as_full(const sh_daemon *d)
 static void found_full(sh_daemon *d, const sh_error *err)
 {
     bool first = !d->full.is;
-    daemon_full_found(&d->full, sh_clock_mono_ms());
+    uint64_t now = sh_clock_mono_ms();
+    daemon_full_found(&d->full, now);
     if (first)
         sh_log(SH_LOG_ERROR, "store", "state=full error=\"%s\"", err->text);
-    sh_log(SH_LOG_DEBUG, "store_pause", "ms=%llu", (unsigned long long)d->full.pause_ms);
+    sh_log(SH_LOG_DEBUG, "store_pause", "ms=%llu at_ms=%llu", (unsigned long long)d->full.pause_ms,
+           (unsigned long long)now);
 }
 
 /* ---- the core ---- */

@@ -197,6 +197,22 @@ static unsigned times_logged(const e2e_process *p, const char *what)
     return n;
 }
 
+/* By the daemon's own clock: a pause is over before the next but one begins, for one that the
+ * reserve did not outlast is begun anew. */
+static void check_pauses(const e2e_process *p)
+{
+    unsigned long long ms, at, begun = 0, over = 0;
+    char *log = e2e_log(p);
+    for (const char *line = log; (line = strstr(line, "event=store_pause ms=")) != NULL; line++) {
+        assert_int_equal(sscanf(line, "event=store_pause ms=%llu at_ms=%llu", &ms, &at), 2);
+        if (at < begun)
+            fail_msg("a pause at %llu ms, and one that lasts to %llu", at, begun);
+        begun = over;
+        over = at + ms;
+    }
+    free(log);
+}
+
 static bool has_tried_again(e2e_fleet *f, author *a)
 {
     write_one(f, a, "bob"); /* there is always something to write */
@@ -238,6 +254,7 @@ static void a_full_disk_is_left_alone(void **state)
     unsigned lives = times_logged(node, "event=core "), pauses = times_logged(node, "store_pause");
     print_message("%u lives of the core, %u pauses\n", lives, pauses);
     assert_true(lives <= 1 + 2 * pauses);
+    check_pauses(node);
     assert_int_equal(times_logged(node, "event=store_pause ms=5000"), 1);
     assert_int_equal(unlink(filler), 0);
     write_again(f, &a, "bob");
