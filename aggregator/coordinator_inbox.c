@@ -111,6 +111,28 @@ sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item
     return send ? coord_send(s, node, &msg) : SH_OK;
 }
 
+/* Deletes what `id`'s (node, epoch) has up to `last`: one row as a rule, more after a tombstone. */
+static sh_status forget_items(coord_step *s, unsigned table, const sh_update_id *id, uint64_t last)
+{
+    uint8_t key[COORD_ID_BYTES];
+    sh_update_id from = *id, at;
+    sh_cursor *cursor = NULL;
+    sh_slice found;
+    from.seq = 0;
+    coord_id_put(key, &from);
+    SH_TRY(sh_cursor_open(s->txn, table, &cursor, s->err));
+    sh_status status = sh_cursor_seek(cursor, key, sizeof key, &found, NULL);
+    while (status == SH_OK && coord_id_get(found, &at) && at.epoch == id->epoch &&
+           sh_hash_equal(&at.node, &id->node) && at.seq <= last) {
+        coord_id_put(key, &at);
+        status = sh_txn_del(s->txn, table, key, sizeof key, s->err);
+        if (status == SH_OK)
+            status = sh_cursor_next(cursor, &found, NULL);
+    }
+    sh_cursor_close(&cursor);
+    return status == SH_ERR_NOT_FOUND ? SH_OK : status;
+}
+
 /* Keeps an alarm or window, and of each (node, epoch) only the last ones. */
 static sh_status keep_item(coord_step *s, unsigned table, const sh_update_id *id, sh_bytes payload)
 {
@@ -122,10 +144,7 @@ static sh_status keep_item(coord_step *s, unsigned table, const sh_update_id *id
         kept = COORD_NODE_ITEMS_MAX;
     if (id->seq <= kept)
         return SH_OK;
-    sh_update_id old = *id;
-    old.seq -= kept;
-    coord_id_put(key, &old);
-    return sh_txn_del(s->txn, table, key, sizeof key, s->err);
+    return forget_items(s, table, id, id->seq - kept);
 }
 
 /* The bug behind a build flag (shared/base/canary.h): acknowledged, and not marked. */
