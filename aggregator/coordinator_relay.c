@@ -332,8 +332,9 @@ static sh_status on_chunks(void *arg)
     return take_if_whole(arg);
 }
 
-static void on_rejected(void *arg)
+static void on_rejected(void *arg, const char *why)
 {
+    (void)why;
     coord_note(arg, SH_CNOTE_PARENT_REFUSED, NULL, 0);
 }
 

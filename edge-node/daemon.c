@@ -232,7 +232,9 @@ static sh_status start(sh_daemon *d, sh_error *err)
     SH_TRY(read_files(d, err));
     SH_TRY(read_enrol_token(d, err));
     SH_TRY(make_folders(err));
-    SH_TRY(daemon_store_open(d, err)); /* from here on the folder is ours alone */
+    sh_status opened = daemon_store_open(d, err); /* from here on the folder is ours alone */
+    if (opened != SH_OK && opened != SH_ERR_FULL) /* which the loop waits for */
+        return opened;
     daemon_empty_work();
     (void)unlink(SH_NODE_DIR_MODELS "/candidate.gguf");
     SH_TRY(daemon_inbox_init(&d->inbox, err));
@@ -296,7 +298,7 @@ static void stop_hard(sh_daemon *d)
 {
     sh_error err = {0};
     daemon_flush(d);
-    if (sh_store_sync(d->store, &err) != SH_OK)
+    if (d->store && sh_store_sync(d->store, &err) != SH_OK)
         sh_log(SH_LOG_ERROR, "store", "error=\"%s\"", err.text);
     sh_log(SH_LOG_WARN, "stop", "reason=%s forced=1", d->stop_reason);
     _exit(0);
@@ -356,10 +358,10 @@ static int wait_ms(sh_daemon *d)
     if (d->timer_at_ms && d->node) {
         uint64_t steady = daemon_now(d); /* it counts sleep, the other does not */
         uint64_t wait = d->timer_at_ms > steady ? d->timer_at_ms - steady : 0;
-        due = SH_MIN(due, SH_MAX(now + SH_MIN(wait, (uint64_t)WAIT_MS_MAX), d->full_until_ms));
+        due = SH_MIN(due, SH_MAX(now + SH_MIN(wait, (uint64_t)WAIT_MS_MAX), d->full.until_ms));
     }
     if (d->remake)
-        due = SH_MIN(due, d->reserve_used_up ? d->full_until_ms : now);
+        due = SH_MIN(due, d->reserve_used_up ? d->full.until_ms : now);
     if (d->erase.wanted || (d->erase.running && d->erase.done))
         due = SH_MIN(due, now + ERASE_LOOK_MS);
     if (d->stopping)

@@ -41,6 +41,33 @@ static void device_json(sh_daemon *d, json_t *o, const sh_node_status *s)
     sh_json_set(o, "dropped_quota", json_integer((json_int_t)dropped));
 }
 
+/* "link": up, refused, down, off; why it is refused, and what an operator can do about it. */
+static void link_json(sh_daemon *d, json_t *o)
+{
+    const char *why = daemon_refused(d);
+    char key[SH_HASH_HEX_BYTES], advice[512];
+    sh_json_set(o, "link",
+                json_string(why         ? "refused"
+                            : d->net_up ? "up"
+                            : d->client ? "down"
+                                        : "off"));
+    if (!why)
+        return;
+    sh_hex(d->keys.public_key.b, sizeof d->keys.public_key.b, key);
+    if (d->rotate.trying)
+        snprintf(advice, sizeof advice, "wait: the key before it is tried again by itself");
+    else
+        snprintf(advice, sizeof advice,
+                 "if it is to be let in, on the aggregator's machine: shoal aggregator enrol %s%s",
+                 key,
+                 d->options.token.n > 0 ? "; or stop this node, write another token (shoal "
+                                          "aggregator token add) into " SH_NODE_FILE_TOKEN
+                                          " in its folder, and start it"
+                                        : "");
+    sh_json_set(o, "link_reason", json_string(why));
+    sh_json_set(o, "link_advice", json_string(advice));
+}
+
 static json_t *status_json(sh_daemon *d)
 {
     char text[SH_HASH_HEX_BYTES];
@@ -54,13 +81,9 @@ static json_t *status_json(sh_daemon *d)
     sh_json_set(o, "uptime_seconds",
                 json_integer((json_int_t)((sh_clock_mono_ms() - d->started_ms) / 1000)));
     sh_json_set(o, "http_port", json_integer(sh_api_port(d->api)));
-    sh_json_set(o, "link",
-                json_string(d->net_up        ? "up"
-                            : d->net_refused ? "refused"
-                            : d->client      ? "down"
-                                             : "off"));
-    sh_json_set(o, "store_bytes", json_integer((json_int_t)sh_store_bytes_used(d->store)));
-    sh_json_set(o, "store_full", json_boolean(d->full_until_ms != 0));
+    link_json(d, o);
+    sh_json_set(o, "store_bytes", json_integer((json_int_t)daemon_store_bytes(d)));
+    sh_json_set(o, "store_full", json_boolean(d->full.is));
     sh_json_set(o, "stores_lost", json_integer(d->stores_lost));
     sh_json_set(o, "serving_version", json_integer((json_int_t)d->active_version));
     sh_json_set(o, "requests", json_integer((json_int_t)engine.requests));
@@ -219,10 +242,11 @@ static void start_erasure(sh_daemon *d)
 static sh_status compact(sh_daemon *d, sh_error *err)
 {
     sh_node_destroy(&d->node);
-    SH_TRY(sh_store_compact(d->store, err));
+    if (d->store)
+        SH_TRY(sh_store_compact(d->store, err));
     daemon_store_forget_aside();
     (void)unlink(SH_NODE_FILE_ERASING);
-    return daemon_make_core(d, err);
+    return d->store ? daemon_make_core(d, err) : SH_OK;
 }
 
 void daemon_resume_erasure(sh_daemon *d)

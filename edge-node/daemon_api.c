@@ -114,8 +114,8 @@ static void sync_metrics(const daemon_stats *s, sh_buf *out)
              (double)(s->node.refused_full + s->refused_full));
     sh_metric_one(out, "shoal_stores_lost_total", "counter",
                   "Stores that were corrupt, set aside and begun anew.", (double)s->stores_lost);
-    sh_metric_one(out, "shoal_sync_link_up", "gauge", "1 while the aggregator is connected.",
-                  s->net_up);
+    sh_metric_one(out, "shoal_sync_link_up", "gauge",
+                  "1 while the aggregator is connected and lets the node in.", s->let_in);
     sh_metric_one(out, "shoal_sync_last_success_timestamp_seconds", "gauge",
                   "When the last plan came from the aggregator; 0: never.",
                   (double)s->node.last_sync_ms / 1000);

@@ -9,7 +9,7 @@
  * again. Until it is over nothing is begun that adds rows: timers wait, inferences are dropped and
  * counted, ratings are refused. The core is made again at once, with the store's reserve, and small
  * messages are taken in with the reserve, too: acknowledgements make room. Where the reserve itself
- * is used up, the core is made again after the pause.
+ * is used up, the core is made again after the pause; so is the store where there is none yet.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -59,6 +59,14 @@ static void forget_token(sh_daemon *d)
     if (unlink(SH_NODE_FILE_TOKEN) != 0)
         sh_log(SH_LOG_WARN, "token_not_removed", "file=%s error=\"%s\"", SH_NODE_FILE_TOKEN,
                strerror(errno));
+}
+
+/* A link on which the aggregator refuses everything is up for the network only. */
+const char *daemon_refused(const sh_daemon *d)
+{
+    if (d->net_up)
+        return d->node ? sh_node_rejected(d->node) : NULL;
+    return d->net_refused ? "the aggregator does not know this key, or it was revoked there" : NULL;
 }
 
 static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
@@ -123,9 +131,12 @@ static void take_note(sh_daemon *d, sh_node_note note, uint64_t number)
         sh_log(SH_LOG_WARN, "budget", "state=used_up direction=%s", number == 0 ? "up" : "down");
         break;
     case SH_NOTE_REJECTED:
-        sh_log(SH_LOG_WARN, "link", "state=refused reason=%s",
-               d->options.token.n > 0 ? "key-or-token" : "key");
+        sh_log(SH_LOG_WARN, "link", "state=refused reason=%s text=\"%s\"",
+               d->options.token.n > 0 ? "key-or-token" : "key", daemon_refused(d));
         d->net_refused = true;
+        break;
+    case SH_NOTE_MANIFEST_LOST:
+        sh_log(SH_LOG_ERROR, "manifest_lost", "version=%llu state=on-its-way", n);
         break;
     case SH_NOTE_RENEWED:
         sh_log(SH_LOG_WARN, "store_copied", "renewals=%llu", n);
@@ -223,18 +234,18 @@ static sh_status keep(sh_daemon *d, sh_error *err)
 
 static bool counts_as_full(const sh_daemon *d)
 {
-    return sh_clock_mono_ms() < d->full_until_ms;
+    return daemon_full_counts(&d->full, sh_clock_mono_ms());
 }
 
 static void found_full(sh_daemon *d, const sh_error *err)
 {
+    bool first = !d->full.is;
     uint64_t now = sh_clock_mono_ms();
-    bool again = d->full_pause_ms && now < d->full_until_ms + d->full_pause_ms;
-    if (!d->full_until_ms)
+    daemon_full_found(&d->full, now);
+    if (first)
         sh_log(SH_LOG_ERROR, "store", "state=full error=\"%s\"", err->text);
-    d->full_pause_ms = again ? SH_MIN(2 * d->full_pause_ms, (uint64_t)DAEMON_FULL_PAUSE_MAX_MS)
-                             : DAEMON_FULL_PAUSE_MS;
-    d->full_until_ms = now + d->full_pause_ms;
+    sh_log(SH_LOG_DEBUG, "store_pause", "ms=%llu at_ms=%llu", (unsigned long long)d->full.pause_ms,
+           (unsigned long long)now);
 }
 
 /* ---- the core ---- */
@@ -257,6 +268,7 @@ sh_status daemon_make_core(sh_daemon *d, sh_error *err)
     d->reserve_used_up = false;
     d->lost_slots = 0;
     d->lives++;
+    sh_log(SH_LOG_DEBUG, "core", "life=%llu", (unsigned long long)d->lives);
     SH_GOTO(keep(d, err));
     carry_out(d, d->kept, d->n_kept);
     clear_kept(d);
@@ -274,6 +286,8 @@ static sh_status settle_once(sh_daemon *d, sh_error *err)
 {
     if (d->store_corrupt)
         SH_TRY(daemon_store_replace(d, err));
+    else if (!d->store)
+        SH_TRY(daemon_store_open(d, err));
     SH_TRY(daemon_make_core(d, err));
     if (d->node && d->resume_erasure) {
         d->resume_erasure = false;
@@ -342,10 +356,8 @@ static sh_status batch_commit(sh_daemon *d, bool points, sh_error *err)
     if (points)
         daemon_failpoint(d, "node.after_commit");
     d->failures = 0;
-    if (d->full_until_ms && d->kind == SH_TXN_WRITE && !counts_as_full(d)) {
-        d->full_until_ms = 0;
+    if (d->kind == SH_TXN_WRITE && daemon_full_written(&d->full, sh_clock_mono_ms()))
         sh_log(SH_LOG_INFO, "store", "state=writable");
-    }
     /* Carrying out may step again (a job that ends at once does not: it comes by the inbox). */
     carry_out(d, d->kept, d->n_kept);
     clear_kept(d);
@@ -424,7 +436,7 @@ sh_status daemon_step(sh_daemon *d, const sh_node_event *event, sh_error *err)
     bool erases = event->kind == SH_NODE_ERASE ||
                   (event->kind == SH_NODE_TIMER && d->erase.running && !d->erase.done);
     if (erases)
-        d->full_until_ms = SH_MIN(d->full_until_ms, sh_clock_mono_ms()); /* it makes room */
+        d->full.until_ms = SH_MIN(d->full.until_ms, sh_clock_mono_ms()); /* it makes room */
     if (counts_as_full(d) && may_reserve(event))
         return step_as(d, event, SH_TXN_RESERVE, e);
     if (counts_as_full(d) && event->kind == SH_NODE_MESSAGE) /* the peer sends it again */
@@ -655,7 +667,7 @@ void daemon_refresh_stats(sh_daemon *d, bool now)
 {
     uint64_t ms = sh_clock_mono_ms();
     bool bytes = now || ms >= d->stats_due_ms;
-    uint64_t used = bytes ? sh_store_bytes_used(d->store) : 0;
+    uint64_t used = bytes ? daemon_store_bytes(d) : 0;
     if (bytes)
         d->stats_due_ms = ms + STATS_EVERY_MS;
     const daemon_window *w = d->last_window.inferences ? &d->last_window : &d->window;
@@ -664,9 +676,8 @@ void daemon_refresh_stats(sh_daemon *d, bool now)
     s->has_node = d->node != NULL;
     if (d->node)
         s->node = sh_node_get_status(d->node);
-    s->full = d->full_until_ms != 0;
-    s->net_up = d->net_up;
-    s->net_refused = d->net_refused;
+    s->full = d->full.is;
+    s->let_in = d->net_up && !daemon_refused(d);
     s->refused_full = d->refused_full;
     s->stores_lost = d->stores_lost;
     if (bytes)

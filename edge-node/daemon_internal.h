@@ -2,6 +2,7 @@
  * What the daemon's files share.
  *   daemon.c        start, the loop, stop
  *   daemon_core.c   steps, group commit, actions, the core made again
+ *   daemon_full.c   how long a full store counts as full
  *   daemon_inbox.c  what other threads post to the loop
  *   daemon_jobs.c   installations, smoke tests, evaluations on the worker
  *   daemon_train.c  the training child
@@ -106,6 +107,18 @@ typedef struct {
     bool started, busy, stop;
 } daemon_worker;
 
+/* ---- a full store; monotonic time ---- */
+typedef struct {
+    bool is;           /* since it was found full nothing was written */
+    uint64_t until_ms; /* it counts as full */
+    uint64_t pause_ms; /* the last one */
+} daemon_full;
+
+bool daemon_full_counts(const daemon_full *full, uint64_t now_ms);
+void daemon_full_found(daemon_full *full, uint64_t now_ms);
+/* A plain transaction was committed. True: it is no longer full. */
+bool daemon_full_written(daemon_full *full, uint64_t now_ms);
+
 /* ---- probes ---- */
 typedef struct {
     pthread_t thread;
@@ -121,7 +134,7 @@ typedef struct {
 /* What the loop says to other threads; under stats_lock. */
 typedef struct {
     sh_node_status node;
-    bool has_node, full, net_up, net_refused;
+    bool has_node, full, let_in;
     uint64_t store_bytes, refused_full; /* the latter: that the core has not counted yet */
     uint32_t stores_lost;
     uint64_t trainings_ok, trainings_failed, trainings_cancelled;
@@ -137,8 +150,8 @@ typedef struct {
 
 typedef struct {
     const sh_settings *settings;
-    sh_store *store;
-    sh_node *node; /* NULL: the store was too full to make it again; tried later */
+    sh_store *store; /* NULL: the disk is too full to make one; tried later, and so is the node */
+    sh_node *node;   /* NULL: the store was too full to make it again; tried later */
     sh_node_options options;
     sh_hash enrol_token; /* that options.token is, until the aggregator has let us in */
     sh_buf genesis;      /* signed manifest */
@@ -163,12 +176,11 @@ typedef struct {
     uint64_t base_ms, boot_ms; /* daemon_now() at the start, and the boot clock then */
     uint64_t timer_at_ms;      /* daemon_now(); 0: none */
     int kind;                  /* of txn */
-    uint64_t full_until_ms;    /* monotonic: it counts as full; 0: not full */
-    uint64_t full_pause_ms;    /* the last one */
-    bool reserve_used_up;      /* the core cannot be made again before that */
-    bool remake;               /* the core must be made again */
-    bool store_corrupt;        /* the store must be set aside before that */
-    bool resume_erasure;       /* one may have been interrupted: look when there is a core */
+    daemon_full full;
+    bool reserve_used_up; /* the core cannot be made again before that */
+    bool remake;          /* the core must be made again */
+    bool store_corrupt;   /* the store must be set aside before that */
+    bool resume_erasure;  /* one may have been interrupted: look when there is a core */
     sh_error corrupt_err;
     uint32_t stores_lost;
     uint64_t refused_full; /* by a full store, and not told to the core yet */
@@ -248,6 +260,8 @@ void daemon_take_messages(sh_daemon *d);
 void daemon_run_timer(sh_daemon *d);
 void daemon_settle(sh_daemon *d); /* makes the core again where that is wanted */
 void daemon_refresh_stats(sh_daemon *d, bool now);
+const char *
+daemon_refused(const sh_daemon *d); /* why the aggregator lets us not in; NULL: it does */
 
 /* ---- daemon_slots.c ---- */
 void daemon_slot_path(uint32_t slot, char *out, size_t n);
@@ -263,10 +277,18 @@ sh_status daemon_file_end(int fd, const char *temporary, const char *path, sh_er
 sh_status daemon_copy_file(const char *from, const char *to, sh_error *err);
 
 /* ---- daemon_store.c ---- */
+/* SH_ERR_FULL: the disk has no room for a new store. */
 sh_status daemon_store_open(sh_daemon *d, sh_error *err);
+uint64_t daemon_store_bytes(const sh_daemon *d);
+/* The newest release whose signed manifest and whole file lie in models/, newer than the genesis
+ * one, into options.kept_manifest and kept_slot; its version, 0: none. */
+uint64_t daemon_find_kept(sh_daemon *d);
 /* Sets the open one aside for corrupt_err and begins a new one. The worker is idle. */
 sh_status daemon_store_replace(sh_daemon *d, sh_error *err);
 void daemon_store_forget_aside(void); /* they hold what users wrote */
+/* The signed manifest of a slot's file lies beside it, too: what is left when the store's is lost.
+ */
+void daemon_manifest_path(uint32_t slot, char *out, size_t n);
 void daemon_keep_manifest(uint32_t slot, sh_bytes manifest);
 
 /* ---- daemon_signals.c ---- */

@@ -116,10 +116,10 @@ void daemon_take_signals(sh_daemon *d)
         return;
     e.signals.store_bytes = d->stats.store_bytes; /* written on this thread only */
     e.signals.store_bytes_max = (uint64_t)d->settings->v.store_bytes_max;
-    e.signals.store_full = d->full_until_ms != 0;
+    e.signals.store_full = d->full.is;
     e.signals.stores_lost = d->stores_lost;
     /* Counting writes: not while there is no room, and an erasure may be making some. */
-    e.signals.refused_full = d->full_until_ms ? 0 : d->refused_full;
+    e.signals.refused_full = d->full.is ? 0 : d->refused_full;
     if (daemon_step(d, &e, NULL) == SH_OK)
         d->refused_full -= e.signals.refused_full;
 }

@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -89,21 +90,52 @@ cleanup:
     return status;
 }
 
-/* What the slot's file must be; copy: its manifest, initialized by the caller. */
-static sh_status wanted(sh_daemon *d, uint32_t slot, sh_hash *sha256, sh_buf *copy, sh_error *err)
+/* The store's manifest of a slot is damaged: the one beside the slot's file may be sound. */
+static sh_status read_manifest(const sh_daemon *d, uint32_t slot, uint64_t version, sh_buf *copy,
+                               sh_manifest *out)
+{
+    char path[64];
+    uint8_t *bytes = NULL;
+    size_t n = 0;
+    daemon_manifest_path(slot, path, sizeof path);
+    SH_TRY(sh_file_read(path, SH_WIRE_MANIFEST_MAX, &bytes, &n, NULL));
+    copy->len = 0;
+    sh_status status = sh_buf_append(copy, bytes, n);
+    free(bytes);
+    SH_TRY(status);
+    SH_TRY(sh_manifest_verify(copy->data, copy->len, &d->options.release_key, out, NULL));
+    return out->version == version ? SH_OK : SH_ERR_MISMATCH;
+}
+
+static sh_status stored_manifest(sh_daemon *d, uint32_t slot, sh_buf *copy, sh_manifest *out,
+                                 sh_error *err)
 {
     sh_txn *txn = NULL;
     sh_bytes bytes;
-    sh_manifest manifest;
     SH_TRY(sh_txn_begin(d->store, SH_TXN_READ, &txn, err));
     sh_status status = sh_node_get_slot(txn, slot, &bytes, err);
-    if (status == SH_OK)
-        status = sh_manifest_verify(bytes.data, bytes.n, &d->options.release_key, &manifest, err);
     if (status == SH_OK && sh_buf_append(copy, bytes.data, bytes.n) != SH_OK)
         status = sh_fail(err, SH_ERR_NO_MEMORY, "no memory for a manifest");
+    sh_txn_abort(&txn);
+    SH_TRY(status);
+    return sh_manifest_verify(copy->data, copy->len, &d->options.release_key, out, err);
+}
+
+/* What the slot's file must be; copy: its manifest, initialized by the caller. SH_ERR_CORRUPT: no
+ * sound manifest of it is left. */
+static sh_status wanted(sh_daemon *d, uint32_t slot, uint64_t version, sh_hash *sha256,
+                        sh_buf *copy, sh_error *err)
+{
+    sh_manifest manifest;
+    sh_status status = stored_manifest(d, slot, copy, &manifest, err);
+    if (status != SH_OK && status != SH_ERR_NO_MEMORY && status != SH_ERR_IO) {
+        bool found = read_manifest(d, slot, version, copy, &manifest) == SH_OK;
+        sh_log(SH_LOG_ERROR, "manifest_lost", "version=%llu slot=%u state=%s error=\"%s\"",
+               (unsigned long long)version, slot, found ? "file-is-sound" : "lost", err->text);
+        status = found ? SH_OK : SH_ERR_CORRUPT;
+    }
     if (status == SH_OK)
         *sha256 = manifest.model.sha256;
-    sh_txn_abort(&txn);
     return status;
 }
 
@@ -173,13 +205,13 @@ static sh_status serve(sh_daemon *d, const char *path, sh_model *model, uint64_t
 }
 
 /* Opens the slot's file, which a genesis model may be put into again. */
-static sh_status open_slot(sh_daemon *d, uint32_t slot, const char *path, sh_model **model,
-                           sh_error *err)
+static sh_status open_slot(sh_daemon *d, uint32_t slot, uint64_t version, const char *path,
+                           sh_model **model, sh_error *err)
 {
     sh_hash sha256;
     sh_buf manifest;
     sh_buf_init(&manifest, SH_WIRE_MANIFEST_MAX);
-    sh_status status = wanted(d, slot, &sha256, &manifest, err);
+    sh_status status = wanted(d, slot, version, &sha256, &manifest, err);
     if (status != SH_OK) {
         sh_buf_release(&manifest);
         return status;
@@ -206,7 +238,7 @@ sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_erro
     char path[64];
     sh_model *model = NULL;
     daemon_slot_path(slot, path, sizeof path);
-    sh_status status = open_slot(d, slot, path, &model, err);
+    sh_status status = open_slot(d, slot, version, path, &model, err);
     if (status == SH_ERR_FULL) { /* no room for a copy */
         path[0] = 0;
         status = open_model(SH_NODE_FILE_GENESIS, &d->genesis_sha256, &model, err);
@@ -217,20 +249,41 @@ sh_status daemon_activate(sh_daemon *d, uint64_t version, uint32_t slot, sh_erro
     return SH_OK;
 }
 
-sh_status daemon_serve_without_core(sh_daemon *d, sh_error *err)
+/* What the store says that is active. */
+static sh_status serve_stored(sh_daemon *d, sh_error *err)
 {
     sh_txn *txn = NULL;
     uint64_t version = 0;
     uint32_t slot = 0;
+    SH_TRY(sh_txn_begin(d->store, SH_TXN_READ, &txn, err));
+    sh_status status = sh_node_stored_active(txn, &version, &slot, err);
+    sh_txn_abort(&txn);
+    return status == SH_OK ? daemon_activate(d, version, slot, err) : status;
+}
+
+/* Without a store: what lies in models/. A store that is made later begins with the same. */
+static sh_status serve_kept(sh_daemon *d, sh_error *err)
+{
+    char path[64];
+    sh_model *model = NULL;
+    sh_manifest manifest;
+    uint64_t version = daemon_find_kept(d);
+    if (version == 0)
+        return sh_fail(err, SH_ERR_NOT_FOUND, "no release but the genesis one is here");
+    const sh_bytes *kept = &d->options.kept_manifest;
+    SH_TRY(sh_manifest_verify(kept->data, kept->n, &d->options.release_key, &manifest, err));
+    daemon_slot_path(d->options.kept_slot, path, sizeof path);
+    SH_TRY(open_model(path, &manifest.model.sha256, &model, err));
+    SH_TRY(serve(d, path, model, version, err));
+    d->active_slot = d->options.kept_slot;
+    return SH_OK;
+}
+
+sh_status daemon_serve_without_core(sh_daemon *d, sh_error *err)
+{
     sh_model *model = NULL;
     sh_manifest genesis;
-    sh_status status = sh_txn_begin(d->store, SH_TXN_READ, &txn, err);
-    if (status == SH_OK)
-        status = sh_node_stored_active(txn, &version, &slot, err);
-    sh_txn_abort(&txn);
-    if (status == SH_OK)
-        status = daemon_activate(d, version, slot, err);
-    if (status == SH_OK)
+    if ((d->store ? serve_stored(d, err) : serve_kept(d, err)) == SH_OK)
         return SH_OK;
     SH_TRY(sh_manifest_verify(d->genesis.data, d->genesis.len, &d->options.release_key, &genesis,
                               err));

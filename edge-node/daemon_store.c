@@ -3,6 +3,8 @@
  * aside as store.corrupt-N for whoever wants to look at it, at most STORE_ASIDE_MAX of them, and
  * the node goes on with a new store and a new epoch. How many there were so far is in stores.lost,
  * written before the folder is renamed, so that none goes uncounted.
+ *   A disk that is too full to make a store on is waited for, as a full store is: until then
+ * sh_daemon.store is NULL, and so is the node.
  *   What the node serves stays: beside a slot's file lies its signed manifest (slotN.manifest),
  * which a new store begins with where the file is what it names.
  */
@@ -107,7 +109,7 @@ static sh_status set_aside(sh_daemon *d, const sh_error *why, sh_error *err)
 
 /* ---- what is served goes on ---- */
 
-static void manifest_path(uint32_t slot, char *out, size_t n)
+void daemon_manifest_path(uint32_t slot, char *out, size_t n)
 {
     snprintf(out, n, SH_NODE_DIR_MODELS "/slot%u.manifest", slot);
 }
@@ -118,7 +120,7 @@ void daemon_keep_manifest(uint32_t slot, sh_bytes manifest)
     uint8_t *old = NULL;
     size_t n = 0;
     sh_error err = {0};
-    manifest_path(slot, path, sizeof path);
+    daemon_manifest_path(slot, path, sizeof path);
     bool same = sh_file_read(path, SH_WIRE_MANIFEST_MAX, &old, &n, NULL) == SH_OK &&
                 n == manifest.n && memcmp(old, manifest.data, n) == 0;
     free(old);
@@ -135,7 +137,7 @@ static void look_at_slot(sh_daemon *d, uint32_t slot, uint64_t *version)
     sh_manifest manifest;
     sh_hash got;
     uint64_t size;
-    manifest_path(slot, path, sizeof path);
+    daemon_manifest_path(slot, path, sizeof path);
     if (sh_file_read(path, SH_WIRE_MANIFEST_MAX, &bytes, &n, NULL) != SH_OK)
         return;
     bool good = sh_manifest_verify(bytes, n, &d->options.release_key, &manifest, NULL) == SH_OK &&
@@ -152,24 +154,34 @@ static void look_at_slot(sh_daemon *d, uint32_t slot, uint64_t *version)
     free(bytes);
 }
 
-static void look_for_kept(sh_daemon *d)
+uint64_t daemon_find_kept(sh_daemon *d)
 {
-    sh_txn *txn = NULL;
-    uint64_t epoch, version = 0;
+    uint64_t version = 0;
     sh_manifest genesis;
     d->options.kept_manifest = (sh_bytes){NULL, 0};
-    if (sh_txn_begin(d->store, SH_TXN_READ, &txn, NULL) != SH_OK)
-        return;
-    bool is_new = sh_node_stored_epoch(txn, &epoch, NULL) == SH_ERR_NOT_FOUND;
-    sh_txn_abort(&txn);
-    if (!is_new || sh_manifest_verify(d->genesis.data, d->genesis.len, &d->options.release_key,
-                                      &genesis, NULL) != SH_OK)
-        return;
+    if (sh_manifest_verify(d->genesis.data, d->genesis.len, &d->options.release_key, &genesis,
+                           NULL) != SH_OK)
+        return 0;
     version = genesis.version;
     sh_buf_release(&d->kept_bytes);
     sh_buf_init(&d->kept_bytes, SH_WIRE_MANIFEST_MAX);
     for (uint32_t slot = 0; slot < SLOTS; slot++)
         look_at_slot(d, slot, &version);
+    return d->options.kept_manifest.n > 0 ? version : 0;
+}
+
+/* A store that has no node yet begins with what was served before. */
+static void begin_with_kept(sh_daemon *d)
+{
+    sh_txn *txn = NULL;
+    uint64_t epoch;
+    d->options.kept_manifest = (sh_bytes){NULL, 0};
+    if (sh_txn_begin(d->store, SH_TXN_READ, &txn, NULL) != SH_OK)
+        return;
+    bool is_new = sh_node_stored_epoch(txn, &epoch, NULL) == SH_ERR_NOT_FOUND;
+    sh_txn_abort(&txn);
+    if (is_new)
+        (void)daemon_find_kept(d);
 }
 
 /* ---- open ---- */
@@ -199,13 +211,18 @@ sh_status daemon_store_open(sh_daemon *d, sh_error *err)
         status = open_once(d, &why);
     }
     if (status == SH_OK) {
-        look_for_kept(d);
+        begin_with_kept(d);
         return SH_OK;
     }
     *err = why;
     if (status == SH_ERR_EXISTS)
         return sh_fail_in(err, "%s: is another shoal-node running on it?", d->settings->dir);
     return status;
+}
+
+uint64_t daemon_store_bytes(const sh_daemon *d)
+{
+    return d->store ? sh_store_bytes_used(d->store) : 0;
 }
 
 sh_status daemon_store_replace(sh_daemon *d, sh_error *err)
@@ -215,10 +232,12 @@ sh_status daemon_store_replace(sh_daemon *d, sh_error *err)
     sh_store_close(&d->store);
     d->store_corrupt = false;
     SH_TRY(set_aside(d, &why, err));
-    SH_TRY(daemon_store_open(d, err));
+    sh_status status = daemon_store_open(d, err);
+    if (status != SH_OK && status != SH_ERR_FULL)
+        return status;
     if (d->erase.running) { /* what was to be erased is not in the new one */
         daemon_store_forget_aside();
         d->erase.done = true;
     }
-    return SH_OK;
+    return status;
 }

@@ -259,6 +259,11 @@ sh_status sh_node_step(sh_node *node, const sh_node_event *event, sh_txn *txn,
     return status;
 }
 
+const char *sh_node_rejected(const sh_node *node)
+{
+    return node->rejected[0] ? node->rejected : NULL;
+}
+
 sh_node_status sh_node_get_status(const sh_node *node)
 {
     const node_state *st = &node->state;

@@ -269,6 +269,7 @@ typedef enum {
     SH_NOTE_TRAIN_STOPPED, /* its policy no longer holds; number: round */
     SH_NOTE_CLOCK_SET,     /* by the aggregator's signed time; number: seconds that it was off */
     SH_NOTE_BUDGET,        /* a byte budget is used up; number: 0 up, 1 down */
+    SH_NOTE_MANIFEST_LOST, /* of the release on its way, in the store; number: version */
     SH_NOTE_RENEWED, /* another sender had this epoch, a copy of the store; number: renewals */
 } sh_node_note;
 
@@ -328,6 +329,9 @@ typedef struct {
     bool erasing; /* SH_NODE_ERASE goes on with timer events */
 } sh_node_status;
 sh_node_status sh_node_get_status(const sh_node *node);
+/* Why the aggregator did not let this node in when it last asked, in its words; NULL: it did, or
+ * has not answered since the start. Until the node's next step. */
+const char *sh_node_rejected(const sh_node *node);
 
 /* ---- what reports and the audit read of a node's store ---- */
 typedef enum { SH_LEDGER_OWED, SH_LEDGER_ACKED, SH_LEDGER_DROPPED } sh_ledger_state;

@@ -36,6 +36,7 @@
 #define NODE_MANIFEST_MAX    SH_WIRE_MANIFEST_MAX
 #define NODE_RETAIN_STEP_MAX 64u   /* rows of a ring that leave by age in a step */
 #define NODE_ERASE_STEP_MAX  1024u /* rows that an erasure looks at in a step */
+#define NODE_SWEEP_CHUNKS    4096u /* chunks whose use is looked up together */
 
 typedef struct {
     uint64_t version; /* 0: none */
@@ -119,7 +120,8 @@ struct sh_node {
     bool dirty, monitor_dirty;
 
     sh_link link;
-    uint64_t armed_ms; /* of the last SET_TIMER */
+    char rejected[SH_WIRE_TEXT_MAX + 1]; /* why, from a refusal to a welcome */
+    uint64_t armed_ms;                   /* of the last SET_TIMER */
 
     uint64_t retain_ms;    /* when a row may be too old (rows' clock) */
     uint64_t evaluate_job; /* id of the running EVALUATE; 0: none */
@@ -164,7 +166,8 @@ sh_status node_manifest_del(node_step *s, const char *key);
 /* sh_manifest_verify with the release key, which is spared what it passed last: every plan brings
  * the same manifest again. */
 sh_status node_manifest_verify(sh_node *n, sh_bytes bytes, sh_manifest *out, sh_error *err);
-/* The manifest being taken; *copy holds its bytes (the caller's to release). */
+/* The manifest being taken; *copy holds its bytes (the caller's to release). SH_ERR_NOT_FOUND
+ * without an error's text: what the store has is not that, for it was damaged; node_take_lost. */
 sh_status node_manifest_take(node_step *s, sh_buf *copy, sh_manifest *out);
 
 /* The plan of META "candidate"; *copy holds its chunks' hashes (initialized here, the caller's). */
@@ -244,11 +247,15 @@ sh_status node_outbox_put(node_step *s, sh_class cls, sh_item_kind kind, sh_byte
  * the candidate nor an owed update other than `except` (a sequence, 0: none) needs. */
 sh_status node_chunks_delete(node_step *s, const sh_blob *blob, uint64_t except,
                              const sh_blob *keep);
+sh_status node_chunks_sweep(node_step *s, const sh_blob *keep); /* the same of all that are here */
 
 /* ---- node_release.c ---- */
 sh_status node_on_manifest(node_step *s, sh_bytes manifest);
 /* Chunks that the release being taken lacks, or else the candidate; see sh_link_callbacks. */
 sh_status node_missing(node_step *s, uint8_t *hashes, uint32_t max, uint32_t *n);
+/* The manifest being taken is lost: forgets that release, and every chunk that nothing else needs;
+ * the next plan brings its manifest again. `next`, whose chunks stay, may be NULL. */
+sh_status node_take_lost(node_step *s, const sh_blob *next);
 sh_status node_take_advance(node_step *s);
 sh_status node_take_done(node_step *s, const sh_node_job_result *result);
 sh_status node_activate(node_step *s);

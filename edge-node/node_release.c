@@ -36,6 +36,26 @@ static void stop_asking(node_step *s)
     sh_link_want_stop(&link);
 }
 
+static void take_none(node_step *s)
+{
+    sh_node *n = s->n;
+    n->state.take = TAKE_NONE;
+    n->take_job = 0;
+    n->take_retry_ms = NODE_NEVER;
+    n->dirty = true;
+    stop_asking(s);
+}
+
+sh_status node_take_lost(node_step *s, const sh_blob *next)
+{
+    node_note(s, SH_NOTE_MANIFEST_LOST, s->n->state.taking.version);
+    take_none(s);
+    SH_TRY(node_manifest_del(s, node_meta_take));
+    SH_TRY(node_chunks_sweep(s, next)); /* which were its own, nobody knows any more */
+    node_checkin_soon(s);
+    return SH_OK;
+}
+
 /* Forgets the release being taken and those of its chunks that `next` (may be NULL) and owed
  * updates do not share. */
 static sh_status take_drop(node_step *s, const sh_blob *next)
@@ -46,12 +66,12 @@ static sh_status take_drop(node_step *s, const sh_blob *next)
     sh_status status = SH_OK;
     if (n->state.take == TAKE_NONE)
         return SH_OK;
-    SH_GOTO(node_manifest_take(s, &bytes, &manifest));
-    n->state.take = TAKE_NONE;
-    n->take_job = 0;
-    n->take_retry_ms = NODE_NEVER;
-    n->dirty = true;
-    stop_asking(s);
+    status = node_manifest_take(s, &bytes, &manifest);
+    if (status == SH_ERR_NOT_FOUND)
+        status = node_take_lost(s, next);
+    if (status != SH_OK || n->state.take == TAKE_NONE)
+        goto cleanup;
+    take_none(s);
     SH_GOTO(node_chunks_delete(s, &manifest.model, 0, next));
     SH_GOTO(node_manifest_del(s, node_meta_take));
 cleanup:
@@ -110,9 +130,14 @@ sh_status node_missing(node_step *s, uint8_t *hashes, uint32_t max, uint32_t *mi
     *missing = 0;
     if (n->state.take == TAKE_DOWNLOAD) {
         sh_manifest manifest;
-        SH_GOTO(node_manifest_take(s, &bytes, &manifest));
-        SH_GOTO(sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &manifest.model, hashes, max, missing,
-                                s->err));
+        status = node_manifest_take(s, &bytes, &manifest);
+        if (status == SH_OK)
+            status = sh_blob_missing(s->txn, SH_NODE_T_CHUNK, &manifest.model, hashes, max, missing,
+                                     s->err);
+        else if (status == SH_ERR_NOT_FOUND)
+            status = node_take_lost(s, NULL);
+        if (status != SH_OK)
+            goto cleanup;
     }
     if (*missing == 0 && n->evaluate && n->evaluate_job == 0) {
         sh_evaluate_plan plan;
@@ -167,7 +192,11 @@ sh_status node_take_advance(node_step *s)
         return SH_OK; /* judge_health comes back here */
     if (st->take == TAKE_SMOKE)
         return start_job(s, SH_JOB_SMOKE, NULL);
-    SH_GOTO(node_manifest_take(s, &bytes, &manifest));
+    status = node_manifest_take(s, &bytes, &manifest);
+    if (status == SH_ERR_NOT_FOUND)
+        status = node_take_lost(s, NULL);
+    if (status != SH_OK || st->take == TAKE_NONE)
+        goto cleanup;
     if (st->take == TAKE_DOWNLOAD) {
         uint8_t one[HASH_BYTES];
         uint32_t missing;
@@ -249,7 +278,11 @@ sh_status node_activate(node_step *s)
     sh_buf bytes = {0};
     sh_manifest manifest;
     sh_status status = SH_OK;
-    SH_GOTO(node_manifest_take(s, &bytes, &manifest));
+    status = node_manifest_take(s, &bytes, &manifest);
+    if (status == SH_ERR_NOT_FOUND)
+        status = node_take_lost(s, NULL);
+    if (status != SH_OK || st->take == TAKE_NONE)
+        goto cleanup;
     SH_GOTO(node_manifest_put(s, slot == 0 ? node_meta_slot0 : node_meta_slot1,
                               (sh_bytes){bytes.data, bytes.len}));
     st->slots[slot] = st->taking;

@@ -292,15 +292,24 @@ sh_status node_manifest_verify(sh_node *n, sh_bytes bytes, sh_manifest *out, sh_
 
 sh_status node_manifest_take(node_step *s, sh_buf *copy, sh_manifest *out)
 {
+    const node_release *taking = &s->n->state.taking;
     sh_slice value;
+    sh_error why = {0};
     sh_status status =
         sh_txn_get(s->txn, SH_NODE_T_META, node_meta_take, strlen(node_meta_take), &value);
-    if (status != SH_OK)
-        return sh_fail(s->err, SH_ERR_CORRUPT, "node: the manifest being taken is missing");
     sh_buf_init(copy, NODE_MANIFEST_MAX);
+    if (status != SH_OK && status != SH_ERR_NOT_FOUND)
+        return sh_fail(s->err, status, "node: the manifest being taken cannot be read");
+    if (status == SH_ERR_NOT_FOUND || value.n > NODE_MANIFEST_MAX)
+        return SH_ERR_NOT_FOUND;
     if (sh_buf_append(copy, value.data, value.n) != SH_OK)
         return sh_fail(s->err, SH_ERR_NO_MEMORY, "node: manifest of %zu bytes", value.n);
-    return node_manifest_verify(s->n, (sh_bytes){copy->data, copy->len}, out, s->err);
+    status = node_manifest_verify(s->n, (sh_bytes){copy->data, copy->len}, out, &why);
+    if (status == SH_ERR_NO_MEMORY)
+        return sh_fail(s->err, status, "%s", why.text);
+    bool same = status == SH_OK && out->version == taking->version &&
+                sh_hash_equal(&out->model.sha256, &taking->sha256);
+    return same ? SH_OK : SH_ERR_NOT_FOUND;
 }
 
 sh_status sh_node_get_slot(sh_txn *txn, uint32_t slot, sh_bytes *manifest, sh_error *err)

@@ -3,6 +3,7 @@
  */
 #include "edge-node/node_internal.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -120,8 +121,11 @@ sh_status node_chunks_delete(node_step *s, const sh_blob *blob, uint64_t except,
         keep[n_keep++] = *also;
     if (s->n->state.take != TAKE_NONE) {
         sh_manifest manifest;
-        SH_GOTO(node_manifest_take(s, &take, &manifest));
-        keep[n_keep++] = manifest.model;
+        status = node_manifest_take(s, &take, &manifest);
+        if (status == SH_OK)
+            keep[n_keep++] = manifest.model;
+        else if (status != SH_ERR_NOT_FOUND) /* lost: whoever takes it up notices */
+            goto cleanup;
     }
     if (s->n->state.candidate.version != 0) {
         sh_evaluate_plan plan;
@@ -135,6 +139,47 @@ cleanup:
     sh_buf_release(&owed.bytes);
     sh_buf_release(&take);
     sh_buf_release(&candidate);
+    return status;
+}
+
+/* The next chunks above `last` (all zero: from the first), as a blob of these. */
+static sh_status some_chunks(node_step *s, sh_hash *last, sh_buf *hashes, sh_error *err)
+{
+    sh_cursor *cursor = NULL;
+    sh_slice key;
+    SH_TRY(sh_cursor_open(s->txn, SH_NODE_T_CHUNK, &cursor, err));
+    sh_status status = sh_cursor_seek(cursor, last->b, sizeof(last->b), &key, NULL);
+    for (unsigned i = 0; status == SH_OK && i < NODE_SWEEP_CHUNKS; i++) {
+        if (key.n != sizeof(last->b))
+            status = sh_fail(err, SH_ERR_CORRUPT, "node: a chunk's key of %zu bytes", key.n);
+        else if (sh_buf_append(hashes, key.data, key.n) != SH_OK)
+            status = sh_fail(err, SH_ERR_NO_MEMORY, "node: no memory for chunks' names");
+        else
+            status = sh_cursor_next(cursor, &key, NULL);
+    }
+    sh_cursor_close(&cursor);
+    return status == SH_ERR_NOT_FOUND ? SH_OK : status;
+}
+
+sh_status node_chunks_sweep(node_step *s, const sh_blob *also)
+{
+    sh_buf hashes;
+    sh_hash last = {{0}};
+    sh_status status = SH_OK;
+    size_t n = NODE_SWEEP_CHUNKS;
+    sh_buf_init(&hashes, NODE_SWEEP_CHUNKS * sizeof(sh_hash));
+    while (n == NODE_SWEEP_CHUNKS) {
+        hashes.len = 0;
+        SH_GOTO(some_chunks(s, &last, &hashes, s->err));
+        n = hashes.len / sizeof(sh_hash);
+        if (n == 0)
+            break;
+        memcpy(&last, hashes.data + (n - 1) * sizeof(sh_hash), sizeof(last));
+        const sh_blob blob = {.n_chunks = (uint32_t)n, .chunk_hashes = hashes.data};
+        SH_GOTO(node_chunks_delete(s, &blob, 0, also));
+    }
+cleanup:
+    sh_buf_release(&hashes);
     return status;
 }
 
@@ -229,9 +274,12 @@ static sh_status on_chunks(void *arg)
     return node_evaluate_advance(arg);
 }
 
-static void on_rejected(void *arg)
+static void on_rejected(void *arg, const char *why)
 {
-    node_note(arg, SH_NOTE_REJECTED, 0);
+    node_step *s = arg;
+    (void)snprintf(s->n->rejected, sizeof(s->n->rejected), "%s",
+                   why && why[0] ? why : "refused without a reason");
+    node_note(s, SH_NOTE_REJECTED, 0);
 }
 
 static void on_renewed(void *arg)
@@ -328,7 +376,10 @@ void node_checkin_soon(node_step *s)
 sh_status node_on_message(node_step *s, sh_bytes message)
 {
     sh_link_step link = node_link(s);
-    return sh_link_receive(&link, message);
+    SH_TRY(sh_link_receive(&link, message));
+    if (s->n->link.state == SH_LINK_WELCOME)
+        s->n->rejected[0] = 0;
+    return SH_OK;
 }
 
 sh_status node_pump(node_step *s)

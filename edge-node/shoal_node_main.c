@@ -254,32 +254,44 @@ cleanup:
     return status;
 }
 
+/* Tells the daemon that runs in `dir` one word. */
+static sh_status tell(const char *dir, const char *word, json_t **reply, sh_error *err)
+{
+    sh_settings settings = {0};
+    SH_TRY(enter(dir, &settings, err));
+    json_t *request = json_object();
+    sh_json_set(request, "command", json_string(word));
+    sh_status status = call(request, STATUS_WAIT_MS, reply, err);
+    json_decref(request);
+    sh_settings_release(&settings);
+    return status == SH_ERR_NOT_FOUND ? not_running(dir, err) : status;
+}
+
 static sh_status rotate(int argc, char **argv, sh_error *err)
 {
     rotate_options o = {0};
     sh_args args = {0};
-    sh_settings settings = {0};
-    json_t *request = NULL, *reply = NULL;
+    json_t *reply = NULL;
     sh_status status;
     if (!parse(&rotate_command, argc, argv, &o, &args, &status, err))
         goto cleanup;
     SH_GOTO(need(o.dir, "--dir", &rotate_command, err));
-    SH_GOTO(enter(o.dir, &settings, err));
-    request = json_object();
-    sh_json_set(request, "command", json_string("rotate"));
-    status = call(request, STATUS_WAIT_MS, &reply, err);
-    if (status == SH_ERR_NOT_FOUND)
-        status = not_running(o.dir, err);
-    if (status != SH_OK)
-        goto cleanup;
+    SH_GOTO(tell(o.dir, "rotate", &reply, err));
     printf("next public key %s\n", json_string_value(json_object_get(reply, "key")));
     SH_GOTO(flush_out(err));
 cleanup:
-    json_decref(request);
     json_decref(reply);
-    sh_settings_release(&settings);
     sh_args_release(&args);
     return status;
+}
+
+static void print_link(const json_t *reply, const char *state)
+{
+    const char *why = json_string_value(json_object_get(reply, "link_reason"));
+    const char *advice = json_string_value(json_object_get(reply, "link_advice"));
+    printf("%-20s %s%s%s\n", "link", state, why ? ": " : "", why ? why : "");
+    if (advice)
+        printf("%-20s %s\n", "", advice);
 }
 
 static void print_status(const json_t *reply)
@@ -288,9 +300,12 @@ static void print_status(const json_t *reply)
     json_t *value;
     json_object_foreach((json_t *)reply, key, value)
     {
-        if (strcmp(key, "ok") == 0)
+        if (strcmp(key, "ok") == 0 || strcmp(key, "link_reason") == 0 ||
+            strcmp(key, "link_advice") == 0)
             continue;
-        if (json_is_string(value))
+        if (strcmp(key, "link") == 0)
+            print_link(reply, json_string_value(value));
+        else if (json_is_string(value))
             printf("%-20s %s\n", key, json_string_value(value));
         else if (json_is_boolean(value))
             printf("%-20s %s\n", key, json_is_true(value) ? "yes" : "no");
@@ -303,20 +318,12 @@ static sh_status show_status(int argc, char **argv, sh_error *err)
 {
     status_options o = {0};
     sh_args args = {0};
-    sh_settings settings = {0};
-    json_t *request = NULL, *reply = NULL;
+    json_t *reply = NULL;
     sh_status status;
     if (!parse(&status_command, argc, argv, &o, &args, &status, err))
         goto cleanup;
     SH_GOTO(need(o.dir, "--dir", &status_command, err));
-    SH_GOTO(enter(o.dir, &settings, err));
-    request = json_object();
-    sh_json_set(request, "command", json_string("status"));
-    status = call(request, STATUS_WAIT_MS, &reply, err);
-    if (status == SH_ERR_NOT_FOUND)
-        status = not_running(o.dir, err);
-    if (status != SH_OK)
-        goto cleanup;
+    SH_GOTO(tell(o.dir, "status", &reply, err));
     if (o.json) {
         json_dumpf(reply, stdout, JSON_COMPACT);
         putchar('\n');
@@ -325,9 +332,7 @@ static sh_status show_status(int argc, char **argv, sh_error *err)
     }
     SH_GOTO(flush_out(err));
 cleanup:
-    json_decref(request);
     json_decref(reply);
-    sh_settings_release(&settings);
     sh_args_release(&args);
     return status;
 }

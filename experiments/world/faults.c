@@ -202,7 +202,10 @@ static sh_status set_canary(const world_options *o, sh_error *err)
 #ifdef SHOAL_CANARIES
     sh_canary canary = sh_canary_find(o->canary);
     if (canary == SH_CANARIES)
-        return sh_fail(err, SH_ERR_USAGE, "--canary: \"%s\" is no known bug", o->canary);
+        return sh_fail(err, SH_ERR_USAGE,
+                       "--canary: \"%s\" is no known bug; --canary list "
+                       "names them",
+                       o->canary);
     sh_canary_on = canary;
     return SH_OK;
 #else

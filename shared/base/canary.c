@@ -29,7 +29,7 @@ const char *sh_canary_name(sh_canary canary)
 
 sh_canary sh_canary_find(const char *name)
 {
-    sh_canary found = SH_CANARY_NONE;
+    sh_canary found = SH_CANARY_NONE + 1; /* that is the absence of one */
     while (found < SH_CANARIES && strcmp(names[found], name) != 0)
         found++;
     return found;

@@ -28,9 +28,8 @@ typedef enum {
     SH_CANARIES
 } sh_canary;
 
-/* "ack-before-commit", ...; SH_CANARIES when there is no such name. */
-const char *sh_canary_name(sh_canary canary);
-sh_canary sh_canary_find(const char *name);
+const char *sh_canary_name(sh_canary canary); /* "none", "ack-before-commit", ... */
+sh_canary sh_canary_find(const char *name); /* SH_CANARIES: no bug has this name; "none" neither */
 
 #ifdef SHOAL_CANARIES
 extern sh_canary sh_canary_on; /* set before threads start, and not changed while they run */

@@ -54,8 +54,9 @@ typedef struct {
     bool no_sync;                      /* simulation: durability is the simulator's to say */
 } sh_store_options;
 
-/* Makes dir and its tables unless read_only. SH_ERR_NOT_FOUND: read_only and no store, or no such
- * table, is there; SH_ERR_EXISTS: this process has it open, or another process writes it. */
+/* Makes dir and its tables unless read_only. SH_ERR_CORRUPT: what is there is no store, or its file
+ * was emptied or removed since one was made here. SH_ERR_NOT_FOUND: read_only and no store, or no
+ * such table, is there; SH_ERR_EXISTS: this process has it open, or another process writes it. */
 SH_MUST_USE sh_status sh_store_open_lmdb(const char *dir, const sh_store_options *options,
                                          sh_store **out, sh_error *err);
 /* In memory. What a killed process would leave is what is there after sh_txn_abort. */

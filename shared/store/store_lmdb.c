@@ -3,6 +3,10 @@
  * database a table, and the files writer.lock, whose flock says that a process writes here, and
  * readers.lock, which other processes that read hold shared.
  *
+ * To LMDB an empty data.mdb is one that is to be made. So writer.lock is empty until the first
+ * commit of a store is durable, and holds a line from then on: an empty data.mdb beside it has lost
+ * what was in it.
+ *
  * The reserve. LMDB's only limit is its map, so plain writers run on a map that is reserve_bytes
  * short of bytes_max, and a SH_TXN_RESERVE writer near the limit on the whole of it. Changing the
  * map takes a moment without transactions in this process; `lock` and `open` see to that. If there
@@ -36,7 +40,8 @@
 #include "shared/store/backend.h"
 
 #define READERS_MAX      254
-#define LIST_PAGE_IDS    500 /* of free pages, in a page of their list */
+#define LOCK_FILE_BYTES  16384 /* LMDB's head and READERS_MAX readers of 64 bytes each */
+#define LIST_PAGE_IDS    500   /* of free pages, in a page of their list */
 #define LIST_PAGES_SPARE 8
 #define FILE_MODE        0600 /* what a store holds is its owner's */
 #define DIR_MODE         0700
@@ -556,7 +561,7 @@ static sh_status lock_writer(lmdb_store *store, sh_error *err)
     SH_TRY(sh_path_join(path, sizeof(path), store->dir, "writer.lock", err));
     store->writer_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, FILE_MODE);
     if (store->writer_fd < 0)
-        return sh_fail(err, SH_ERR_IO, "store '%s': writer.lock: %s", store->dir, strerror(errno));
+        return fail_mdb(store, errno, "open writer.lock", err);
     if (flock(store->writer_fd, LOCK_EX | LOCK_NB) != 0)
         return sh_fail(err, errno == EWOULDBLOCK ? SH_ERR_EXISTS : SH_ERR_IO, "store '%s': %s",
                        store->dir,
@@ -578,6 +583,23 @@ static sh_status open_readers_lock(lmdb_store *store, sh_error *err)
     while (store->base.read_only && (rc = flock(store->readers_fd, LOCK_SH)) != 0 && errno == EINTR)
         continue;
     return rc != 0 ? fail_mdb(store, errno, "lock readers.lock", err) : SH_OK;
+}
+
+/* LMDB makes lock.mdb of a hole and writes it through a map: on a full disk that is a SIGBUS. So it
+ * gets its blocks before. No environment is open: closing the file would drop LMDB's locks. */
+static sh_status reserve_lock_file(const lmdb_store *store, sh_error *err)
+{
+    char path[SH_PATH_BYTES];
+    struct stat info;
+    SH_TRY(sh_path_join(path, sizeof(path), store->dir, "lock.mdb", err));
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, FILE_MODE);
+    if (fd < 0)
+        return fail_mdb(store, errno, "open lock.mdb", err);
+    int rc = fstat(fd, &info) != 0 ? errno : 0;
+    if (rc == 0 && info.st_blocks == 0)
+        rc = posix_fallocate(fd, 0, LOCK_FILE_BYTES);
+    close(fd);
+    return rc == ENOSPC || rc == EDQUOT ? fail_mdb(store, rc, "make lock.mdb", err) : SH_OK;
 }
 
 /* Reading a mapped page that a torn file has not would end the process (SIGBUS). Zeros in its place
@@ -901,6 +923,45 @@ static const sh_store_backend lmdb_backend = {
     .cursor_close = lmdb_cursor_close,
 };
 
+static bool was_made(const lmdb_store *store)
+{
+    struct stat info;
+    return fstat(store->writer_fd, &info) == 0 && info.st_size > 0;
+}
+
+/* Where there is no room for it, the next start that has some does it. */
+static void remember_made(const lmdb_store *store)
+{
+    static const char line[] = "a store was made here\n";
+    if (was_made(store))
+        return;
+    if (pwrite(store->writer_fd, line, sizeof(line) - 1, 0) > 0 && !store->no_sync)
+        (void)fdatasync(store->writer_fd);
+}
+
+/* A file that a full disk let begin and not end is no store yet: left behind, the next try would
+ * take it for a damaged one. */
+static sh_status open_file(lmdb_store *store, sh_error *err)
+{
+    char path[SH_PATH_BYTES];
+    struct stat info;
+    SH_TRY(sh_path_join(path, sizeof(path), store->dir, "data.mdb", err));
+    bool is_new = !store->base.read_only && (stat(path, &info) != 0 || info.st_size == 0);
+    if (is_new && was_made(store))
+        return sh_fail(err, SH_ERR_CORRUPT,
+                       "store '%s': data.mdb is empty or gone, and a store was made here: put it "
+                       "back from a backup, or remove the folder to begin anew",
+                       store->dir);
+    if (!store->base.read_only)
+        SH_TRY(reserve_lock_file(store, err));
+    sh_status status = open_env(store, err);
+    if (status == SH_OK)
+        status = open_tables(store, err);
+    if (status != SH_OK && is_new)
+        (void)unlink(path);
+    return status;
+}
+
 static sh_status open_parts(lmdb_store *store, const sh_store_options *options, sh_error *err)
 {
     if (!options->read_only)
@@ -914,10 +975,12 @@ static sh_status open_parts(lmdb_store *store, const sh_store_options *options, 
             return sh_fail(err, SH_ERR_NO_MEMORY, "store '%s': no memory", store->dir);
     if (!options->read_only)
         SH_TRY(remove_compact(store, err)); /* what a crash left may hold what was deleted */
-    SH_TRY(open_env(store, err));
-    SH_TRY(open_tables(store, err));
-    if (!options->read_only && !options->no_sync)
+    SH_TRY(open_file(store, err));
+    if (options->read_only)
+        return SH_OK;
+    if (!options->no_sync)
         SH_TRY(sync_names(store, err));
+    remember_made(store);
     return SH_OK;
 }
 

@@ -595,7 +595,7 @@ static sh_status on_welcome(const sh_link_step *s, const sh_msg_welcome *welcome
         return SH_OK; /* late: the next link enrols anew */
     if (!welcome->accepted) {
         l->state = SH_LINK_REJECTED;
-        l->options.callbacks->on_rejected(s->arg);
+        l->options.callbacks->on_rejected(s->arg, welcome->text);
         if (l->enrol.due_ms == SH_LINK_NEVER)
             sh_link_arm(s, &l->enrol);
         if (welcome->retry_after_ms > 0)

@@ -68,8 +68,8 @@ typedef struct {
     sh_status (*missing)(void *arg, uint8_t *hashes, uint32_t max, uint32_t *n);
     /* All chunks of the last WANT are in the chunk table. */
     sh_status (*on_chunks)(void *arg);
-    void (*on_rejected)(void *arg); /* the aggregator does not know our key */
-    void (*on_renewed)(void *arg);  /* the epoch is a new one */
+    void (*on_rejected)(void *arg, const char *why); /* the aggregator lets us not in: its text */
+    void (*on_renewed)(void *arg);                   /* the epoch is a new one */
     /* The aggregator knows the key that sh_link_rotate told: connect with it. NULL: never rotates.
      */
     void (*on_rotated)(void *arg, const sh_hash *key);

@@ -18,6 +18,8 @@
 #define STEP_MS    10  /* that the rig's clock goes on by at each step */
 #define KEYS       255 /* that the rig has */
 
+#define KEPT 4u /* windows of a node */
+
 static rig *setup(void)
 {
     rig *r = calloc(1, sizeof *r);
@@ -310,6 +312,47 @@ static void test_items_have_a_rate(void **state)
     finish(r);
 }
 
+static void window(rig *r, uint64_t epoch, uint64_t seq, uint64_t last, sh_item_kind kind)
+{
+    sh_msg msg;
+    sh_msg_item item = {.epoch = epoch,
+                        .cls = SH_CLASS_WINDOW,
+                        .seq = seq,
+                        .last_seq = last,
+                        .kind = (uint8_t)kind,
+                        .payload = {"window", 6}};
+    if (kind == SH_ITEM_TOMBSTONE)
+        item.payload = (sh_bytes){0};
+    assert_true(rig_item(r, 0, &item));
+    assert_true(rig_take(r, 0, &msg));
+    assert_int_equal(msg.type, SH_MSG_ACK);
+    assert_int_equal(msg.ack.high_water, last);
+}
+
+/* The last ones of each (node, epoch), also where the node had dropped some in between. */
+static void test_of_a_node_the_last_items_are_kept(void **state)
+{
+    (void)state;
+    rig *r = setup();
+    r->options.node_items_max = KEPT;
+    rig_boot(r);
+    rig_enrol(r, 0);
+    for (uint64_t seq = 1; seq <= KEPT; seq++)
+        window(r, EPOCH, seq, seq, SH_ITEM_WINDOW);
+    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), KEPT); /* at its limit, none is gone */
+    window(r, EPOCH, KEPT + 1, KEPT + 1, SH_ITEM_WINDOW);
+    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), KEPT);
+    window(r, EPOCH + 1, 1, 1, SH_ITEM_WINDOW); /* another epoch has its own */
+    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), KEPT + 1);
+    window(r, EPOCH, KEPT + 2, 3 * KEPT, SH_ITEM_TOMBSTONE);
+    window(r, EPOCH, 3 * KEPT + 1, 3 * KEPT + 1, SH_ITEM_WINDOW);
+    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), 1 + 1);
+    for (uint64_t seq = 3 * KEPT + 2; seq <= 6 * KEPT; seq++)
+        window(r, EPOCH, seq, seq, SH_ITEM_WINDOW);
+    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), KEPT + 1);
+    finish(r);
+}
+
 /* After any step the counts are those that a new start makes from the rows, and when nothing is on
  * its way the store has the chunks that are named, and no other. */
 static void check_names(rig *r)
@@ -387,6 +430,7 @@ int main(void)
         cmocka_unit_test(test_two_nodes_with_the_same_chunks),
         cmocka_unit_test(test_served_bytes_have_a_rate),
         cmocka_unit_test(test_items_have_a_rate),
+        cmocka_unit_test(test_of_a_node_the_last_items_are_kept),
         cmocka_unit_test(test_chunks_are_counted),
     };
     sh_error err = {0};

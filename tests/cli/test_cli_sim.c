@@ -266,7 +266,11 @@ static void test_faults(void **state)
     expect_refusal(RUN("faults", "--nodez", "3"),
                    "unknown option '--nodez': the nearest known one is --nodes");
     expect_refusal(RUN("faults", "seed"), "faults takes options only, not \"seed\"");
-    expect_refusal(RUN("faults", "--canary", "lost"), "--canary: \"lost\" is no known bug");
+    expect_refusal(RUN("faults", "--canary", "lost"),
+                   "--canary: \"lost\" is no known bug; --canary list names them");
+    /* It would be a run that has to fail, and finds nothing. */
+    expect_refusal(RUN("faults", "--canary", "none"),
+                   "--canary: \"none\" is no known bug; --canary list names them");
     expect_refusal(RUN("faults", "--script", "none.script"),
                    "cannot open 'none.script': No such file or directory");
     json_t *a =

@@ -58,7 +58,14 @@ static int make(void **state)
 
 static int release(void **state)
 {
-    e2e_fleet_release(*state);
+    static const char *const folders[] = {"store", "."};
+    e2e_fleet *f = *state;
+    char path[SH_PATH_BYTES];
+    for (size_t i = 0; i < SH_COUNT(folders); i++) { /* what is mounted cannot be removed */
+        OK(sh_path_join(path, sizeof path, f->nodes[0].dir, folders[i], err));
+        (void)umount2(path, MNT_DETACH);
+    }
+    e2e_fleet_release(f);
     free(*state);
     return 0;
 }
@@ -176,7 +183,162 @@ static void a_full_disk(void **state)
     write_again(f, &a, "bob");
     assert_int_equal(e2e_end(&f->nodes[0].process, SIGTERM), 0);
     fleets_check_feedback(f, 0, a.acknowledged, 0);
-    assert_int_equal(umount2(store, MNT_DETACH), 0);
+}
+
+/* ---- how often it tries ---- */
+
+static unsigned times_logged(const e2e_process *p, const char *what)
+{
+    unsigned n = 0;
+    char *log = e2e_log(p);
+    for (const char *at = log; (at = strstr(at, what)) != NULL; at += strlen(what))
+        n++;
+    free(log);
+    return n;
+}
+
+/* By the daemon's own clock: a pause is over before the next but one begins, for one that the
+ * reserve did not outlast is begun anew. */
+static void check_pauses(const e2e_process *p)
+{
+    unsigned long long ms, at, begun = 0, over = 0;
+    char *log = e2e_log(p);
+    for (const char *line = log; (line = strstr(line, "event=store_pause ms=")) != NULL; line++) {
+        assert_int_equal(sscanf(line, "event=store_pause ms=%llu at_ms=%llu", &ms, &at), 2);
+        if (at < begun)
+            fail_msg("a pause at %llu ms, and one that lasts to %llu", at, begun);
+        begun = over;
+        over = at + ms;
+    }
+    free(log);
+}
+
+static bool has_tried_again(e2e_fleet *f, author *a)
+{
+    write_one(f, a, "bob"); /* there is always something to write */
+    return e2e_logged(&f->nodes[0].process, "event=store_pause ms=10000");
+}
+
+/* With an aggregator that answers: an enrolment brings a welcome, a plan and timers, and none of
+ * them begins another life of the core before the pause is over. */
+static void a_full_disk_is_left_alone(void **state)
+{
+    static const char *const more[] = {"--feedback.tokens-max",
+                                       "1000000000",
+                                       "--completions.count-max",
+                                       "100000",
+                                       "--log.level",
+                                       "debug",
+                                       NULL};
+    e2e_fleet *f = *state;
+    e2e_process *node = &f->nodes[0].process;
+    char store[SH_PATH_BYTES], filler[SH_PATH_BYTES];
+    author a = {0};
+    const char *why = own_mounts();
+    OK(sh_path_join(store, sizeof store, f->nodes[0].dir, "store", err));
+    OK(sh_path_join(filler, sizeof filler, store, "filler", err));
+    if (!why && mount("tmpfs", store, "tmpfs", 0, DISK_OPTIONS) != 0)
+        why = strerror(errno);
+    if (why) {
+        print_message("SKIP: a full disk is left alone: %s\n", why);
+        skip();
+    }
+    f->node_words = more;
+    e2e_fleet_start(f);
+    assert_true(e2e_saw(node, "event=checked_in"));
+    for (int i = 0; i < 20; i++)
+        write_one(f, &a, "bob");
+    fill_disk(filler);
+    write_until_full(f, &a, "bob");
+    E2E_UNTIL(has_tried_again(f, &a), "it tries again");
+    unsigned lives = times_logged(node, "event=core "), pauses = times_logged(node, "store_pause");
+    print_message("%u lives of the core, %u pauses\n", lives, pauses);
+    assert_true(lives <= 1 + 2 * pauses);
+    check_pauses(node);
+    assert_int_equal(times_logged(node, "event=store_pause ms=5000"), 1);
+    assert_int_equal(unlink(filler), 0);
+    write_again(f, &a, "bob");
+    e2e_fleet_stop(f);
+    fleets_check_feedback(f, 0, a.acknowledged, 0);
+}
+
+/* ---- a disk that was full before there was a store ---- */
+
+static bool run_ok(const char *program, const char *const *arguments)
+{
+    run_result r = run_program(program, arguments, NULL, 0);
+    bool good = r.exit_code == 0;
+    run_release(&r);
+    return good;
+}
+
+/* The node's whole folder, as it is, on a small disk of its own. Why not, or NULL. */
+static const char *move_folder(const e2e_node *node)
+{
+    char fresh[SH_PATH_BYTES], from[SH_PATH_BYTES];
+    const char *why = own_mounts();
+    if (why)
+        return why;
+    assert_true((size_t)snprintf(fresh, sizeof fresh, "%s-on-disk", node->dir) < sizeof fresh);
+    assert_true((size_t)snprintf(from, sizeof from, "%s/.", node->dir) < sizeof from);
+    OK(sh_dir_make(fresh, err));
+    if (mount("tmpfs", fresh, "tmpfs", 0, DISK_OPTIONS) != 0)
+        return "a tmpfs cannot be mounted";
+    assert_true(run_ok("/bin/cp", (const char *const[]){"-a", from, fresh, NULL}));
+    assert_int_equal(mount(fresh, node->dir, NULL, MS_MOVE, NULL), 0);
+    assert_int_equal(rmdir(fresh), 0);
+    return NULL;
+}
+
+/* It is ready, and answers; when the filler goes, it makes its store by itself. */
+static void serve_until_there_is_room(e2e_fleet *f, const char *filler, author *a)
+{
+    e2e_node_start(f, 0, NULL);
+    assert_true(e2e_node_ready(f, 0));
+    for (int i = 0; i < 3; i++) {
+        write_one(f, a, "bob");
+        assert_int_equal(a->status, 507);
+    }
+    assert_int_equal(probe_ask(f->nodes[0].port, "GET", "/healthz", NULL, answer, sizeof answer),
+                     503);
+    assert_non_null(strstr(answer, "full"));
+    json_t *status = e2e_node_status(f, 0);
+    assert_non_null(status);
+    assert_true(json_is_true(json_object_get(status, "store_full")));
+    assert_int_equal(e2e_int(status, "store_bytes"), 0);
+    json_decref(status);
+    assert_int_equal(times_logged(&f->nodes[0].process, "state=full"), 1);
+    assert_int_equal(unlink(filler), 0);
+    write_again(f, a, "bob");
+    assert_int_equal(times_logged(&f->nodes[0].process, "state=full"), 1);
+}
+
+static void no_store_yet(void **state)
+{
+    e2e_fleet *f = *state;
+    char filler[SH_PATH_BYTES], data[SH_PATH_BYTES];
+    author before = {0}, after = {0};
+    const char *why = move_folder(&f->nodes[0]);
+    if (why) {
+        print_message("SKIP: a full disk before the first start: %s\n", why);
+        skip();
+    }
+    OK(sh_path_join(filler, sizeof filler, f->nodes[0].dir, "filler", err));
+    OK(sh_path_join(data, sizeof data, f->nodes[0].dir, "store/data.mdb", err));
+    f->node_words = words;
+    fill_disk(filler);
+    serve_until_there_is_room(f, filler, &before);
+    assert_int_equal(e2e_node_int(f, 0, "stores_lost"), 0); /* there was none */
+    assert_int_equal(e2e_end(&f->nodes[0].process, SIGTERM), 0);
+    fleets_check_feedback(f, 0, before.acknowledged, 0);
+    /* One that is damaged is set aside, and there is no room for the next one either. */
+    assert_int_equal(truncate(data, 100), 0);
+    fill_disk(filler);
+    serve_until_there_is_room(f, filler, &after);
+    assert_true(e2e_logged(&f->nodes[0].process, "set_aside=store.corrupt-1"));
+    assert_int_equal(e2e_node_int(f, 0, "stores_lost"), 1);
+    assert_int_equal(e2e_end(&f->nodes[0].process, SIGTERM), 0);
+    fleets_check_feedback(f, 0, after.acknowledged, 0);
 }
 
 /* ---- the store's own limit ---- */
@@ -212,6 +374,8 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(a_store_at_its_limit, make, release),
         cmocka_unit_test_setup_teardown(a_full_disk, make, release),
+        cmocka_unit_test_setup_teardown(a_full_disk_is_left_alone, make, release),
+        cmocka_unit_test_setup_teardown(no_store_yet, make, release),
     };
     if (argc != 2)
         return 2;

@@ -188,6 +188,72 @@ static void enrolled_by_a_token(void **state)
     e2e_fleet_stop(f);
 }
 
+static bool has(const json_t *status, const char *key, const char *text)
+{
+    const char *value = json_string_value(json_object_get(status, key));
+    return value && strstr(value, text);
+}
+
+static bool is_told(e2e_fleet *f, unsigned i, const char *reason, const char *advice)
+{
+    json_t *s = e2e_node_status(f, i);
+    bool yes = has(s, "link", "refused") && has(s, "link_reason", reason) &&
+               has(s, "link_advice", advice) && has(s, "link_advice", f->nodes[i].key);
+    json_decref(s);
+    return yes;
+}
+
+/* As a person sees it. The connection may just be a new one: then it says so. */
+static bool is_printed(e2e_fleet *f, unsigned i, const char *reason, const char *advice)
+{
+    char line[256];
+    run_result r =
+        run_program(e2e_program(f, "shoal-node"),
+                    (const char *const[]){"status", "--dir", f->nodes[i].dir, NULL}, NULL, 0);
+    snprintf(line, sizeof line, "\nlink                 refused: %s", reason);
+    bool yes = r.exit_code == 0 && strstr(r.out, line) && strstr(r.out, advice) &&
+               !strstr(r.out, "link_advice");
+    run_release(&r);
+    return yes;
+}
+
+static void says(e2e_fleet *f, unsigned i, const char *reason, const char *advice)
+{
+    E2E_UNTIL(is_told(f, i, reason, advice), "its status says why, and what to do");
+    E2E_UNTIL(is_printed(f, i, reason, advice), "it is printed");
+    assert_int_equal(probe_ask(f->nodes[i].port, "GET", "/metrics", NULL, page, sizeof page), 200);
+    assert_true(probe_metric(page, "shoal_sync_link_up") == 0);
+}
+
+/* While a token is open the aggregator hears strangers out: the network is up, and they are not in.
+ */
+static void a_refusal_says_why_and_what_to_do(void **state)
+{
+    e2e_fleet *f = *state;
+    char wrong[SH_HASH_HEX_BYTES], path[SH_PATH_BYTES];
+    int code;
+    json_decref(e2e_tool(f, (const char *const[]){"token", "add", "--uses", "1", NULL}, &code));
+    assert_int_equal(code, 0);
+    memset(wrong, 'a', sizeof wrong);
+    OK(sh_path_join(path, sizeof path, f->nodes[0].dir, "enrol.token", err));
+    OK(sh_file_write_atomic(path, wrong, sizeof wrong - 1, err));
+    for (unsigned i = 0; i < 2; i++) {
+        e2e_node_start(f, i, NULL);
+        assert_true(e2e_node_ready(f, i));
+    }
+    says(f, 0, "this token is not valid", "into enrol.token");
+    says(f, 1, "this key is not enrolled", "shoal aggregator enrol");
+    for (unsigned i = 0; i < 2; i++)
+        e2e_enrol(f, i);
+    for (unsigned i = 0; i < 2; i++) {
+        E2E_UNTIL(is_link(f, i, "up"), "it is let in");
+        assert_true(e2e_saw(&f->nodes[i].process, "event=checked_in"));
+    }
+    e2e_command(f, "revoke", f->nodes[1].key);
+    E2E_UNTIL(is_told(f, 1, "revoked", "shoal aggregator enrol"), "the revoked node is cut off");
+    e2e_fleet_stop(f);
+}
+
 /* A revocation outlives both processes. */
 static void revoked_for_good(void **state)
 {
@@ -234,6 +300,7 @@ int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(enrolled_revoked_and_enrolled_again, make, release),
+        cmocka_unit_test_setup_teardown(a_refusal_says_why_and_what_to_do, make, release),
         cmocka_unit_test_setup_teardown(enrolled_by_a_token, make, release),
         cmocka_unit_test_setup_teardown(revoked_for_good, make, release),
         cmocka_unit_test_setup_teardown(another_aggregator_is_not_believed, make, release),

@@ -17,7 +17,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "edge-node/node.h"
 #include "shared/base/file.h"
+#include "shared/store/store.h"
 #include "tests/e2e/node_rig.h"
 
 #define PAGE 4096
@@ -122,29 +124,40 @@ static void test_damaged_at_the_start(void **state)
     start(r, NULL);
     use(r);
     epoch(r, was);
-    for (int i = 1; i <= 3; i++) {
+    for (int i = 1; i <= 4; i++) {
         assert_int_equal(node_rig_end(r, i == 2 ? SIGTERM : SIGKILL), i == 2 ? 0 : 128 + SIGKILL);
         if (i == 1) /* its two first pages: not a store any more */
             damage(r, 0, 2 * PAGE, 'x');
         else if (i == 2) /* all behind them: not what was in it */
             damage(r, 2 * PAGE, 0, 0);
-        else /* torn off */
-            assert_int_equal(truncate(in_node(r, "store/data.mdb"), 2 * PAGE), 0);
+        else /* torn off; emptied, as by a file system that had its name on the disk and no more */
+            assert_int_equal(truncate(in_node(r, "store/data.mdb"), i == 3 ? 2 * PAGE : 0), 0);
         start(r, NULL);
         expect_new_store(r, i, was);
     }
-    assert_false(sh_file_exists(in_node(r, "store.corrupt-1"))); /* two are kept */
-    assert_true(sh_file_exists(in_node(r, "store.corrupt-2")));
+    assert_false(sh_file_exists(in_node(r, "store.corrupt-2"))); /* two are kept */
     assert_true(sh_file_exists(in_node(r, "store.corrupt-3")));
+    assert_true(sh_file_exists(in_node(r, "store.corrupt-4")));
     /* They hold what users wrote: an erasure takes them, too. */
     run_result e = run_program(
         program, (const char *const[]){"erase", "--dir", r->node, "--user", "bob", NULL}, NULL, 0);
     if (e.exit_code != 0)
         fail_msg("erase: exit code %d: %s%s", e.exit_code, e.out, e.err);
     run_release(&e);
-    assert_false(sh_file_exists(in_node(r, "store.corrupt-2")));
     assert_false(sh_file_exists(in_node(r, "store.corrupt-3")));
-    assert_int_equal(number(r, "stores_lost"), 3);
+    assert_false(sh_file_exists(in_node(r, "store.corrupt-4")));
+    assert_int_equal(number(r, "stores_lost"), 4);
+    assert_int_equal(node_rig_end(r, SIGTERM), 0);
+}
+
+/* A crash right after its creation: nothing was in it. */
+static void test_empty_before_the_first_start(void **state)
+{
+    node_rig *r = *state;
+    OK(sh_file_write_atomic(in_node(r, "store/data.mdb"), "", 0, err));
+    start(r, NULL);
+    use(r);
+    assert_int_equal(number(r, "stores_lost"), 0);
     assert_int_equal(node_rig_end(r, SIGTERM), 0);
 }
 
@@ -201,6 +214,51 @@ static void test_the_release_stays(void **state)
 static void put(node_rig *r, const char *name, const char *text)
 {
     OK(sh_file_write_atomic(in_node(r, name), text, strlen(text), err));
+}
+
+/* One bit of what the store has as the manifest of a slot. */
+static void damage_manifest(node_rig *r, const char *slot)
+{
+    const sh_store_options o = {.tables = sh_node_tables, .n_tables = SH_NODE_TABLES};
+    sh_store *store = NULL;
+    sh_txn *txn = NULL;
+    sh_slice value;
+    uint8_t copy[4096];
+    OK(sh_store_open_lmdb(in_node(r, "store"), &o, &store, err));
+    OK(sh_txn_begin(store, SH_TXN_WRITE, &txn, err));
+    OK(sh_txn_get(txn, SH_NODE_T_META, slot, strlen(slot), &value));
+    assert_in_range(value.n, 1, sizeof copy);
+    memcpy(copy, value.data, value.n);
+    copy[value.n / 2] ^= 1;
+    OK(sh_txn_put(txn, SH_NODE_T_META, slot, strlen(slot), copy, value.n, err));
+    OK(sh_txn_commit(&txn, err));
+    sh_store_close(&store);
+}
+
+/* The one beside the file says the same; without that the slot is lost, and the store is not. */
+static void test_a_manifest_is_damaged(void **state)
+{
+    node_rig *r = *state;
+    char was[32], now[32];
+    test_the_release_stays(state);
+    damage_manifest(r, "slot1");
+    start(r, NULL);
+    assert_true(node_rig_logged(r, "event=manifest_lost version=2 slot=1 state=file-is-sound"));
+    assert_int_equal(number(r, "active_version"), 2);
+    assert_int_equal(number(r, "serving_version"), 2);
+    use(r);
+    epoch(r, was);
+    assert_int_equal(node_rig_end(r, SIGTERM), 0);
+    put(r, "models/slot1.manifest", "rubbish");
+    start(r, NULL);
+    assert_true(node_rig_logged(r, "event=manifest_lost version=2 slot=1 state=lost"));
+    assert_true(node_rig_logged(r, "event=slot_lost slot=1"));
+    assert_int_equal(number(r, "active_version"), 1);
+    assert_int_equal(number(r, "serving_version"), 1);
+    use(r);
+    epoch(r, now);
+    assert_string_equal(was, now);
+    assert_int_equal(node_rig_end(r, SIGTERM), 0);
 }
 
 static void test_signals(void **state)
@@ -265,8 +323,10 @@ int main(int argc, char **argv)
     program = argv[1];
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_damaged_at_the_start, make, release),
+        cmocka_unit_test_setup_teardown(test_empty_before_the_first_start, make, release),
         cmocka_unit_test_setup_teardown(test_damaged_while_it_runs, make, release),
         cmocka_unit_test_setup_teardown(test_the_release_stays, make, release),
+        cmocka_unit_test_setup_teardown(test_a_manifest_is_damaged, make, release),
         cmocka_unit_test_setup_teardown(test_signals, make, release),
         cmocka_unit_test_setup_teardown(test_usage, make, release),
     };

@@ -343,6 +343,108 @@ static void chunks_are_shared_with_owed_updates(void **state)
     rig_close(&r);
 }
 
+/* ---- manifests that the store has damaged ---- */
+
+static void damage_manifest(rig *r)
+{
+    sh_txn *txn = NULL;
+    sh_slice value;
+    uint8_t copy[8192];
+    OK(sh_txn_begin(r->store, SH_TXN_WRITE, &txn, &test_err));
+    OK(sh_txn_get(txn, SH_NODE_T_META, "take", 4, &value));
+    assert_in_range(value.n, 1, sizeof(copy));
+    memcpy(copy, value.data, value.n);
+    copy[value.n / 2] ^= 1;
+    OK(sh_txn_put(txn, SH_NODE_T_META, "take", 4, copy, value.n, &test_err));
+    OK(sh_txn_commit(&txn, &test_err));
+}
+
+/* Reported, forgotten with its chunks, and taken anew; what runs goes on meanwhile. */
+static void expect_taken_anew(rig *r, uint64_t chunks)
+{
+    SAME(r->notes[SH_NOTE_MANIFEST_LOST], 1);
+    SAME(r->note_number[SH_NOTE_MANIFEST_LOST], 2);
+    SAME(rig_count(r, SH_NODE_T_CHUNK), chunks);
+    SAME(r->active_version, 1);
+    assert_true(rig_infer(r, 1, false));
+    r->chunk_budget = SH_WIRE_WANT_MAX;
+    rig_link(r, true);
+    rig_run(r, 60000, true);
+    SAME(r->active_version, 2);
+    SAME(rig_count(r, SH_NODE_T_CHUNK), 0);
+    SAME(r->notes[SH_NOTE_MANIFEST_LOST], 1);
+    SAME(r->notes[SH_NOTE_RELEASE_REFUSED], 0);
+}
+
+static rig *with_part_of_a_download(void)
+{
+    rig *r = rig_open(5);
+    rig_make_release(r, 2, 40 * SH_CHUNK_BYTES);
+    r->chunk_budget = 3;
+    rig_start(r);
+    rig_link(r, true);
+    offer(r, 2, 300);
+    uint64_t have = rig_count(r, SH_NODE_T_CHUNK);
+    assert_true(have > 0 && have < 40);
+    r->mute = true;
+    return r;
+}
+
+static void a_manifest_is_lost_in_the_download(void **state)
+{
+    (void)state;
+    rig *r = with_part_of_a_download();
+    damage_manifest(r);
+    rig_run(r, 60000, true); /* it asks for the next chunks */
+    r->mute = false;
+    expect_taken_anew(r, 0);
+    rig_close(&r);
+}
+
+static void a_manifest_is_lost_while_the_node_is_off(void **state)
+{
+    (void)state;
+    rig *r = with_part_of_a_download();
+    damage_manifest(r);
+    rig_restart(r);
+    r->mute = false;
+    expect_taken_anew(r, 0);
+    rig_close(&r);
+}
+
+static void a_manifest_is_lost_before_a_newer_one(void **state)
+{
+    (void)state;
+    rig *r = with_part_of_a_download();
+    rig_make_release(r, 3, 41 * SH_CHUNK_BYTES);
+    damage_manifest(r);
+    r->mute = false;
+    r->chunk_budget = SH_WIRE_WANT_MAX;
+    r->offer = 3;
+    plan_with(r, rig_manifest(r, 3));
+    SAME(r->notes[SH_NOTE_MANIFEST_LOST], 1);
+    SAME(rig_count(r, SH_NODE_T_CHUNK), 0); /* release 2's, which 3 does not share */
+    rig_run(r, 60000, true);
+    SAME(r->active_version, 3);
+    rig_close(&r);
+}
+
+static void a_manifest_is_lost_before_the_smoke_test(void **state)
+{
+    (void)state;
+    rig *r = rig_open(5);
+    rig_make_release(r, 2, 3 * SH_CHUNK_BYTES);
+    rig_start(r);
+    rig_link(r, true);
+    r->offer = 2;
+    rig_run(r, 5000, false);
+    assert_true(rig_finish_job(r, SH_JOB_INSTALL));
+    damage_manifest(r);
+    assert_true(rig_finish_job(r, SH_JOB_SMOKE));
+    expect_taken_anew(r, 0);
+    rig_close(&r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -358,6 +460,10 @@ int main(void)
         cmocka_unit_test(an_unhealthy_release_is_given_up),
         cmocka_unit_test(a_newer_release_replaces_a_download),
         cmocka_unit_test(chunks_are_shared_with_owed_updates),
+        cmocka_unit_test(a_manifest_is_lost_in_the_download),
+        cmocka_unit_test(a_manifest_is_lost_while_the_node_is_off),
+        cmocka_unit_test(a_manifest_is_lost_before_a_newer_one),
+        cmocka_unit_test(a_manifest_is_lost_before_the_smoke_test),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

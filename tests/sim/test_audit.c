@@ -552,6 +552,11 @@ static void on_news(void *arg)
     (void)arg;
 }
 
+static void on_rejected(void *arg, const char *why)
+{
+    (void)arg, (void)why;
+}
+
 /* One transaction of the relay's link: opened (a start of its own), told `msg`, with `make` more
  * updates put. */
 static void relay_step(relay *r, bool open, const sh_msg *msg, unsigned make)
@@ -563,7 +568,7 @@ static void relay_step(relay *r, bool open, const sh_msg *msg, unsigned make)
                                                 .on_acked = on_acked,
                                                 .missing = missing,
                                                 .on_chunks = on_chunks,
-                                                .on_rejected = on_news,
+                                                .on_rejected = on_rejected,
                                                 .on_renewed = on_news,
                                                 .on_refused = on_news};
     sh_link_options options = {

@@ -470,6 +470,31 @@ static void test_not_there(void **state)
     temp_dir_remove(&dir);
 }
 
+/* An empty file is one to be made only where none was made before. */
+static void test_emptied(void **state)
+{
+    (void)state;
+    temp_dir dir = temp_dir_make();
+    sh_store *store = NULL;
+    sh_error err = {0};
+    char file[160];
+    sh_store_options options = options_of(false);
+    snprintf(file, sizeof(file), "%s/data.mdb", dir.path);
+    must(sh_file_write_atomic(file, "", 0, &err), &err, "file");
+    for (int i = 0; i < 2; i++) {
+        store = open_or_die(dir.path, false);
+        sh_store_close(&store);
+    }
+    assert_int_equal(truncate(file, 0), 0);
+    assert_int_equal(sh_store_open_lmdb(dir.path, &options, &store, &err), SH_ERR_CORRUPT);
+    assert_non_null(strstr(err.text, dir.path));
+    assert_int_equal(unlink(file), 0);
+    assert_int_equal(sh_store_open_lmdb(dir.path, &options, &store, &err), SH_ERR_CORRUPT);
+    assert_null(store);
+    assert_int_equal(access(file, F_OK), -1); /* nothing new was begun */
+    temp_dir_remove(&dir);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 3 && strcmp(argv[1], "writer") == 0)
@@ -486,6 +511,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_two_processes),
         cmocka_unit_test(test_twice_in_a_process),
         cmocka_unit_test(test_not_there),
+        cmocka_unit_test(test_emptied),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -75,8 +75,9 @@ static sh_status on_chunks(void *arg)
     return SH_OK;
 }
 
-static void on_rejected(void *arg)
+static void on_rejected(void *arg, const char *why)
 {
+    assert_string_equal(why, "who");
     ((peer *)arg)->rejected++;
 }
 

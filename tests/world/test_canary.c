@@ -26,6 +26,7 @@ static void test_names(void **state)
     }
     assert_int_equal(sh_canary_find("nightingale"), SH_CANARIES);
     assert_int_equal(sh_canary_find(""), SH_CANARIES);
+    assert_int_equal(sh_canary_find(sh_canary_name(SH_CANARY_NONE)), SH_CANARIES);
     assert_string_equal(sh_canary_name(SH_CANARIES), "?");
 }
 
