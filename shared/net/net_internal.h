@@ -14,12 +14,14 @@
 #define NET_ENDPOINT_BYTES  512
 #define NET_QUEUE_DEFAULT   256
 #define NET_BACKLOG_DEFAULT 4096
-#define NET_HANDSHAKE_MS    10000 /* a peer that is not through with it by then is gone */
-#define NET_FDS_RESERVED    64    /* descriptors that a server leaves to the rest of the process */
-#define NET_ROUTES_MAX      (1u << 20) /* keys whose route is remembered */
-#define NET_DROPPED_MAX     (1u << 20) /* keys shut out of what they had open */
-#define NET_SKIP_MAX        256        /* frames of no use that one call of next goes over */
-#define NET_EVENTS_EVERY    32 /* messages between two looks at what became of connections */
+/* A peer that is not through with its handshake by then is gone. Long enough for all of a fleet to
+ * be at it at once: what is cut off begins anew, and does its share of the work again. */
+#define NET_HANDSHAKE_MS 30000
+#define NET_FDS_RESERVED 64 /* descriptors that a server leaves to the rest of the process */
+#define NET_ROUTES_MAX   (1u << 20) /* keys whose route is remembered */
+#define NET_DROPPED_MAX  (1u << 20) /* keys shut out of what they had open */
+#define NET_SKIP_MAX     256        /* frames of no use that one call of next goes over */
+#define NET_EVENTS_EVERY 32         /* messages between two looks at what became of connections */
 /* What CURVE adds to a message on the wire, which libzmq's limit counts (33 bytes), and a little.
  */
 #define NET_CURVE_BYTES   64
