@@ -1,21 +1,23 @@
 /*
  * Messages that are read and hashed while the loop waits for the disk. For the time of a commit the
  * nodes' socket is this thread's: begin hands it over, end takes it back and waits until the thread
- * has let go, so that it is never used by two at once. What was read is copied, at most one group's
- * worth, and is stepped before anything newer. A message that the thread found good is not hashed
- * again by the core; one that is bad, or that it had no time for, is the core's to judge.
+ * has let go, so that it is never used by two at once; a descriptor ends its wait for a message at
+ * once. What was read is kept, at most one group's worth, and is stepped before anything newer. A
+ * message that the thread found good is not hashed again by the core; one that is bad, or that it
+ * had no time for, is the core's to judge.
  */
+#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include "aggregator/server_internal.h"
 
-#define IDLE_MS 1 /* between two looks at an empty socket */
-
 typedef struct {
-    sh_net_event event; /* without data */
-    size_t at;
+    sh_net_event event;
+    sh_net_message message;
     bool checked;
 } fetched;
 
@@ -24,45 +26,55 @@ struct server_fetch {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
+    int stop_fd;                                        /* readable: as `stop` */
     enum { FETCH_IDLE, FETCH_ASKED, FETCH_BUSY } state; /* under the lock */
     bool ending;                                        /* under the lock */
     atomic_bool stop;
     /* The thread's while it is busy, else the loop's: */
     fetched list[SERVER_GROUP_STEPS];
-    size_t n, next;
-    sh_buf bytes;
+    size_t n, next, released; /* list[released, n) have a message */
+    size_t bytes;             /* of all n */
     sh_status status;
     sh_error err;
 };
 
-static sh_status keep(server_fetch *f, const sh_net_event *event)
+static void keep(server_fetch *f, const sh_net_event *event)
 {
     sh_msg msg;
-    fetched *one = &f->list[f->n];
-    *one = (fetched){.event = *event, .at = f->bytes.len};
-    one->event.data = NULL;
-    if (sh_buf_append(&f->bytes, event->data, event->n) != SH_OK)
-        return sh_fail(&f->err, SH_ERR_NO_MEMORY, "server: no memory for messages that wait");
-    one->checked = sh_msg_decode_checked(f->bytes.data + one->at, event->n, SH_CHECK_NAME, &msg,
-                                         NULL) == SH_OK;
-    f->n++;
-    return SH_OK;
+    fetched *one = &f->list[f->n++];
+    one->event = *event;
+    sh_net_server_keep(f->nodes, &one->event, &one->message);
+    one->checked =
+        sh_msg_decode_checked(one->event.data, event->n, SH_CHECK_NAME, &msg, NULL) == SH_OK;
+    f->bytes += event->n;
+}
+
+/* Of messages before the one numbered end. */
+static void release(server_fetch *f, size_t end)
+{
+    for (; f->released < end; f->released++)
+        sh_net_message_release(&f->list[f->released].message);
 }
 
 static sh_status fetch(server_fetch *f)
 {
     sh_net_event event;
-    f->n = f->next = 0;
-    sh_buf_clear(&f->bytes);
+    release(f, f->n);
+    f->n = f->next = f->released = f->bytes = 0;
     while (!atomic_load(&f->stop) && f->n < SERVER_GROUP_STEPS &&
-           f->bytes.len < SERVER_GROUP_IN_BYTES) {
+           f->bytes < SERVER_GROUP_IN_BYTES) {
         SH_TRY(sh_net_server_next(f->nodes, &event, &f->err));
-        if (event.kind == SH_NET_MESSAGE)
-            SH_TRY(keep(f, &event));
-        else if (event.kind == SH_NET_NONE)
-            SH_TRY(sh_net_wait(
-                &(sh_net_waiting){.servers = &f->nodes, .n_servers = 1, .timeout_ms = IDLE_MS},
-                &f->err));
+        if (event.kind == SH_NET_MESSAGE) {
+            keep(f, &event);
+        } else if (event.kind == SH_NET_NONE) {
+            struct pollfd stop = {.fd = f->stop_fd, .events = POLLIN};
+            SH_TRY(sh_net_wait(&(sh_net_waiting){.servers = &f->nodes,
+                                                 .n_servers = 1,
+                                                 .fds = &stop,
+                                                 .n_fds = 1,
+                                                 .timeout_ms = -1},
+                               &f->err));
+        }
     }
     return SH_OK;
 }
@@ -95,7 +107,11 @@ sh_status server_fetch_create(sh_net_server *nodes, server_fetch **out, sh_error
     if (f == NULL)
         return sh_fail(err, SH_ERR_NO_MEMORY, "server: no memory");
     f->nodes = nodes;
-    sh_buf_init(&f->bytes, SERVER_GROUP_IN_BYTES + SERVER_PEER_IN_BYTES);
+    f->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (f->stop_fd < 0) {
+        free(f);
+        return sh_fail(err, SH_ERR_IO, "server: eventfd: %s", strerror(errno));
+    }
     pthread_mutex_init(&f->lock, NULL);
     pthread_cond_init(&f->changed, NULL);
     /* Signals are for the loop's thread. */
@@ -106,6 +122,7 @@ sh_status server_fetch_create(sh_net_server *nodes, server_fetch **out, sh_error
     if (reason != 0) {
         pthread_cond_destroy(&f->changed);
         pthread_mutex_destroy(&f->lock);
+        close(f->stop_fd);
         free(f);
         return sh_fail(err, SH_ERR_IO, "server: no thread to read with: %s", strerror(reason));
     }
@@ -125,15 +142,18 @@ void server_fetch_destroy(server_fetch **fp)
     pthread_join(f->thread, NULL);
     pthread_cond_destroy(&f->changed);
     pthread_mutex_destroy(&f->lock);
-    sh_buf_release(&f->bytes);
+    release(f, f->n);
+    close(f->stop_fd);
     free(f);
     *fp = NULL;
 }
 
 void server_fetch_begin(server_fetch *f)
 {
+    uint64_t asked;
     if (f->next < f->n) /* what was read before is not stepped yet */
         return;
+    (void)!read(f->stop_fd, &asked, sizeof asked);
     pthread_mutex_lock(&f->lock);
     atomic_store(&f->stop, false);
     f->state = FETCH_ASKED;
@@ -143,10 +163,13 @@ void server_fetch_begin(server_fetch *f)
 
 void server_fetch_end(server_fetch *f)
 {
+    const uint64_t one = 1;
     atomic_store(&f->stop, true);
     pthread_mutex_lock(&f->lock);
     if (f->state == FETCH_ASKED) /* it has not begun */
         f->state = FETCH_IDLE;
+    if (f->state == FETCH_BUSY)
+        (void)!write(f->stop_fd, &one, sizeof one);
     while (f->state == FETCH_BUSY)
         pthread_cond_wait(&f->changed, &f->lock);
     pthread_mutex_unlock(&f->lock);
@@ -166,11 +189,11 @@ sh_status server_fetch_next(server_fetch *f, sh_net_event *event, bool *checked,
         return status;
     }
     while (f->next < f->n) {
-        const fetched *one = &f->list[f->next++];
+        const fetched *one = &f->list[f->next];
+        release(f, f->next++);
         if (!sh_net_server_hears(f->nodes, &one->event))
             continue; /* dropped since */
         *event = one->event;
-        event->data = f->bytes.data + one->at;
         *checked = one->checked;
         return SH_OK;
     }

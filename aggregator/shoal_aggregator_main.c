@@ -1,4 +1,5 @@
 /* The program `shoal-aggregator`: run, init, restore, sample-config. */
+#include <malloc.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +15,12 @@
 
 #define PROGRAM        "shoal-aggregator"
 #define TEXT_BYTES_MAX (1u << 20)
+/* What is allocated and freed with every message that comes in, a chunk and its pages in LMDB, is
+ * kept for the next one: by itself glibc gives it back each time, and each page of it is a fault
+ * again. */
+#define HEAP_BLOCK_MAX                                                                             \
+    ((int)SERVER_PEER_IN_BYTES + 65536) /* larger ones are mapped, and given back */
+#define HEAP_KEPT_MAX (32 << 20) /* free bytes at the end of a heap, of which there are few */
 
 /* ---- run ---- */
 
@@ -35,6 +42,8 @@ static int run(const sh_aggregator_settings *settings)
         return sh_error_report(PROGRAM, &err);
     sh_log_set_level(level);
     signal(SIGPIPE, SIG_IGN);
+    (void)mallopt(M_MMAP_THRESHOLD, HEAP_BLOCK_MAX);
+    (void)mallopt(M_TRIM_THRESHOLD, HEAP_KEPT_MAX);
     sh_blas_init();
     status = enter(settings->dir, &err);
     if (status == SH_OK)

@@ -51,6 +51,7 @@ sh_status bench_rig_stop(bench_rig *rig, int signal_number, sh_error *err);
 void bench_rig_release(bench_rig *rig);                    /* kills it, deletes the folder */
 double bench_rig_metric(bench_rig *rig, const char *name); /* -1: no answer */
 uint64_t bench_rig_peak_rss(const bench_rig *rig);         /* VmHWM of what runs, bytes */
+double bench_cpu_s(const fleet_process *process);          /* that it took until now */
 /* Of the folder of one that does not run. */
 sh_status bench_rig_store(const bench_rig *rig, sh_store **store, sh_error *err);
 /* How many updates are there whole (bytes match their SHA-256), how many windows. */
@@ -89,6 +90,7 @@ void bench_load_release(bench_load *load);
 typedef struct {
     double seconds, units_per_s, bytes_per_s, p50_ms, p99_ms;
     double commits, messages;
+    double cpu_s; /* of the receiving process: what others on the machine change least */
 } bench_turn;
 bench_turn bench_turn_of(const bench_load *load, double seconds);
 double bench_now_ms(void);

@@ -56,7 +56,7 @@ static const sh_command command = {
 
 typedef struct {
     double rate[TURNS_MAX], bytes[TURNS_MAX], p50[TURNS_MAX], p99[TURNS_MAX];
-    double per_commit[TURNS_MAX], commits, messages;
+    double per_commit[TURNS_MAX], cpu_ms[TURNS_MAX], commits, messages;
     size_t n;
 } side;
 
@@ -66,6 +66,7 @@ static void note(side *s, const bench_turn *turn, const bench_load *load)
     s->bytes[s->n] = turn->bytes_per_s;
     s->p50[s->n] = turn->p50_ms;
     s->p99[s->n] = turn->p99_ms;
+    s->cpu_ms[s->n] = turn->cpu_s * 1000 / (double)load->n_units;
     s->per_commit[s->n++] = turn->commits > 0 ? (double)load->n_units / turn->commits : 0;
     s->commits += turn->commits;
     s->messages += turn->messages;
@@ -91,6 +92,7 @@ static json_t *side_json(side *s)
     sh_json_set(o, "ack_p50_ms", sh_json_number(median(s->p50, s->n)));
     sh_json_set(o, "ack_p99_ms", sh_json_number(median(s->p99, s->n)));
     sh_json_set(o, "acks_per_commit", sh_json_number(median(s->per_commit, s->n)));
+    sh_json_set(o, "cpu_ms_each", sh_json_number(median(s->cpu_ms, s->n)));
     sh_json_set(o, "commits", sh_json_number(s->commits));
     sh_json_set(o, "messages", sh_json_number(s->messages));
     return o;
@@ -113,11 +115,12 @@ static sh_status take_turn(const bench_options *o, uint64_t number, side sides[2
     note(&sides[1], &raw, &load);
     *ratio = ours.bytes_per_s / raw.bytes_per_s;
     fprintf(stderr,
-            "turn %llu: ours %.0f/s %.1f MB/s p50 %.1f ms p99 %.1f ms %.0f commits; raw "
-            "%.0f/s %.1f MB/s p50 %.1f ms p99 %.1f ms %.0f commits; ratio %.2f\n",
+            "turn %llu: ours %.0f/s %.1f MB/s p50 %.1f ms p99 %.1f ms %.0f commits %.2f s of CPU; "
+            "raw %.0f/s %.1f MB/s p50 %.1f ms p99 %.1f ms %.0f commits %.2f s of CPU; ratio "
+            "%.2f\n",
             (unsigned long long)number, ours.units_per_s, ours.bytes_per_s / 1e6, ours.p50_ms,
-            ours.p99_ms, ours.commits, raw.units_per_s, raw.bytes_per_s / 1e6, raw.p50_ms,
-            raw.p99_ms, raw.commits, *ratio);
+            ours.p99_ms, ours.commits, ours.cpu_s, raw.units_per_s, raw.bytes_per_s / 1e6,
+            raw.p50_ms, raw.p99_ms, raw.commits, raw.cpu_s, *ratio);
 cleanup:
     bench_load_release(&load);
     bench_rig_release(&rig);
@@ -158,16 +161,18 @@ static void print_table(const bench_options *o, const json_t *result)
         }
         return;
     }
-    printf("| side | updates/s | MB/s | acknowledged p50 | p99 | acknowledged a commit |\n"
-           "| --- | --- | --- | --- | --- | --- |\n");
+    printf(
+        "| side | updates/s | MB/s | acknowledged p50 | p99 | acknowledged a commit | CPU each |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n");
     for (size_t i = 0; i < SH_COUNT(names); i++) {
         const json_t *s = json_object_get(result, names[i]);
-        printf("| %s | %.0f | %.1f | %.1f ms | %.1f ms | %.1f |\n", names[i],
+        printf("| %s | %.0f | %.1f | %.1f ms | %.1f ms | %.1f | %.3f ms |\n", names[i],
                json_number_value(json_object_get(s, "updates_per_s")),
                json_number_value(json_object_get(s, "bytes_per_s")) / 1e6,
                json_number_value(json_object_get(s, "ack_p50_ms")),
                json_number_value(json_object_get(s, "ack_p99_ms")),
-               json_number_value(json_object_get(s, "acks_per_commit")));
+               json_number_value(json_object_get(s, "acks_per_commit")),
+               json_number_value(json_object_get(s, "cpu_ms_each")));
     }
     printf("\nratio of bytes/s: %.2f\n", json_number_value(json_object_get(result, "ratio")));
 }

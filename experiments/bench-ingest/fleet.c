@@ -268,6 +268,9 @@ static sh_status play(fleet_run *f, json_t *result, sh_error *err)
     sh_json_set(result, "messages",
                 sh_json_number(bench_rig_metric(
                     &f->rig, "shoal_aggregator_messages_total{direction=\"in\"}")));
+    sh_json_set(
+        result, "handshakes_failed",
+        sh_json_number(bench_rig_metric(&f->rig, "shoal_aggregator_handshakes_refused_total")));
     SH_TRY(look(f, err));
     SH_TRY(end_crowds(f, err));
     SH_TRY(bench_rig_stop(&f->rig, SIGTERM, err));

@@ -260,8 +260,10 @@ sh_status bench_ours(const bench_options *o, bench_load *load, bench_rig *rig, b
     uint64_t updates = 0, windows = 0;
     snprintf(threads, sizeof threads, "--io-threads=%lld", (long long)o->io_threads);
     SH_TRY(bench_rig_start(rig, words, err));
+    double cpu_s = bench_cpu_s(&rig->process);
     SH_TRY(run_all(o, load, rig, &seconds, err));
     *turn = bench_turn_of(load, seconds);
+    turn->cpu_s = bench_cpu_s(&rig->process) - cpu_s;
     (void)poll(NULL, 0, 1200); /* the page of metrics follows each second */
     turn->commits = bench_rig_metric(rig, "shoal_aggregator_commits_total");
     turn->messages = bench_rig_metric(rig, "shoal_aggregator_messages_total{direction=\"in\"}");

@@ -319,8 +319,10 @@ sh_status bench_raw(const bench_options *o, bench_load *load, bench_turn *turn, 
         !fleet_log_text(line, "key", hex, sizeof hex))
         SH_GOTO(sh_fail(err, SH_ERR_IO, "raw: its receiver is not ready; see %s", log));
     SH_GOTO(sh_hash_parse(hex, &key, err));
+    double cpu_s = bench_cpu_s(&process);
     SH_GOTO(run_senders(o, load, endpoint, &key, &seconds, err));
     *turn = bench_turn_of(load, seconds);
+    turn->cpu_s = bench_cpu_s(&process) - cpu_s;
     for (line = wait_line(&process, "event=idle"); line != NULL;
          line = fleet_process_line(&process)) {
         (void)fleet_log_number(line, "commits", &turn->commits);

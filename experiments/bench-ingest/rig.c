@@ -152,6 +152,23 @@ double bench_rig_metric(bench_rig *rig, const char *name)
     return value;
 }
 
+double bench_cpu_s(const fleet_process *process)
+{
+    char path[64], line[1024];
+    unsigned long long user = 0, system = 0;
+    snprintf(path, sizeof path, "/proc/%ld/stat", (long)process->pid);
+    FILE *f = fopen(path, "r");
+    if (f == NULL)
+        return 0;
+    /* The second field, a name in brackets, may hold anything. */
+    const char *rest = fgets(line, sizeof line, f) != NULL ? strrchr(line, ')') : NULL;
+    if (rest != NULL)
+        (void)sscanf(rest + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %llu %llu", &user,
+                     &system);
+    fclose(f);
+    return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
+}
+
 uint64_t bench_rig_peak_rss(const bench_rig *rig)
 {
     char path[64], line[256];

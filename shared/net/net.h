@@ -111,6 +111,14 @@ uint64_t sh_net_server_refused(const sh_net_server *server); /* handshakes, sinc
 /* Messages of more than one frame, or of dropped keys: thrown away unseen, since the start. */
 uint64_t sh_net_server_ignored(const sh_net_server *server);
 SH_MUST_USE sh_status sh_net_server_next(sh_net_server *server, sh_net_event *out, sh_error *err);
+/* The message of the last event, a MESSAGE, is the caller's from now on and outlives further calls
+ * and the server, without its bytes being copied; event->data is where they are then, as long as
+ * *out stays where it is. Any thread may release it, once. */
+typedef struct {
+    void *opaque[8];
+} sh_net_message;
+void sh_net_server_keep(sh_net_server *server, sh_net_event *event, sh_net_message *out);
+void sh_net_message_release(sh_net_message *message);
 /* To the newest connection of that key that was heard. SH_ERR_NOT_FOUND: it has none; SH_ERR_LIMIT:
  * its queue is full; SH_ERR_INVALID: more than message_max. In all cases nothing was sent. */
 SH_MUST_USE sh_status sh_net_server_send(sh_net_server *server, const sh_hash *key,

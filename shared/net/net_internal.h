@@ -14,11 +14,14 @@
 #define NET_ENDPOINT_BYTES  512
 #define NET_QUEUE_DEFAULT   256
 #define NET_BACKLOG_DEFAULT 4096
-#define NET_HANDSHAKE_MS    10000 /* a peer that is not through with it by then is gone */
-#define NET_FDS_RESERVED    64    /* descriptors that a server leaves to the rest of the process */
-#define NET_ROUTES_MAX      (1u << 20) /* keys whose route is remembered */
-#define NET_DROPPED_MAX     (1u << 20) /* keys shut out of what they had open */
-#define NET_SKIP_MAX        256        /* frames of no use that one call of next goes over */
+/* A peer that is not through with its handshake by then is gone. Long enough for all of a fleet to
+ * be at it at once: what is cut off begins anew, and does its share of the work again. */
+#define NET_HANDSHAKE_MS 30000
+#define NET_FDS_RESERVED 64 /* descriptors that a server leaves to the rest of the process */
+#define NET_ROUTES_MAX   (1u << 20) /* keys whose route is remembered */
+#define NET_DROPPED_MAX  (1u << 20) /* keys shut out of what they had open */
+#define NET_SKIP_MAX     256        /* frames of no use that one call of next goes over */
+#define NET_EVENTS_EVERY 32         /* messages between two looks at what became of connections */
 /* What CURVE adds to a message on the wire, which libzmq's limit counts (33 bytes), and a little.
  */
 #define NET_CURVE_BYTES   64
@@ -53,6 +56,8 @@ typedef struct {
 } net_peers;
 void net_peers_opened(net_peers *peers, int fd, uint64_t now_ms);
 void net_peers_closed(net_peers *peers, int fd);
+/* Whether a message was heard by that connection before. */
+bool net_peers_has(const net_peers *peers, int fd, uint32_t connection);
 /* A message of that key came by that connection, of n bytes. */
 void net_peers_heard(net_peers *peers, int fd, const sh_hash *key, uint32_t connection, size_t n);
 /* All connections of the key but that one; NULL: all. */

@@ -69,6 +69,12 @@ void net_peers_closed(net_peers *peers, int fd)
     peers->watched--;
 }
 
+bool net_peers_has(const net_peers *peers, int fd, uint32_t connection)
+{
+    const struct net_peer *p = peer_at(peers, fd);
+    return p != NULL && p->heard && p->connection == connection;
+}
+
 void net_peers_heard(net_peers *peers, int fd, const sh_hash *key, uint32_t connection, size_t n)
 {
     struct net_peer *p = peer_at(peers, fd);

@@ -50,6 +50,7 @@ struct sh_net_server {
     uint64_t queued_max; /* bytes of a peer's messages that wait to be read */
     zmq_msg_t body;      /* what the last event shows */
     bool skipping;       /* frames of a message that is thrown away are still to be read */
+    unsigned unlooked;   /* messages since the events of connections were read */
 };
 
 /* ---- start and end ---- */
@@ -209,10 +210,13 @@ static void shut(void *server, int fd)
         shutdown(fd, SHUT_RDWR);
 }
 
+/* To find that there is none costs libzmq two system calls, as much as a small message: not before
+ * each message, but before the first of a connection, which is then known. */
 static void take_connection_events(sh_net_server *s)
 {
     uint16_t event;
     uint32_t value;
+    s->unlooked = 0;
     while (net_monitor_next(s->monitor, &event, &value)) {
         switch (event) {
         case ZMQ_EVENT_ACCEPTED:
@@ -314,7 +318,8 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
     sh_net_event event = {.kind = SH_NET_NONE};
     uint8_t id[ROUTE_BYTES] = {0};
     bool good;
-    take_connection_events(s);
+    if (s->unlooked++ >= NET_EVENTS_EVERY)
+        take_connection_events(s);
     for (size_t i = 0; i < NET_SKIP_MAX && event.kind == SH_NET_NONE; i++) {
         if (s->skipping) {
             s->skipping = !net_skip_rest(s->socket, NET_SKIP_MAX);
@@ -331,17 +336,37 @@ sh_status sh_net_server_next(sh_net_server *s, sh_net_event *out, sh_error *err)
             s->ignored++;
             shut(s, zmq_msg_get(&s->body, ZMQ_SRCFD));
         } else {
+            int fd = zmq_msg_get(&s->body, ZMQ_SRCFD);
             SH_TRY(note_route(s, &event.key, event.connection, err));
-            net_peers_heard(&s->peers, zmq_msg_get(&s->body, ZMQ_SRCFD), &event.key,
-                            event.connection, zmq_msg_size(&s->body));
+            if (!net_peers_has(&s->peers, fd, event.connection))
+                take_connection_events(s);
+            net_peers_heard(&s->peers, fd, &event.key, event.connection, zmq_msg_size(&s->body));
             event.kind = SH_NET_MESSAGE;
             event.data = zmq_msg_data(&s->body);
             event.n = zmq_msg_size(&s->body);
         }
     }
+    if (event.kind == SH_NET_NONE) /* a wait ends for them, too */
+        take_connection_events(s);
     look_at_peers(s, event.kind == SH_NET_NONE);
     *out = event;
     return SH_OK;
+}
+
+_Static_assert(sizeof(zmq_msg_t) <= sizeof(sh_net_message), "a message has room");
+
+void sh_net_server_keep(sh_net_server *s, sh_net_event *event, sh_net_message *out)
+{
+    zmq_msg_t *msg = (zmq_msg_t *)(void *)out;
+    SH_ASSERT(event->kind == SH_NET_MESSAGE);
+    zmq_msg_init(msg);
+    (void)zmq_msg_move(msg, &s->body); /* fails for what is no message only */
+    event->data = zmq_msg_data(msg);   /* a short one may have them in itself */
+}
+
+void sh_net_message_release(sh_net_message *message)
+{
+    zmq_msg_close((zmq_msg_t *)(void *)message);
 }
 
 sh_status sh_net_server_answer(sh_net_server *s, uint32_t number, const void *bytes, size_t n,

@@ -88,6 +88,37 @@ static void test_talk(void **state)
     assert_null(server);
 }
 
+/* A message that is kept is the one that came, whatever comes after it, also when the server is
+ * gone: a short one, which libzmq may have in its own structure, and a long one. */
+static void test_kept_messages_last(void **state)
+{
+    (void)state;
+    enum { KEPT = 20 };
+    sh_net_server *server = make_server(net, &server_keys, &guests);
+    sh_net_client *client = dial(server, &node_keys);
+    sh_net_event events[KEPT];
+    sh_net_message kept[KEPT];
+    char texts[KEPT][400];
+    client_until(client, server, SH_NET_UP);
+    for (int i = 0; i < KEPT; i++) {
+        snprintf(texts[i], sizeof texts[i], "%0*d", i % 2 == 0 ? 8 : 300, i);
+        say(client, texts[i]);
+    }
+    for (int i = 0; i < KEPT; i++) {
+        events[i] = server_message(server);
+        sh_net_server_keep(server, &events[i], &kept[i]);
+    }
+    say(client, "another one");
+    sh_net_event event = server_message(server);
+    expect_text(&event, "another one");
+    sh_net_client_destroy(&client, 0);
+    sh_net_server_destroy(&server, 0);
+    for (int i = 0; i < KEPT; i++) {
+        expect_text(&events[i], texts[i]);
+        sh_net_message_release(&kept[i]);
+    }
+}
+
 static void test_linger_delivers(void **state)
 {
     (void)state;
@@ -756,6 +787,7 @@ int main(void)
 #define CASE(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
     const struct CMUnitTest tests[] = {
         CASE(test_talk),
+        CASE(test_kept_messages_last),
         CASE(test_linger_delivers),
         CASE(test_unknown_key_is_refused),
         CASE(test_nobody_without_allow),
