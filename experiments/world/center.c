@@ -314,7 +314,7 @@ static sh_status commit(world_part *p, sh_error *err)
         c->actions.n = g->n;
         if (g->n > 0)
             memcpy(c->actions.items, c->queued + g->first, g->n * sizeof *c->queued);
-        world_oracle_coord_step(w->oracle, p->now_ms, &g->event, &c->actions, c->core, c->store);
+        world_oracle_coord_step(w->oracle, p->now_ms, &c->actions, c->core, c->store);
         c->actions.n = 0;
         sh_buf_release(&g->message);
     }

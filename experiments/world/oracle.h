@@ -15,8 +15,9 @@
  *   - makes the bytes of every update, of every training, different (content is how the oracle
  *     finds that something counted twice);
  *   - calls world_oracle_node_step after each commit, before it carries out the actions;
- *   - calls world_oracle_coord_step once for each step that a commit made durable, in order, before
- *     the actions go out; and world_oracle_coord_sent when bytes do leave for a node.
+ *   - calls world_oracle_coord_stepped after each step of the aggregator, and
+ * world_oracle_coord_step once for each that a commit made durable, in order, before the actions go
+ * out; and world_oracle_coord_sent when bytes do leave for a node.
  *
  *     world_oracle *oracle = NULL;
  *     SH_TRY(world_oracle_create(&options, &oracle, err));
@@ -110,9 +111,8 @@ void world_oracle_coord_boot(world_oracle *o, uint64_t at_ms, const sh_coord *co
                              sh_store *store);
 /* A step was made and is not committed: it may be, and its process die before that is shown. */
 void world_oracle_coord_stepped(world_oracle *o, const sh_coord_event *event);
-void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_event *event,
-                             const sh_coord_actions *actions, const sh_coord *core,
-                             sh_store *store);
+void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_actions *actions,
+                             const sh_coord *core, sh_store *store);
 void world_oracle_coord_failed(world_oracle *o, uint64_t at_ms, sh_status status, const char *text,
                                bool excused);
 /* These bytes leave for the node with that key: from here on what they say is promised. */

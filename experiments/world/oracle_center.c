@@ -152,11 +152,6 @@ static void commit(world_oracle *o, oracle_watch *w, const oracle_arrival *a, ui
     if (!w->lies && !check_row(o, w, a, at_ms, txn))
         return;
     o->seen.items_committed++;
-    if (w->fresh_ms != at_ms)
-        w->n_fresh = 0;
-    w->fresh_ms = at_ms;
-    oracle_grow((void **)&w->fresh, &w->fresh_cap, w->n_fresh, sizeof *a);
-    w->fresh[w->n_fresh++] = *a;
     if (w->lies)
         return;
     if (!oracle_map_find(&w->committed, a->hash))
@@ -169,34 +164,22 @@ static void commit(world_oracle *o, oracle_watch *w, const oracle_arrival *a, ui
     w->stored[w->n_stored++] = *a;
 }
 
-/* What the steps of one commit took in is in the store when the first of them is looked at: new is
- * what was not there before that commit, and was not met among its steps. */
-static void arrive(world_oracle *o, oracle_watch *w, const sh_msg_item *item, uint64_t at_ms,
-                   sh_txn *txn)
+/* An item was stepped: once the store's marks cover it, it is committed, be it that the process
+ * died with the commit and nobody was told. */
+static void expect(oracle_watch *w, const sh_msg_item *item)
 {
-    oracle_line *line = line_of(w, item->epoch, item->cls);
+    const oracle_line *line = line_of(w, item->epoch, item->cls);
     oracle_arrival a = {.epoch = item->epoch,
                         .seq = item->seq,
                         .cls = item->cls,
                         .kind = item->kind,
                         .hash = oracle_item_hash(item->cls, item->payload.data, item->payload.n)};
     sh_update_meta meta;
-    if (item->kind == SH_ITEM_TOMBSTONE)
+    if (oracle_covers(&line->rows, item->seq))
         return;
     if (item->kind == SH_ITEM_UPDATE &&
         sh_update_meta_decode(item->payload.data, item->payload.n, &meta, NULL) == SH_OK)
         a.blob = oracle_hash(meta.blob.sha256.b, sizeof meta.blob.sha256.b);
-    if (oracle_covers(&line->boot_rows, a.seq) && !oracle_covers(&line->boot_before, a.seq) &&
-        !oracle_map_find(&w->committed, a.hash)) {
-        commit(o, w, &a, line->boot_ms, txn);
-        return;
-    }
-    if (oracle_covers(line->rows_ms == at_ms ? &line->before : &line->rows, item->seq))
-        return;
-    w->n_fresh = w->fresh_ms == at_ms ? w->n_fresh : 0;
-    for (size_t i = 0; i < w->n_fresh; i++)
-        if (same_id(&w->fresh[i], &a))
-            return;
     for (size_t i = 0; i < w->n_arrivals; i++)
         if (same_id(&w->arrivals[i], &a)) {
             w->arrivals[i] = a;
@@ -208,7 +191,8 @@ static void arrive(world_oracle *o, oracle_watch *w, const sh_msg_item *item, ui
     w->arrivals[w->n_arrivals++] = a;
 }
 
-/* Reads the line's marks: they hold all that was promised, and what they had before. */
+/* Reads the line's marks: they hold all that was promised, and what they had before. What came and
+ * is covered by now was committed. */
 static void look(world_oracle *o, oracle_watch *w, oracle_line *line, uint64_t at_ms, sh_txn *txn)
 {
     sh_msg_ack rows;
@@ -229,9 +213,6 @@ static void look(world_oracle *o, oracle_watch *w, oracle_line *line, uint64_t a
              "item %llu of class %u, epoch %016llx, was marked and is not any more",
              (unsigned long long)seq, line->cls, (unsigned long long)line->epoch);
     }
-    if (line->rows_ms != at_ms)
-        line->before = line->rows;
-    line->rows_ms = at_ms;
     line->rows = rows;
     for (size_t i = w->n_arrivals; i-- > 0;) {
         oracle_arrival a = w->arrivals[i];
@@ -242,19 +223,11 @@ static void look(world_oracle *o, oracle_watch *w, oracle_line *line, uint64_t a
     }
 }
 
-void oracle_check_promises(world_oracle *o, uint64_t at_ms, bool boot, sh_txn *txn)
+void oracle_check_promises(world_oracle *o, uint64_t at_ms, sh_txn *txn)
 {
     for (size_t i = 0; i < o->n_watches; i++)
-        for (size_t k = 0; k < o->watches[i].n_lines; k++) {
-            oracle_line *line = &o->watches[i].lines[k];
-            sh_msg_ack before = line->rows;
-            look(o, &o->watches[i], line, at_ms, txn);
-            if (!boot || first_missing(&line->rows, &before) == 0)
-                continue;
-            line->boot_before = before;
-            line->boot_rows = line->rows;
-            line->boot_ms = at_ms;
-        }
+        for (size_t k = 0; k < o->watches[i].n_lines; k++)
+            look(o, &o->watches[i], &o->watches[i].lines[k], at_ms, txn);
 }
 
 /* ---- hooks ---- */
@@ -289,23 +262,20 @@ void world_oracle_coord_boot(world_oracle *o, uint64_t at_ms, const sh_coord *co
     if (sh_txn_begin(store, SH_TXN_READ, &txn, NULL) != SH_OK)
         return;
     check_published(o, at_ms, &status, txn);
-    oracle_check_promises(o, at_ms, true, txn);
+    oracle_check_promises(o, at_ms, txn);
     sh_txn_abort(&txn);
 }
 
-/* An ACK of the aggregator's own: its hashes are not looked at, nothing has damaged it. */
 static bool is_ack(const void *bytes, size_t n, sh_msg *msg)
 {
-    return sh_msg_decode_checked(bytes, n, SH_CHECK_DONE, msg, NULL) == SH_OK &&
-           msg->type == SH_MSG_ACK;
+    return oracle_read(bytes, n, msg) && msg->type == SH_MSG_ACK;
 }
 
 /* An ITEM that came whole. */
 static bool is_item(const sh_coord_event *event, sh_msg *msg)
 {
-    return sh_msg_decode_checked(event->message.data, event->message.n, SH_CHECK_DONE, msg, NULL) ==
-               SH_OK &&
-           msg->type == SH_MSG_ITEM && msg->item.cls < SH_CLASSES &&
+    return oracle_read(event->message.data, event->message.n, msg) && msg->type == SH_MSG_ITEM &&
+           msg->item.cls < SH_CLASSES &&
            sh_msg_decode(event->message.data, event->message.n, msg, NULL) == SH_OK;
 }
 
@@ -349,22 +319,21 @@ void world_oracle_coord_stepped(world_oracle *o, const sh_coord_event *event)
 {
     sh_msg msg;
     oracle_watch *w = event->kind == SH_COORD_MESSAGE ? oracle_watch_of(o, &event->node) : NULL;
-    if (w && w->watched && is_item(event, &msg) && msg.item.kind == SH_ITEM_TOMBSTONE &&
-        msg.item.seq <= msg.item.last_seq)
+    if (!w || !w->watched || !is_item(event, &msg))
+        return;
+    if (msg.item.kind != SH_ITEM_TOMBSTONE)
+        expect(w, &msg.item);
+    else if (msg.item.seq <= msg.item.last_seq)
         name_range(line_of(w, msg.item.epoch, msg.item.cls), msg.item.seq, msg.item.last_seq);
 }
 
-void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_event *event,
-                             const sh_coord_actions *actions, const sh_coord *core, sh_store *store)
+void world_oracle_coord_step(world_oracle *o, uint64_t at_ms, const sh_coord_actions *actions,
+                             const sh_coord *core, sh_store *store)
 {
     sh_txn *txn = NULL;
-    sh_msg msg;
     o->seen.coord_steps++;
     if (sh_txn_begin(store, SH_TXN_READ, &txn, NULL) != SH_OK)
         return;
-    oracle_watch *w = event->kind == SH_COORD_MESSAGE ? oracle_watch_of(o, &event->node) : NULL;
-    if (w && w->watched && is_item(event, &msg))
-        arrive(o, w, &msg.item, at_ms, txn);
     if (actions->n > SH_COORD_ACTIONS_MAX)
         NOTE(o, WORLD_RULE_LIMIT, at_ms, "a step has %zu actions", actions->n);
     for (size_t i = 0; i < actions->n; i++)
@@ -466,7 +435,7 @@ void world_oracle_audit(world_oracle *o, uint64_t now_ms, sh_store *coord_store)
     auditor a = {.o = o, .at_ms = now_ms};
     if (sh_txn_begin(coord_store, SH_TXN_READ, &txn, NULL) != SH_OK)
         return;
-    oracle_check_promises(o, now_ms, false, txn);
+    oracle_check_promises(o, now_ms, txn);
     sh_status status = sh_coord_each_update(txn, audit_update, &a, &err);
     if (status == SH_OK)
         status = sh_coord_each_candidate(txn, audit_candidate, &a, &err);

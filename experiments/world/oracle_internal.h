@@ -41,6 +41,9 @@ uint64_t oracle_hash(const void *bytes, size_t n); /* 64 bits, never 0 */
 /* What an item is known by. */
 uint64_t oracle_item_hash(uint8_t cls, const void *payload, size_t n);
 /* Grows *array for one more item. Without memory nothing can be said: the program ends. */
+/* A message that its maker has just made, so that its hashes need no look; or one whose type is
+ * asked for before they get it. */
+bool oracle_read(const void *bytes, size_t n, sh_msg *msg);
 void oracle_grow(void **array, size_t *cap, size_t n, size_t size);
 
 typedef struct {
@@ -109,12 +112,6 @@ typedef struct {
     uint64_t epoch;
     uint8_t cls;
     sh_msg_ack promised, rows; /* what was sent; what was in the store at the last look */
-    sh_msg_ack before;         /* the same before `rows_ms`, when rows came to be so */
-    uint64_t rows_ms;
-    /* Around a boot: what a commit brought whose steps were never shown, because the process died
-     * with it. The node will send that again. */
-    sh_msg_ack boot_before, boot_rows;
-    uint64_t boot_ms;
     /* What tombstones named, whether they were taken or not. An item that came before and was not
      * taken (its node was not to be heard then) is marked by its tombstone, and leaves no row. */
     oracle_range *ranges;
@@ -134,9 +131,6 @@ typedef struct {
     size_t n_lines, lines_cap;
     oracle_arrival *arrivals;
     size_t n_arrivals, arrivals_cap;
-    oracle_arrival *fresh; /* committed at fresh_ms: one commit is of many steps */
-    size_t n_fresh, fresh_cap;
-    uint64_t fresh_ms;
     oracle_arrival *stored; /* committed, and its row is there until others take its place */
     size_t n_stored, stored_cap;
     oracle_map committed; /* item -> when at first, relative to the run's start, + 1 */
@@ -202,6 +196,6 @@ void oracle_row_key(uint8_t key[ORACLE_ROW_KEY], const sh_update_id *id);
 uint64_t oracle_id_hash(const sh_update_id *id);
 bool oracle_covers(const sh_msg_ack *ack, uint64_t seq);
 /* All that was promised is in the store. boot: it may hold more than was shown. */
-void oracle_check_promises(world_oracle *o, uint64_t at_ms, bool boot, sh_txn *txn);
+void oracle_check_promises(world_oracle *o, uint64_t at_ms, sh_txn *txn);
 
 #endif

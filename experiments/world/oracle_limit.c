@@ -62,7 +62,8 @@ static void check_inferences(oracle_node *w, uint32_t i, uint64_t at_ms, const s
 static void hear(oracle_use *use, const sh_node_options *limits, uint64_t at_ms, sh_bytes message)
 {
     sh_msg msg;
-    if (sh_msg_decode(message.data, message.n, &msg, NULL) != SH_OK || msg.type != SH_MSG_ERROR ||
+    if (!oracle_read(message.data, message.n, &msg) || msg.type != SH_MSG_ERROR ||
+        sh_msg_decode(message.data, message.n, &msg, NULL) != SH_OK ||
         msg.error.retry_after_ms == 0)
         return;
     use->quiet_until_ms = at_ms + SH_MIN(msg.error.retry_after_ms, limits->retry_max_ms);
@@ -91,8 +92,7 @@ static void check_message(const world_oracle *o, oracle_node *w, uint32_t i, uin
     bool quiet = at_ms < use->quiet_until_ms;
     bool up = budgets->up_day && use->up >= budgets->up_day;
     sh_msg msg;
-    if ((!quiet && !up && !budgets->down_day) ||
-        sh_msg_decode(message->data, message->len, &msg, NULL) != SH_OK)
+    if ((!quiet && !up && !budgets->down_day) || !oracle_read(message->data, message->len, &msg))
         return;
     if (quiet && is_own_will(&msg))
         NOTE(w, i, WORLD_RULE_LIMIT, at_ms, "a message of type %d, %llu ms before it may speak",
@@ -111,8 +111,7 @@ static void check_message(const world_oracle *o, oracle_node *w, uint32_t i, uin
 static void check_checkin(oracle_node *w, uint32_t i, uint64_t at_ms, const sh_buf *message)
 {
     sh_msg msg;
-    if (sh_msg_decode(message->data, message->len, &msg, NULL) != SH_OK ||
-        msg.type != SH_MSG_CHECKIN)
+    if (!oracle_read(message->data, message->len, &msg) || msg.type != SH_MSG_CHECKIN)
         return;
     for (int cls = 0; cls < SH_CLASSES; cls++)
         if (msg.checkin.dropped[cls] != w->now.dropped[cls])

@@ -85,6 +85,11 @@ uint64_t oracle_item_hash(uint8_t cls, const void *payload, size_t n)
     return h ? h : 1;
 }
 
+bool oracle_read(const void *bytes, size_t n, sh_msg *msg)
+{
+    return sh_msg_decode_checked(bytes, n, SH_CHECK_DONE, msg, NULL) == SH_OK;
+}
+
 void oracle_grow(void **array, size_t *cap, size_t n, size_t size)
 {
     sh_status status = sh_array_reserve(array, cap, n + 1, size, ORACLE_ROWS_MAX);

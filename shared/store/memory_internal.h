@@ -15,6 +15,7 @@
 
 typedef struct mem_node mem_node;
 struct mem_node {
+    uint64_t prefix; /* the key's first bytes, big-endian, with zeros behind a shorter one */
     uint32_t value_n;
     uint8_t key_n, height;
     bool dead;        /* taken out; a cursor may still stand on it */

@@ -7,6 +7,7 @@
  * cursors) until it ends. A resting store is its struct and its nodes, each one allocation; the
  * write transaction is a part of the struct, its notes are kept while they are few.
  */
+#include <endian.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -36,8 +37,18 @@ static size_t node_bytes(const mem_node *node)
     return sizeof(*node) + node->height * sizeof(node->next[0]) + node->key_n + node->value_n;
 }
 
-static int compare(const mem_node *node, sh_slice key)
+static uint64_t prefix_of(sh_slice key)
 {
+    uint64_t prefix = 0;
+    memcpy(&prefix, key.data, SH_MIN(key.n, sizeof prefix));
+    return be64toh(prefix);
+}
+
+/* Most keys differ in their first bytes, which the node has at hand. */
+static int compare(const mem_node *node, uint64_t prefix, sh_slice key)
+{
+    if (node->prefix != prefix)
+        return node->prefix < prefix ? -1 : 1;
     size_t n = SH_MIN((size_t)node->key_n, key.n);
     int order = memcmp(node_key(node), key.data, n);
     return order ? order : (node->key_n > key.n) - (node->key_n < key.n);
@@ -48,10 +59,11 @@ static int compare(const mem_node *node, sh_slice key)
 static void find(mem_table *table, sh_slice key, bool after, mem_node **links[HEIGHT_MAX])
 {
     mem_node **row = table->head;
+    uint64_t prefix = prefix_of(key);
     for (int l = table->levels; l < HEIGHT_MAX; l++)
         links[l] = &row[l];
     for (int l = table->levels - 1; l >= 0; l--) {
-        while (row[l] && compare(row[l], key) < (after ? 1 : 0))
+        while (row[l] && compare(row[l], prefix, key) < (after ? 1 : 0))
             row = row[l]->next;
         links[l] = &row[l];
     }
@@ -61,8 +73,9 @@ static void find(mem_table *table, sh_slice key, bool after, mem_node **links[HE
 static mem_node *seek(mem_table *table, sh_slice key)
 {
     mem_node **row = table->head, *past = NULL;
+    uint64_t prefix = prefix_of(key);
     for (int l = table->levels - 1; l >= 0; l--) {
-        while (row[l] && row[l] != past && compare(row[l], key) < 0)
+        while (row[l] && row[l] != past && compare(row[l], prefix, key) < 0)
             row = row[l]->next;
         past = row[l]; /* it was looked at: not again on the levels below */
     }
@@ -116,7 +129,7 @@ static mem_node *lookup(mem_txn *txn, unsigned table, sh_slice key, mem_node **l
 {
     find(&store_of(&txn->base)->tables[table], key, false, links);
     mem_node *node = *links[0];
-    return node && compare(node, key) == 0 ? node : NULL;
+    return node && compare(node, prefix_of(key), key) == 0 ? node : NULL;
 }
 
 static sh_status reserve_undo(mem_txn *txn, sh_error *err)
@@ -158,6 +171,7 @@ static sh_status mem_put(sh_txn *base, unsigned t, sh_slice key, sh_slice value,
     mem_node *node = sh_calloc(1, bytes);
     if (!node)
         return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory for %zu bytes", bytes);
+    node->prefix = prefix_of(key);
     node->height = height;
     node->key_n = (uint8_t)key.n;
     node->value_n = (uint32_t)value.n;
@@ -198,7 +212,7 @@ static void give(const mem_node *node, sh_slice *key, sh_slice *value)
 static sh_status mem_get(sh_txn *base, unsigned t, sh_slice key, sh_slice *value)
 {
     const mem_node *node = seek(&store_of(base)->tables[t], key);
-    if (!node || compare(node, key) != 0)
+    if (!node || compare(node, prefix_of(key), key) != 0)
         return SH_ERR_NOT_FOUND;
     give(node, NULL, value);
     return SH_OK;

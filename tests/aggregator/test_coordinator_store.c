@@ -707,8 +707,9 @@ static void test_a_gap_is_closed_by_a_tombstone(void **state)
         assert_true(rig_take(r, 0, &msg));
         assert_int_equal(msg.type, SH_MSG_ACK);
         assert_int_equal(msg.ack.high_water, gaps[i].high_water);
+        /* Of an epoch the last 1024 sequences are kept, those of a gap among them. */
+        assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), gaps[i].last <= 1024 ? 4 : 0);
     }
-    assert_int_equal(rig_count(r, SH_COORD_T_WINDOW), 4);
     finish(r);
 }
 
