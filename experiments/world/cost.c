@@ -1,7 +1,7 @@
 /*
  * Learning replaced by a cost model: bytes and numbers are drawn from the seed, durations are those
- * of the device's class. An update is small; in a small fleet one in eight has two chunks and a
- * model has two or three, so that transfers break in the middle.
+ * of the device's class. An update is small; in a small fleet one in eight has two chunks, and
+ * in every other such fleet a model has two or three, so that transfers break in the middle.
  */
 #include <string.h>
 
@@ -45,9 +45,9 @@ static sh_status fill(const world *w, uint32_t i, uint32_t purpose, uint64_t num
 
 static size_t model_bytes(const world *w)
 {
-    if (w->n_nodes > SMALL_FLEET)
-        return 2000;
-    return world_draw(w, 0, STREAM_MODEL, 0) & 3 ? 67000 : 140000;
+    static const size_t sizes[] = {2000, 67000, 2000, 67000, 2000, 67000, 2000, 140000};
+    bool small = w->n_nodes <= SMALL_FLEET;
+    return sizes[small ? world_draw(w, 0, STREAM_MODEL, 0) % SH_COUNT(sizes) : 0];
 }
 
 sh_status world_make_genesis(world *w, sh_error *err)
