@@ -8,6 +8,7 @@
 
 #include <cmocka.h>
 
+#include "shared/sync/sync.h"
 #include "tests/aggregator/rig.h"
 
 /* Whether a window under that name is taken; else its sender is told to enrol. */
@@ -92,9 +93,77 @@ static void test_copies_of_a_store_that_runs(void **state)
     free(r);
 }
 
+/* An update whose chunks have not come. */
+static void offer(rig *r, uint64_t seq, char lease)
+{
+    uint8_t hash[32] = {(uint8_t)lease}, *hashes = NULL;
+    rig_update u = rig_make(r, 0, seq);
+    sh_update_meta meta = {.round = 1,
+                           .base_version = u.base_version,
+                           .base_sha256 = u.base_sha256,
+                           .rank = 8,
+                           .alpha = 16,
+                           .samples = 10,
+                           .tokens_seen = 10,
+                           .heldout_before = 3,
+                           .heldout_after = 2};
+    sh_error err = {0};
+    sh_buf payload;
+    sh_buf_init(&payload, SH_WIRE_ITEM_MAX);
+    assert_int_equal(sh_blob_describe(&u, sizeof u, &meta.blob, &hashes, &err), SH_OK);
+    assert_int_equal(sh_update_meta_encode(&meta, &payload, &err), SH_OK);
+    sh_msg msg = {.type = SH_MSG_ITEM,
+                  .item = {.epoch = 5,
+                           .cls = SH_CLASS_UPDATE,
+                           .seq = seq,
+                           .last_seq = seq,
+                           .kind = SH_ITEM_UPDATE,
+                           .payload = {payload.data, payload.len},
+                           .lease = sh_lease_name(hash)}};
+    r->connection = (uint8_t)lease;
+    assert_true(rig_send(r, 0, &msg));
+    rig_drop_mail(r);
+    sh_buf_release(&payload);
+    free(hashes);
+}
+
+/* What a copy has not made is not waited for when it takes the epoch over. */
+static void test_an_update_of_the_other_copy_is_forgotten(void **state)
+{
+    (void)state;
+    rig *r = calloc(1, sizeof *r);
+    assert_non_null(r);
+    rig_init(r, NULL);
+    rig_boot(r);
+    rig_enrol(r, 0);
+    assert_false(claims(r, "a", (uint64_t[]){1}));
+    offer(r, 1, 'a');
+    offer(r, 2, 'a');
+    assert_int_equal(rig_status(r).waiting, 2);
+    uint8_t leases[64] = {[0] = 'b', [32] = 'a'}, starts[2 * SH_WIRE_START_BYTES];
+    sh_start_put(starts, (uint64_t[SH_CLASSES]){2, 1, 1, 1});
+    sh_start_put(starts + SH_WIRE_START_BYTES, (uint64_t[SH_CLASSES]){1, 1, 1, 1});
+    sh_msg msg = {.type = SH_MSG_ENROL,
+                  .enrol = {.epoch = 5,
+                            .agent = "a",
+                            .kernel = "k",
+                            .device_class = "",
+                            .leases = {2, leases},
+                            .starts = {starts, sizeof starts}}};
+    r->connection = 'b';
+    assert_true(rig_send(r, 0, &msg));
+    assert_true(rig_take(r, 0, &msg));
+    assert_true(msg.welcome.accepted && !msg.welcome.renew);
+    assert_int_equal(rig_status(r).waiting, 1); /* the first is in both */
+    rig_check(r, true);
+    rig_release(r);
+    free(r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_an_update_of_the_other_copy_is_forgotten),
         cmocka_unit_test(test_copies_of_a_store_that_runs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
