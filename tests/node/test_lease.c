@@ -217,13 +217,13 @@ static void run_all(uint64_t seeds, bool lossy, bool live)
 static void copies_on_a_good_network(void **state)
 {
     (void)state;
-    run_all(60, false, false);
+    run_all(30, false, false);
 }
 
 static void copies_on_a_bad_network(void **state)
 {
     (void)state;
-    run_all(100, true, false);
+    run_all(60, true, false);
 }
 
 static void copies_of_what_runs_on_a_good_network(void **state)
