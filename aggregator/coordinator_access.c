@@ -501,6 +501,7 @@ sh_status coord_on_enrol(coord_step *s, const sh_msg *message)
     const sh_msg_enrol *enrol = &message->enrol;
     enrolment e = {.msg = message, .admitted = true, .later_ms = c->options.checkin_ms};
     bool changed = false, known = false;
+    uint8_t parted[SH_WIRE_START_BYTES];
     SH_TRY(identify(s, &e));
     if (e.why != NULL) {
         SH_TRY(refuse(s, e.why, e.later_ms));
@@ -515,7 +516,7 @@ sh_status coord_on_enrol(coord_step *s, const sh_msg *message)
         return refuse(s, COORD_TOO_MANY_STORES, 0);
     sh_msg msg = {.type = SH_MSG_WELCOME,
                   .welcome = {.accepted = true, .text = "welcome", .epoch = enrol->epoch}};
-    SH_TRY(coord_epoch_claim(s, node, enrol, &msg.welcome));
+    SH_TRY(coord_epoch_claim(s, node, enrol, &msg.welcome, parted));
     bar(s, msg.welcome.renew);
     if (msg.welcome.renew)
         msg.welcome.text = "another sender has this epoch: take a new one";

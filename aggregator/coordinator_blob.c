@@ -340,6 +340,13 @@ static sh_status ask(coord_step *s, const sh_update_id *id, sh_bytes payload,
     return coord_send(s, &id->node, &msg);
 }
 
+/* Its chunks may have come long after it: the epoch may be another start's since. */
+static sh_status mark_update(coord_step *s, const sh_update_id *id, sh_msg_item *item)
+{
+    SH_TRY(coord_epoch_lease(s, &id->node, id->epoch, &item->lease));
+    return coord_mark(s, &id->node, item, true);
+}
+
 sh_status coord_on_update(coord_step *s, const sh_update_id *id, sh_bytes payload)
 {
     sh_coord *c = s->c;
@@ -364,7 +371,7 @@ sh_status coord_on_update(coord_step *s, const sh_update_id *id, sh_bytes payloa
     }
     if (reason != SH_REASON_NONE) {
         SH_TRY(coord_refuse(s, id, payload, reason));
-        SH_TRY(coord_mark(s, &id->node, &item, true));
+        SH_TRY(mark_update(s, id, &item));
         return coord_waiting_forget(s, &id->node, id->epoch, id->seq, id->seq);
     }
     if (c->n_pending >= SH_COORD_BUFFER_MAX)
@@ -375,7 +382,7 @@ sh_status coord_on_update(coord_step *s, const sh_update_id *id, sh_bytes payloa
     if (!whole)
         return SH_OK;
     SH_TRY(coord_take(s, id, payload));
-    SH_TRY(coord_mark(s, &id->node, &item, true));
+    SH_TRY(mark_update(s, id, &item));
     /* Its chunks are the pending row's as well, so forgetting deletes none of them. */
     SH_TRY(coord_waiting_forget(s, &id->node, id->epoch, id->seq, id->seq));
     return coord_advance(s);

@@ -108,6 +108,7 @@ sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item
 {
     sh_msg msg = {.type = SH_MSG_ACK};
     SH_TRY(sh_inbox_mark(s->txn, SH_COORD_T_INBOX, node, item, &msg.ack, s->err));
+    msg.ack.lease = item->lease;
     return send ? coord_send(s, node, &msg) : SH_OK;
 }
 
@@ -175,6 +176,7 @@ static sh_status only_acknowledge(coord_step *s, const sh_hash *node, const sh_m
         sh_inbox_get_ack(s->txn, SH_COORD_T_INBOX, node, item->epoch, item->cls, &msg.ack, s->err));
     if (item->seq <= msg.ack.high_water + 1)
         msg.ack.high_water = SH_MAX(msg.ack.high_water, item->last_seq);
+    msg.ack.lease = item->lease;
     return coord_send(s, node, &msg);
 }
 
@@ -223,6 +225,19 @@ static sh_status take_item(coord_step *s, const sh_update_id *id, const sh_msg_i
     return good ? SH_OK : coord_bad_message(s, node, SH_ERR_INVALID, "the item is not readable");
 }
 
+/* Whether the start that the item names is the one that sends in its epoch. An item without a name
+ * is of before copies parted: the same in all of them. */
+static sh_status is_senders(coord_step *s, const sh_hash *node, const sh_msg_item *item, bool *own)
+{
+    uint64_t lease = 0;
+    *own = item->lease == 0 || SH_CANARY(NO_LEASE);
+    if (*own)
+        return SH_OK;
+    SH_TRY(coord_epoch_lease(s, node, item->epoch, &lease));
+    *own = item->lease == lease;
+    return SH_OK;
+}
+
 static sh_status on_item(coord_step *s, sh_node_row *node, const sh_msg_item *item)
 {
     const sh_hash *key = &node->key;
@@ -233,10 +248,16 @@ static sh_status on_item(coord_step *s, sh_node_row *node, const sh_msg_item *it
     SH_TRY(status);
     if (SH_CANARY(UPDATE_TWICE) && item->kind == SH_ITEM_UPDATE && verdict == SH_INBOX_DUPLICATE)
         verdict = SH_INBOX_NEW;
+    bool own = false;
+    SH_TRY(is_senders(s, key, item, &own));
+    if (!own)
+        return coord_send_error(s, key, SH_ERR_AUTH,
+                                "another start of this store has the epoch: send ENROL");
     if (verdict != SH_INBOX_NEW) { /* a duplicate, or too far ahead of what is committed */
         sh_msg msg = {.type = SH_MSG_ACK};
         SH_TRY(sh_inbox_get_ack(s->txn, SH_COORD_T_INBOX, key, item->epoch, item->cls, &msg.ack,
                                 s->err));
+        msg.ack.lease = item->lease;
         return coord_send(s, key, &msg);
     }
     bool changed = false, known = false;

@@ -359,9 +359,12 @@ sh_status coord_node_put(sh_txn *txn, const sh_node_row *row, sh_error *err);
 sh_status coord_epoch_see(coord_step *s, sh_node_row *row, uint64_t epoch, bool *known,
                           bool *changed);
 /* Whether an ENROL comes from the one sender of its epoch, which coord_epoch_see has seen; else the
- * welcome says renew, and what the two senders had in common. Changes row->n_clones. */
+ * welcome says renew, and what the two senders had in common, partly in `parted`. Changes
+ * row->n_clones. */
 sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol *enrol,
-                            sh_msg_welcome *welcome);
+                            sh_msg_welcome *welcome, uint8_t parted[SH_WIRE_START_BYTES]);
+/* Names the lease of the start that sends in the epoch now; 0: none is known. */
+sh_status coord_epoch_lease(coord_step *s, const sh_hash *node, uint64_t epoch, uint64_t *lease);
 /* NODE rows of schema 1 and 2 held their epochs themselves. */
 sh_status coord_epochs_migrate(coord_step *s);
 

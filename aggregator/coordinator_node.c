@@ -7,16 +7,19 @@
  *          4, slots 4, memory 8, disk 8, agent, kernel, name, device class (length byte, text).
  *          Versions 1 and 2 are read: revoked, enrolled_ms, last_ms, n_epochs 1, epochs 8 each, the
  *          first of the check-in's numbers, agent, kernel, in version 2 name
- * EPOCH    first key, epoch 8 (big-endian) -> version 1, number of leases 1, leases 32 each, newest
- *          first, number of restores of this store when they were kept 4, first seen 8, last seen
- * 8, clones 4
+ * EPOCH    first key, epoch 8 (big-endian) -> version 2, number of leases 1, newest first for each
+ *          lease 32, the sequences that its start began at (sh_start_put's, 0: not known) 32,
+ *          number of restores of this store when they were kept 4, first seen 8, last seen 8,
+ *          clones 4. Version 1 is read: it has no sequences
  *
  * Leases: an epoch has one sender. A node draws a lease at each start and enrols with it and those
  * of its starts before, back to the last one that was welcomed. When the newest lease that is kept
- * for the epoch is among them, they are one store's; when it is not, another copy of the store was
- * here meanwhile, and this one has to take a new epoch. Where the two parted, the newest of its
- * leases says that the other had, too: therefore older ones are kept as well. Leases that were kept
- * before this store was restored from a backup say nothing: the node's may have gone on since.
+ * for the epoch is among them, they are one store's, unless something of the epoch has come that
+ * none of them can have sent: then the store was copied while that start went on. When it is not,
+ * another copy of the store was here meanwhile. In both cases this one has to take a new epoch.
+ * Where the two parted, the newest of its leases says that the other had, too: therefore older ones
+ * are kept as well. Leases that were kept before this store was restored from a backup say nothing:
+ * the node's may have gone on since.
  */
 #include <string.h>
 
@@ -27,7 +30,7 @@
 #define NODE_EPOCHS_MAX 16u /* in rows of versions 1 and 2 */
 #define NODE_NUMBERS    17u /* of a check-in, dropped items included */
 #define NODE_NUMBERS_3  27u
-#define EPOCH_VERSION   1
+#define EPOCH_VERSION   2
 #define EPOCH_KEY_BYTES 40
 
 /* ---- NODE ---- */
@@ -222,6 +225,7 @@ sh_status sh_coord_each_node(sh_txn *txn, sh_status (*fn)(void *arg, const sh_no
 typedef struct {
     uint32_t n_leases;
     uint8_t leases[SH_WIRE_LEASES_MAX * sizeof(sh_hash)]; /* newest first */
+    uint8_t starts[SH_WIRE_LEASES_MAX * SH_WIRE_START_BYTES];
     uint32_t restores;
     uint64_t first_ms, last_ms;
     uint32_t clones;
@@ -243,9 +247,8 @@ static sh_status epoch_put(sh_txn *txn, const sh_hash *node, uint64_t epoch, con
     coord_put_uint(&w, EPOCH_VERSION, 1);
     coord_put_uint(&w, row->n_leases, 1);
     for (uint32_t i = 0; i < row->n_leases; i++) {
-        sh_hash lease;
-        memcpy(lease.b, row->leases + i * sizeof lease.b, sizeof lease.b);
-        coord_put_hash(&w, &lease);
+        coord_put_bytes(&w, row->leases + i * sizeof(sh_hash), sizeof(sh_hash));
+        coord_put_bytes(&w, row->starts + i * SH_WIRE_START_BYTES, SH_WIRE_START_BYTES);
     }
     coord_put_uint(&w, row->restores, 4);
     coord_put_uint(&w, row->first_ms, 8);
@@ -264,12 +267,13 @@ static sh_status epoch_get(sh_txn *txn, const sh_hash *node, uint64_t epoch, epo
     SH_TRY(sh_txn_get(txn, SH_COORD_T_EPOCH, key, sizeof key, &value));
     coord_reader r = coord_reader_of(value);
     epoch_row out = {0};
-    bool good = coord_get_uint(&r, 1) == EPOCH_VERSION;
+    uint64_t version = coord_get_uint(&r, 1);
     out.n_leases = (uint32_t)coord_get_uint(&r, 1);
-    good = good && out.n_leases <= SH_WIRE_LEASES_MAX;
+    bool good = version >= 1 && version <= EPOCH_VERSION && out.n_leases <= SH_WIRE_LEASES_MAX;
     for (uint32_t i = 0; good && i < out.n_leases; i++) {
-        sh_hash lease = coord_get_hash(&r);
-        memcpy(out.leases + i * sizeof lease.b, lease.b, sizeof lease.b);
+        coord_get_bytes(&r, out.leases + i * sizeof(sh_hash), sizeof(sh_hash));
+        if (version >= 2)
+            coord_get_bytes(&r, out.starts + i * SH_WIRE_START_BYTES, SH_WIRE_START_BYTES);
     }
     out.restores = (uint32_t)coord_get_uint(&r, 4);
     out.first_ms = coord_get_uint(&r, 8);
@@ -322,12 +326,35 @@ static uint32_t newest_common(const epoch_row *e, const sh_hash_list *leases)
 }
 
 /* The first `newer` of the ENROL's come before those that are kept; the oldest fall off. */
-static void keep_leases(epoch_row *e, const sh_hash_list *leases, uint32_t newer)
+static void keep_leases(epoch_row *e, const sh_msg_enrol *enrol, uint32_t newer)
 {
     uint32_t kept = SH_MIN(e->n_leases, SH_WIRE_LEASES_MAX - newer);
     memmove(e->leases + newer * sizeof(sh_hash), e->leases, kept * sizeof(sh_hash));
-    memcpy(e->leases, leases->hashes, newer * sizeof(sh_hash));
+    memmove(e->starts + newer * SH_WIRE_START_BYTES, e->starts, kept * SH_WIRE_START_BYTES);
+    memcpy(e->leases, enrol->leases.hashes, newer * sizeof(sh_hash));
+    memset(e->starts, 0, newer * SH_WIRE_START_BYTES);
+    if (enrol->starts.n > 0)
+        memcpy(e->starts, enrol->starts.data, newer * SH_WIRE_START_BYTES);
     e->n_leases = newer + kept;
+}
+
+/* Whether something of the epoch has come that was made after lease i of the ENROL began. Of the
+ * starts before the last one in its list the sender has sent nothing: they were not welcomed. */
+static sh_status came_since(coord_step *s, const sh_hash *node, const sh_msg_enrol *enrol,
+                            uint32_t i, bool *came)
+{
+    uint64_t next_seq[SH_CLASSES];
+    *came = false;
+    if (enrol->starts.n == 0)
+        return SH_OK;
+    sh_start_get((const uint8_t *)enrol->starts.data + i * SH_WIRE_START_BYTES, next_seq);
+    for (uint8_t cls = 0; cls < SH_CLASSES; cls++) {
+        uint64_t highest;
+        SH_TRY(
+            sh_inbox_highest(s->txn, SH_COORD_T_INBOX, node, enrol->epoch, cls, &highest, s->err));
+        *came = *came || (next_seq[cls] != 0 && highest >= next_seq[cls]);
+    }
+    return SH_OK;
 }
 
 /* Another sender of this epoch was here before. The log of decisions names it at the 1st, 2nd, 4th,
@@ -347,8 +374,42 @@ static sh_status note_clone(coord_step *s, sh_node_row *row, uint64_t epoch, uin
                        (unsigned long long)epoch, clones);
 }
 
+/* Where the kept line of starts left the newest common one, that ENROL's list has too. */
+static void say_parted(const epoch_row *e, const uint8_t *lease, uint8_t out[SH_WIRE_START_BYTES],
+                       sh_msg_welcome *welcome)
+{
+    static const uint8_t unknown[SH_WIRE_START_BYTES];
+    uint32_t i = find_lease(e->leases, e->n_leases, lease);
+    const uint8_t *start = e->starts + (i - 1) * SH_WIRE_START_BYTES;
+    if (memcmp(start, unknown, sizeof unknown) == 0)
+        return;
+    memcpy(out, start, SH_WIRE_START_BYTES);
+    welcome->parted = (sh_bytes){out, SH_WIRE_START_BYTES};
+}
+
+static sh_status claim_refused(coord_step *s, sh_node_row *row, uint64_t epoch, epoch_row *e)
+{
+    e->clones += e->clones < UINT32_MAX;
+    SH_TRY(epoch_put(s->txn, &row->key, epoch, e, s->err));
+    return note_clone(s, row, epoch, e->clones);
+}
+
+/* When the start before is of a program that still runs, and this one began from a copy of its
+ * store, that has to say who it is before it goes on. An update that it made since, and whose
+ * chunks have not come, is not this one's of the same sequence. */
+static sh_status take_over(coord_step *s, const sh_hash *node, const sh_msg_enrol *enrol,
+                           uint32_t first)
+{
+    uint64_t next_seq[SH_CLASSES];
+    coord_drop_others(s);
+    if (enrol->starts.n == 0)
+        return SH_OK;
+    sh_start_get((const uint8_t *)enrol->starts.data + first * SH_WIRE_START_BYTES, next_seq);
+    return coord_waiting_forget(s, node, enrol->epoch, next_seq[SH_CLASS_UPDATE], SH_SEQ_MAX);
+}
+
 sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol *enrol,
-                            sh_msg_welcome *welcome)
+                            sh_msg_welcome *welcome, uint8_t parted[SH_WIRE_START_BYTES])
 {
     const sh_hash_list *leases = &enrol->leases;
     epoch_row e = {0};
@@ -358,27 +419,48 @@ sh_status coord_epoch_claim(coord_step *s, sh_node_row *row, const sh_msg_enrol 
     if (status == SH_ERR_NOT_FOUND)
         return sh_fail(s->err, SH_ERR_CORRUPT, "coordinator: an epoch that was seen has no row");
     SH_TRY(status);
-    if (e.restores != s->c->state.restores)
+    welcome->lease = sh_lease_name(leases->hashes);
+    uint32_t newer = leases->n, own = 0; /* from lease `own` on it may have sent in this epoch */
+    bool restored = e.restores != s->c->state.restores;
+    if (e.n_leases > 0)
+        own = leases->n - 1;
+    if (restored)
         e.n_leases = 0;
     e.restores = s->c->state.restores;
-    uint32_t newer = leases->n;
     if (e.n_leases > 0)
-        newer = find_lease(leases->hashes, leases->n, e.leases);
+        own = newer = find_lease(leases->hashes, leases->n, e.leases);
     if (e.n_leases > 0 && newer == leases->n) {
         welcome->renew = true;
         welcome->common = newest_common(&e, leases);
-        e.clones += e.clones < UINT32_MAX;
-        SH_TRY(epoch_put(s->txn, &row->key, enrol->epoch, &e, s->err));
-        return note_clone(s, row, enrol->epoch, e.clones);
+        if (welcome->common < leases->n)
+            say_parted(&e, leases->hashes + welcome->common * sizeof(sh_hash), parted, welcome);
+        return claim_refused(s, row, enrol->epoch, &e);
+    }
+    if (own > 0)
+        SH_TRY(came_since(s, &row->key, enrol, own - 1, &welcome->renew));
+    if (welcome->renew) {
+        welcome->common = own;
+        return claim_refused(s, row, enrol->epoch, &e);
     }
     if (newer == 0)
         return SH_OK; /* the same start, on another connection */
-    /* Another start takes the epoch over. When the one before is a program that still runs, and
-     * this one began from a copy of its store, it has to say who it is before it goes on. */
     if (e.n_leases > 0)
-        coord_drop_others(s);
-    keep_leases(&e, leases, newer);
+        SH_TRY(take_over(s, &row->key, enrol, newer - 1));
+    keep_leases(&e, enrol, newer);
     return epoch_put(s->txn, &row->key, enrol->epoch, &e, s->err);
+}
+
+sh_status coord_epoch_lease(coord_step *s, const sh_hash *node, uint64_t epoch, uint64_t *lease)
+{
+    epoch_row e;
+    *lease = 0;
+    sh_status status = epoch_get(s->txn, node, epoch, &e, s->err);
+    if (status == SH_ERR_NOT_FOUND)
+        return SH_OK;
+    SH_TRY(status);
+    if (e.n_leases > 0 && e.restores == s->c->state.restores)
+        *lease = sh_lease_name(e.leases);
+    return SH_OK;
 }
 
 /* ---- stores of schema 1 and 2 ---- */

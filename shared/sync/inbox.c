@@ -51,6 +51,20 @@ static bool bit_get(const sh_msg_ack *ack, uint64_t bit)
     return ack->bitmap[bit / 64] >> (bit % 64) & 1;
 }
 
+sh_status sh_inbox_highest(sh_txn *txn, unsigned table, const sh_hash *node, uint64_t epoch,
+                           uint8_t cls, uint64_t *highest, sh_error *err)
+{
+    sh_msg_ack ack;
+    SH_TRY(sh_inbox_get_ack(txn, table, node, epoch, cls, &ack, err));
+    *highest = ack.high_water;
+    for (uint64_t bit = BITMAP_BITS; bit-- > 0;)
+        if (bit_get(&ack, bit)) {
+            *highest += bit + 1;
+            break;
+        }
+    return SH_OK;
+}
+
 /* Drops the lowest n bits: bit i becomes bit i - n. */
 static void bitmap_shift(uint64_t bitmap[SH_ACK_BITMAP_WORDS], uint64_t n)
 {

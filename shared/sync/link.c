@@ -121,11 +121,17 @@ static sh_status send_enrol(const sh_link_step *s)
     sh_msg msg = {.type = SH_MSG_ENROL, .enrol = l->options.enrol};
     link_starts starts;
     uint8_t leases[SH_WIRE_LEASES_MAX * HASH_BYTES];
+    uint8_t sequences[SH_WIRE_LEASES_MAX * SH_WIRE_START_BYTES];
     SH_TRY(link_starts_load(s, &starts));
-    for (uint32_t i = 0; i < starts.n; i++)
+    for (uint32_t i = 0; i < starts.n; i++) {
+        uint64_t next_seq[SH_CLASSES];
         memcpy(leases + i * HASH_BYTES, starts.items[i].lease, HASH_BYTES);
+        link_start_sequences(l, &starts.items[i], next_seq);
+        sh_start_put(sequences + i * SH_WIRE_START_BYTES, next_seq);
+    }
     msg.enrol.epoch = l->epoch;
     msg.enrol.leases = (sh_hash_list){starts.n, leases};
+    msg.enrol.starts = (sh_bytes){sequences, starts.n * SH_WIRE_START_BYTES};
     sh_link_arm(s, &l->enrol);
     return send_msg(s, &msg);
 }
@@ -156,6 +162,12 @@ static sh_status forget_sent(const sh_link_step *s, const sh_msg_item *item)
     return sh_outbox_get_counts(&outbox, s->txn, &s->link->counts, s->err);
 }
 
+/* What an item says of its sender: of an epoch that it had until others parted, nothing. */
+static uint64_t lease_of(const sh_link *l, uint64_t epoch)
+{
+    return epoch == l->epoch ? l->lease : 0;
+}
+
 static sh_status send_item(const sh_link_step *s, sh_in_flight *f, const sh_msg_item *item)
 {
     sh_msg msg = {.type = SH_MSG_ITEM, .item = *item};
@@ -166,6 +178,7 @@ static sh_status send_item(const sh_link_step *s, sh_in_flight *f, const sh_msg_
     msg.item.epoch = id.epoch;
     msg.item.seq = id.seq;
     msg.item.last_seq = id.seq + (last - item->seq);
+    msg.item.lease = lease_of(l, id.epoch);
     sh_link_arm(s, &f->retry);
     SH_TRY(send_msg(s, &msg));
     if (SH_CANARY(DELETE_ON_SEND) && item->cls == SH_CLASS_WINDOW)
@@ -511,16 +524,17 @@ static sh_status bury_gap(const sh_link_step *s, const sh_outbox *outbox,
         .seq = ack->high_water + 1,
         .kind = SH_ITEM_TOMBSTONE,
         .last_seq = end - 1,
+        .lease = lease_of(l, ack->epoch),
     };
     sh_link_arm(s, retry);
     return send_msg(s, &msg);
 }
 
-/* The epoch is another's too, who had `common` of our leases: takes a new one. */
-static sh_status renew(const sh_link_step *s, uint32_t common)
+/* The epoch is another's too: takes a new one. See link_renew. */
+static sh_status renew(const sh_link_step *s, uint32_t common, const uint64_t parted[SH_CLASSES])
 {
     sh_link *l = s->link;
-    SH_TRY(link_renew(s, common));
+    SH_TRY(link_renew(s, common, parted));
     forget_flight(l);
     memset(l->bury, 0, sizeof(l->bury));
     l->state = SH_LINK_TRYING;
@@ -557,13 +571,18 @@ static sh_status on_ack(const sh_link_step *s, const sh_msg_ack *ack)
     sh_error local = {0};
     if (ack->cls >= SH_CLASSES || ack->high_water > SH_SEQ_MAX)
         return sh_link_refuse(s, SH_ERR_INVALID, "acknowledgement of an unknown class");
+    bool ours = l->version < 3 || ack->lease == l->lease;
     if (!find_acked(l, ack, &acked))
-        return l->renewals > 0
-                   ? SH_OK /* perhaps of one that it had */
+        return l->renewals > 0 || !ours
+                   ? SH_OK /* perhaps of one that it had, or of a copy that has our key */
                    : sh_link_refuse(s, SH_ERR_MISMATCH, "acknowledgement of another epoch");
+    /* A copy that sends in this epoch has other items under the same sequences. */
+    if (ack->epoch == l->epoch && !ours)
+        return SH_OK;
     sh_status status = sh_outbox_ack(&outbox, s->txn, &acked, on_acked, &mine, &local);
     if (status == SH_ERR_INVALID)
-        return renew(s, UINT32_MAX); /* others went out under this epoch: this store was set back */
+        return renew(s, UINT32_MAX,
+                     NULL); /* others went out under this epoch: this store was set back */
     if (status != SH_OK) {
         if (local.code != SH_OK && s->err != NULL)
             *s->err = local;
@@ -588,6 +607,18 @@ static void on_want(const sh_link_step *s, const sh_hash_list *want)
     } /* what finds no room is asked for again */
 }
 
+static sh_status on_renew(const sh_link_step *s, const sh_msg_welcome *welcome)
+{
+    uint64_t parted[SH_CLASSES];
+    if (welcome->parted.n == 0)
+        return renew(s, welcome->common, NULL);
+    sh_start_get(welcome->parted.data, parted);
+    for (int cls = 0; cls < SH_CLASSES; cls++)
+        if (parted[cls] == 0 || parted[cls] > SH_SEQ_MAX)
+            return sh_link_refuse(s, SH_ERR_INVALID, "a copy parted at a sequence that is none");
+    return renew(s, welcome->common, parted);
+}
+
 static sh_status on_welcome(const sh_link_step *s, const sh_msg_welcome *welcome)
 {
     sh_link *l = s->link;
@@ -602,11 +633,12 @@ static sh_status on_welcome(const sh_link_step *s, const sh_msg_welcome *welcome
             l->enrol.due_ms = s->now_ms + SH_MIN(welcome->retry_after_ms, l->options.retry_max_ms);
         return SH_OK;
     }
-    bool other = welcome->epoch != 0 && welcome->epoch != l->epoch;
+    bool other = (welcome->epoch != 0 && welcome->epoch != l->epoch) ||
+                 (welcome->lease != 0 && welcome->lease != l->lease);
     if (l->enrol.due_ms == SH_LINK_NEVER || other)
-        return SH_OK; /* of an ENROL that was answered already */
+        return SH_OK; /* of an ENROL that was answered already, or not ours */
     if (welcome->renew)
-        return renew(s, welcome->common);
+        return on_renew(s, welcome);
     l->state = SH_LINK_WELCOME;
     l->options.enrol.token = (sh_bytes){0}; /* it has done its work */
     l->enrol = (sh_retry){.due_ms = SH_LINK_NEVER};

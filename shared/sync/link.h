@@ -13,7 +13,8 @@
  * it lies in. There is one epoch and its base is 0 until the aggregator says that another sender,
  * a copy of this store, has it too; then what the two have not in common gets a new epoch
  * (docs/protocol.md, "Leases"). From protocol version 3 on nothing but ENROL goes out on a link
- * before its WELCOME.
+ * before its WELCOME, items carry the name of this start's lease, and an acknowledgement of the
+ * present epoch that names another one is another sender's.
  *
  * Threads: one at a time. Ownership: the struct is the owner's memory and holds nothing to release.
  * All functions work inside the caller's write transaction; after an error the transaction must be
@@ -123,6 +124,7 @@ typedef struct {
 typedef struct { /* read freely; written by the functions below only */
     sh_link_options options;
     uint64_t epoch; /* of what is made now: the last segment's */
+    uint64_t lease; /* sh_lease_name of this start's */
     sh_link_segments segments;
     uint32_t renewals, renewals_here; /* of the store's life, on this link */
     sh_outbox_counts counts;          /* as in the store */

@@ -140,11 +140,9 @@ static uint64_t draw_epoch(const sh_link_step *s)
     return epoch;
 }
 
-/* Copies that have a start in common, and part later, come to the same epoch for what that start
- * made: it is the same in all of them, and counts once. */
-static uint64_t epoch_of(const link_start *start)
+static uint64_t epoch_of(const void *bytes, size_t n)
 {
-    sh_hash hash = sh_blake2b(start->lease, sizeof(start->lease));
+    sh_hash hash = sh_blake2b(bytes, n);
     uint64_t epoch = sh_get_le64(hash.b);
     return epoch != 0 ? epoch : 1;
 }
@@ -250,6 +248,7 @@ sh_status link_identity_open(const sh_link_step *s)
     make_room(&starts);
     memmove(&starts.items[1], &starts.items[0], starts.n++ * sizeof(starts.items[0]));
     draw_lease(s, &starts.items[0]);
+    l->lease = sh_lease_name(starts.items[0].lease);
     memcpy(starts.items[0].next_seq, l->counts.next_seq, sizeof(l->counts.next_seq));
     return row_put(s, &starts);
 }
@@ -264,20 +263,85 @@ sh_status link_welcomed(const sh_link_step *s)
     return row_put(s, &starts);
 }
 
-sh_status link_renew(const sh_link_step *s, uint32_t common)
+void link_start_sequences(const sh_link *l, const link_start *start, uint64_t out[SH_CLASSES])
+{
+    const sh_link_segment *last = &l->segments.items[l->segments.n - 1];
+    for (int c = 0; c < SH_CLASSES; c++)
+        out[c] = SH_MAX(start->next_seq[c], last->base[c] + 1) - last->base[c];
+}
+
+/* ---- renewal ---- */
+
+/* Where this store and the other copy parted. */
+typedef struct {
+    uint64_t next_seq[SH_CLASSES]; /* the first that they have not in common */
+    uint64_t epoch;                /* of that and what follows */
+    uint32_t starts;               /* that made any of it */
+} fork;
+
+/* Our next start came first: what it and those after it made is this store's and of copies that
+ * were made since, which come to the same epoch by its lease. */
+static fork fork_at_start(const link_start *starts, uint32_t common)
+{
+    const link_start *first = &starts[common - 1];
+    fork f = {.epoch = epoch_of(first->lease, sizeof(first->lease)), .starts = common};
+    memcpy(f.next_seq, first->next_seq, sizeof(f.next_seq));
+    return f;
+}
+
+/* The other one was copied from a program that went on, while start `common` made more: what it
+ * made since is this store's and of copies that were made later, which are told the same. */
+static fork fork_within(const sh_link_step *s, const link_starts *starts, uint32_t common,
+                        const uint64_t parted[SH_CLASSES])
+{
+    const sh_link *l = s->link;
+    const sh_link_segment *last = &l->segments.items[l->segments.n - 1];
+    const uint64_t *end = common > 0 ? starts->items[common - 1].next_seq : l->counts.next_seq;
+    fork f = {.starts = common + 1};
+    bool before = true, after = true;
+    for (int c = 0; c < SH_CLASSES; c++) {
+        uint64_t theirs = last->base[c] + parted[c];
+        before = before && theirs <= end[c];
+        after = after && theirs >= end[c];
+        f.next_seq[c] = SH_MIN(theirs, end[c]);
+    }
+    if (after && common > 0)
+        return fork_at_start(starts->items, common);
+    uint8_t name[sizeof(sh_hash) + 8 + SH_WIRE_START_BYTES];
+    memcpy(name, starts->items[common].lease, sizeof(sh_hash));
+    sh_key_put_u64(name + sizeof(sh_hash), l->epoch);
+    sh_start_put(name + sizeof(sh_hash) + 8, parted);
+    /* No moment of that start: one of the two was set back. It shares nothing with others. */
+    f.epoch = before ? epoch_of(name, sizeof(name)) : draw_epoch(s);
+    return f;
+}
+
+static fork find_fork(const sh_link_step *s, const link_starts *starts, uint32_t common,
+                      const uint64_t *parted)
+{
+    if (common < starts->n && parted != NULL)
+        return fork_within(s, starts, common, parted);
+    /* None in common, as far as the other side remembers: the last welcomed one most likely was. */
+    common = SH_MIN(common, starts->n - 1);
+    if (common > 0)
+        return fork_at_start(starts->items, common);
+    fork f = {.epoch = draw_epoch(s), .starts = 1};
+    memcpy(f.next_seq, starts->items[0].next_seq, sizeof(f.next_seq));
+    return f;
+}
+
+sh_status link_renew(const sh_link_step *s, uint32_t common, const uint64_t parted[SH_CLASSES])
 {
     sh_link *l = s->link;
     link_starts starts;
     SH_TRY(link_starts_load(s, &starts));
     SH_TRY(prune(s));
-    /* None in common, as far as the other side remembers: the last welcomed one most likely was. */
-    common = SH_MIN(common, starts.n - 1);
-    const link_start *parted = &starts.items[common == 0 ? 0 : common - 1];
+    fork f = find_fork(s, &starts, common, parted);
     sh_link_segment *last = &l->segments.items[l->segments.n - 1];
-    sh_link_segment next = {.epoch = common == 0 ? draw_epoch(s) : epoch_of(parted)};
+    sh_link_segment next = {.epoch = f.epoch};
     bool older = false; /* some of what the epoch has is older than that */
     for (int c = 0; c < SH_CLASSES; c++) {
-        next.base[c] = SH_MAX(parted->next_seq[c] - 1, last->base[c]);
+        next.base[c] = SH_MAX(f.next_seq[c] - 1, last->base[c]);
         older = older || next.base[c] > last->base[c];
     }
     if (older && l->segments.n < SH_LINK_SEGMENTS_MAX)
@@ -285,7 +349,7 @@ sh_status link_renew(const sh_link_step *s, uint32_t common)
     else
         last->epoch = next.epoch; /* nothing is, or so many epochs are owed that no more fit */
     l->renewals++;
-    starts.n = SH_MAX(common, 1);
+    starts.n = f.starts;
     SH_TRY(row_put(s, &starts));
     return put_epoch(s, next.epoch);
 }

@@ -81,6 +81,10 @@ SH_MUST_USE sh_status sh_inbox_mark(sh_txn *txn, unsigned table, const sh_hash *
 /* The acknowledgement as it stands (for a duplicate). */
 SH_MUST_USE sh_status sh_inbox_get_ack(sh_txn *txn, unsigned table, const sh_hash *node,
                                        uint64_t epoch, uint8_t cls, sh_msg_ack *ack, sh_error *err);
+/* The highest sequence of a class that is committed, whether or not all below it are; 0: none. */
+SH_MUST_USE sh_status sh_inbox_highest(sh_txn *txn, unsigned table, const sh_hash *node,
+                                       uint64_t epoch, uint8_t cls, uint64_t *highest,
+                                       sh_error *err);
 
 /* ---- blobs ---- */
 /* Puts the chunks of bytes into the chunk table (those that are not there). */

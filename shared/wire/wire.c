@@ -67,7 +67,18 @@ static const wire_field enrol_fields[] = {
     MSG_U32(enrol, slots),
     MSG_RANGE(enrol, token, WIRE_BYTES, 0, SH_WIRE_TOKEN_MAX),
     MSG_RANGE(enrol, leases, WIRE_HASHES, 0, SH_WIRE_LEASES_MAX),
+    MSG_RANGE(enrol, starts, WIRE_BYTES, 0, SH_WIRE_LEASES_MAX *SH_WIRE_START_BYTES),
 };
+
+static sh_status check_enrol(const void *record, sh_error *err)
+{
+    const sh_msg_enrol *enrol = &((const sh_msg *)record)->enrol;
+    if (enrol->starts.n > 0 && enrol->starts.n != (size_t)enrol->leases.n * SH_WIRE_START_BYTES)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "message enrol: field starts has %zu bytes, not %u for each of %u leases",
+                       enrol->starts.n, SH_WIRE_START_BYTES, enrol->leases.n);
+    return SH_OK;
+}
 
 #define WELCOME_FIELDS_2 2
 static const wire_field welcome_fields[] = {
@@ -77,7 +88,19 @@ static const wire_field welcome_fields[] = {
     MSG_U64(welcome, retry_after_ms),
     MSG_U64(welcome, epoch),
     MSG_U32(welcome, common),
+    MSG_U64(welcome, lease),
+    MSG_RANGE(welcome, parted, WIRE_BYTES, 0, SH_WIRE_START_BYTES),
 };
+
+static sh_status check_welcome(const void *record, sh_error *err)
+{
+    const sh_msg_welcome *welcome = &((const sh_msg *)record)->welcome;
+    if (welcome->parted.n > 0 && welcome->parted.n != SH_WIRE_START_BYTES)
+        return sh_fail(err, SH_ERR_INVALID,
+                       "message welcome: field parted has %zu bytes, must be none or %u",
+                       welcome->parted.n, SH_WIRE_START_BYTES);
+    return SH_OK;
+}
 
 #define CHECKIN_FIELDS_2 17
 static const wire_field checkin_fields[] = {
@@ -154,7 +177,8 @@ static const wire_field plan_fields[] = {
         MSG_RANGE(item, kind, WIRE_U8, SH_ITEM_UPDATE, last_kind),                                 \
         MSG_RANGE(item, last_seq, WIRE_U64, 1, UINT64_MAX),                                        \
         MSG_RANGE(item, payload, WIRE_BYTES, 0, SH_WIRE_ITEM_MAX)
-static const wire_field item_fields[] = {ITEM_FIELDS(SH_ITEM_EVALUATION)};
+#define ITEM_FIELDS_2 6
+static const wire_field item_fields[] = {ITEM_FIELDS(SH_ITEM_EVALUATION), MSG_U64(item, lease)};
 static const wire_field item_fields_1[] = {ITEM_FIELDS(SH_ITEM_TOMBSTONE)};
 
 static sh_status check_item(const void *record, sh_error *err)
@@ -173,11 +197,11 @@ static sh_status check_item(const void *record, sh_error *err)
     return SH_OK;
 }
 
+#define ACK_FIELDS_2 4
 static const wire_field ack_fields[] = {
-    MSG_U64(ack, epoch),
-    MSG_RANGE(ack, cls, WIRE_U8, 0, SH_CLASSES - 1),
-    MSG_U64(ack, high_water),
-    MSG_FIELD(ack, bitmap, WIRE_BITMAP),
+    MSG_U64(ack, epoch),      MSG_RANGE(ack, cls, WIRE_U8, 0, SH_CLASSES - 1),
+    MSG_U64(ack, high_water), MSG_FIELD(ack, bitmap, WIRE_BITMAP),
+    MSG_U64(ack, lease),
 };
 
 static const wire_field want_fields[] = {
@@ -201,8 +225,8 @@ static const wire_field rotate_fields[] = {
 };
 
 static const wire_schema messages[] = {
-    [SH_MSG_ENROL] = WIRE_SCHEMA("message enrol", enrol_fields, NULL),
-    [SH_MSG_WELCOME] = WIRE_SCHEMA("message welcome", welcome_fields, NULL),
+    [SH_MSG_ENROL] = WIRE_SCHEMA("message enrol", enrol_fields, check_enrol),
+    [SH_MSG_WELCOME] = WIRE_SCHEMA("message welcome", welcome_fields, check_welcome),
     [SH_MSG_CHECKIN] = WIRE_SCHEMA("message checkin", checkin_fields, NULL),
     [SH_MSG_PLAN] = WIRE_SCHEMA("message plan", plan_fields, NULL),
     [SH_MSG_ITEM] = WIRE_SCHEMA("message item", item_fields, check_item),
@@ -221,6 +245,8 @@ static const wire_schema messages_2[] = {
     [SH_MSG_WELCOME] = {"message welcome", welcome_fields, WELCOME_FIELDS_2, NULL},
     [SH_MSG_CHECKIN] = {"message checkin", checkin_fields, CHECKIN_FIELDS_2, NULL},
     [SH_MSG_PLAN] = {"message plan", plan_fields, PLAN_FIELDS_2, NULL},
+    [SH_MSG_ITEM] = {"message item", item_fields, ITEM_FIELDS_2, check_item},
+    [SH_MSG_ACK] = {"message ack", ack_fields, ACK_FIELDS_2, NULL},
 };
 
 static sh_msg_type last_type(uint32_t version)
@@ -234,7 +260,7 @@ static const wire_schema *schema_of(sh_msg_type type, uint32_t version)
         return &plan_schema_1;
     if (version == 1 && type == SH_MSG_ITEM)
         return &item_schema_1;
-    if (version < 3 && type <= SH_MSG_PLAN)
+    if (version < 3 && type <= SH_MSG_ACK)
         return &messages_2[type];
     return &messages[type];
 }
@@ -244,6 +270,27 @@ const char *sh_msg_type_name(sh_msg_type type)
     if (type < SH_MSG_ENROL || type > SH_MSG_ROTATE)
         return "unknown";
     return messages[type].name + strlen("message ");
+}
+
+void sh_start_put(uint8_t out[SH_WIRE_START_BYTES], const uint64_t next_seq[SH_CLASSES])
+{
+    for (int i = 0; i < SH_WIRE_START_BYTES; i++)
+        out[i] = (uint8_t)(next_seq[i / 8] >> (56 - 8 * (i % 8)));
+}
+
+void sh_start_get(const uint8_t in[SH_WIRE_START_BYTES], uint64_t next_seq[SH_CLASSES])
+{
+    memset(next_seq, 0, SH_CLASSES * sizeof(next_seq[0]));
+    for (int i = 0; i < SH_WIRE_START_BYTES; i++)
+        next_seq[i / 8] = next_seq[i / 8] << 8 | in[i];
+}
+
+uint64_t sh_lease_name(const uint8_t lease[sizeof(sh_hash)])
+{
+    uint64_t name = 0;
+    for (int i = 0; i < 8; i++)
+        name = name << 8 | lease[i];
+    return name != 0 ? name : 1;
 }
 
 /* ---- envelope ---- */

@@ -24,9 +24,10 @@
 #define SH_WIRE_ITEM_MAX     (256u << 10)
 #define SH_WIRE_MANIFEST_MAX (160u << 10)
 #define SH_WIRE_FORMAT_MAX   15
-#define SH_WIRE_WANT_MAX     64u   /* chunks asked for in one WANT */
-#define SH_ACK_BITMAP_WORDS  16u   /* 1,024 sequences above the high-water mark */
-#define SH_WIRE_LEASES_MAX   32u   /* in one ENROL */
+#define SH_WIRE_WANT_MAX     64u /* chunks asked for in one WANT */
+#define SH_ACK_BITMAP_WORDS  16u /* 1,024 sequences above the high-water mark */
+#define SH_WIRE_LEASES_MAX   32u /* in one ENROL */
+#define SH_WIRE_START_BYTES  (8 * SH_CLASSES)
 #define SH_WIRE_TOKEN_MAX    64u   /* bytes of a token */
 #define SH_WIRE_CLASS_MAX    31    /* bytes of a device class's name */
 #define SH_WIRE_TIME_MAX     96u   /* bytes of a signed time */
@@ -85,6 +86,7 @@ typedef struct {
     sh_hash_list leases;      /* [0] this start's, then those that the aggregator may have on
                                  record, at most SH_WIRE_LEASES_MAX; n 0: the node does not guard
                                  against copies of its store. See docs/protocol.md, "Leases" */
+    sh_bytes starts;          /* sh_start_put's of each lease, in the epoch; empty: not said */
 } sh_msg_enrol;
 
 typedef struct {
@@ -96,6 +98,9 @@ typedef struct {
     uint64_t epoch;          /* of the ENROL that this answers; 0: not said */
     uint32_t common;         /* renew: index in ENROL's leases of the newest that the other sender
                                 had as well; their number: none */
+    uint64_t lease;          /* sh_lease_name of the ENROL's first; 0: not said */
+    sh_bytes parted;         /* renew: sh_start_put's of the other sender's first start after
+                                `common`; empty: none that is known */
 } sh_msg_welcome;
 
 /* Bits of sh_msg_checkin.conditions: what the device says of itself now. */
@@ -174,6 +179,8 @@ typedef struct {
     uint8_t kind;      /* sh_item_kind */
     uint64_t last_seq; /* tombstones; else = seq */
     sh_bytes payload;
+    uint64_t lease; /* sh_lease_name of the start that sends in its epoch; 0: of what copies have in
+                       common, or from one that does not guard against them. From version 3 on */
 } sh_msg_item;
 
 typedef struct {
@@ -181,6 +188,8 @@ typedef struct {
     uint8_t cls;
     uint64_t high_water;                  /* every sequence <= this is committed */
     uint64_t bitmap[SH_ACK_BITMAP_WORDS]; /* bit i: high_water + 1 + i is committed */
+    uint64_t
+        lease; /* sh_lease_name of the start whose epoch it is; 0: not said. From version 3 on */
 } sh_msg_ack;
 
 typedef struct {
@@ -236,6 +245,12 @@ typedef enum { SH_CHECK_ENVELOPE, SH_CHECK_NAME, SH_CHECK_DONE } sh_msg_check;
 SH_MUST_USE sh_status sh_msg_decode_checked(const void *bytes, size_t n, sh_msg_check check,
                                             sh_msg *out, sh_error *err);
 const char *sh_msg_type_name(sh_msg_type type);
+
+/* The next sequence of each class, as a message carries it: 8 bytes each, highest first. */
+void sh_start_put(uint8_t out[SH_WIRE_START_BYTES], const uint64_t next_seq[SH_CLASSES]);
+void sh_start_get(const uint8_t in[SH_WIRE_START_BYTES], uint64_t next_seq[SH_CLASSES]);
+/* What items and acknowledgements call a lease: its first 8 bytes, highest first; never 0. */
+uint64_t sh_lease_name(const uint8_t lease[sizeof(sh_hash)]);
 
 /* ---- payloads ---- */
 typedef struct { /* one node's update: what the aggregator needs to know before it has the blob */

@@ -169,6 +169,10 @@ static void enrol(bench *b, const fuzz_step *s)
     sh_bytes token = {s->bytes, SH_MIN(s->n, SH_WIRE_TOKEN_MAX)};
     if (s->a & NEXT)
         token = (sh_bytes){rotation_token, sizeof rotation_token};
+    uint8_t starts[2 * SH_WIRE_START_BYTES];
+    uint64_t next_seq[SH_CLASSES] = {1 + (s->b & 3), 1, 1 + (s->b >> 6), 1};
+    sh_start_put(starts, next_seq);
+    sh_start_put(starts + SH_WIRE_START_BYTES, (uint64_t[]){1, 1, 1, 1});
     sh_msg msg = {.version = 3 - (s->a >> 6) % 3,
                   .type = SH_MSG_ENROL,
                   .enrol = {.epoch = fuzz_number(s, 1),
@@ -176,7 +180,8 @@ static void enrol(bench *b, const fuzz_step *s)
                             .kernel = "none",
                             .cores = 1,
                             .token = token,
-                            .leases = {s->b % 3u, leases}}};
+                            .leases = {s->b % 3u, leases},
+                            .starts = {starts, s->b % 3u * SH_WIRE_START_BYTES}}};
     deliver_msg(b, s->a, &msg);
 }
 

@@ -738,3 +738,38 @@ void rig_check(rig *r, bool thorough)
     ok(sh_coord_each_audit(txn, NULL, NULL, &err), &err);
     sh_txn_abort(&txn);
 }
+
+bool rig_renews(rig *r, unsigned node, uint64_t epoch, const char *leases, const uint64_t *windows)
+{
+    uint8_t hashes[SH_WIRE_LEASES_MAX * 32] = {0};
+    uint8_t starts[SH_WIRE_LEASES_MAX * SH_WIRE_START_BYTES];
+    uint32_t n = (uint32_t)strlen(leases);
+    for (uint32_t i = 0; i < n; i++) {
+        uint64_t next_seq[SH_CLASSES] = {1, 1, windows == NULL ? 1 : windows[i], 1};
+        hashes[i * 32] = (uint8_t)leases[i];
+        sh_start_put(starts + i * SH_WIRE_START_BYTES, next_seq);
+    }
+    sh_msg msg = {.type = SH_MSG_ENROL,
+                  .enrol = {.epoch = epoch,
+                            .agent = "a",
+                            .kernel = "k",
+                            .device_class = "",
+                            .leases = {.n = n, .hashes = hashes}}};
+    if (windows != NULL)
+        msg.enrol.starts = (sh_bytes){starts, n * SH_WIRE_START_BYTES};
+    assert_true(rig_send(r, node, &msg));
+    assert_true(rig_take(r, node, &msg));
+    assert_int_equal(msg.type, SH_MSG_WELCOME);
+    assert_true(msg.welcome.accepted);
+    assert_int_equal(msg.welcome.epoch, msg.version < 3 ? 0 : epoch);
+    if (msg.version >= 3)
+        assert_int_equal(msg.welcome.lease, n == 0 ? 0 : sh_lease_name(hashes));
+    r->common = msg.welcome.common;
+    r->parted = 0;
+    if (msg.welcome.parted.n > 0) {
+        uint64_t next_seq[SH_CLASSES];
+        sh_start_get(msg.welcome.parted.data, next_seq);
+        r->parted = next_seq[SH_CLASS_WINDOW];
+    }
+    return msg.welcome.renew;
+}

@@ -44,6 +44,8 @@ typedef struct {
     bool key_allowed[RIG_KEYS_MAX];
     size_t n_keys;
     uint32_t drops, others_drops, connection, spared; /* connection: of what nodes send */
+    uint32_t common; /* of the last rig_renews, and its windows' `parted`; 0: not said */
+    uint64_t parted;
     /* faults */
     size_t commits, crash_at; /* the commit to crash around, from 1 */
     int crash_mode;
@@ -122,5 +124,9 @@ sh_release_row rig_candidate(rig *r, uint64_t candidate, bool *found); /* merged
 uint64_t rig_count(rig *r, unsigned table);
 /* Every invariant that must hold between any two steps; thorough: hashes the releases, too. */
 void rig_check(rig *r, bool thorough);
+
+/* The answer to an ENROL with these leases, each with the sequence of windows that its start began
+ * at (NULL: not said): whether the node has to take a new epoch. */
+bool rig_renews(rig *r, unsigned node, uint64_t epoch, const char *leases, const uint64_t *windows);
 
 #endif

@@ -247,28 +247,9 @@ static void expect_v2_life(rig *r)
     assert_true(node_of(r, 5).revoked);
 }
 
-static uint32_t common; /* of the last answer */
-
-/* The answer to an ENROL with these leases: whether the node has to take a new epoch. */
 static bool renews(rig *r, unsigned node, uint64_t epoch, const char *leases)
 {
-    uint8_t hashes[SH_WIRE_LEASES_MAX * 32] = {0};
-    uint32_t n = (uint32_t)strlen(leases);
-    for (uint32_t i = 0; i < n; i++)
-        hashes[i * 32] = (uint8_t)leases[i];
-    sh_msg msg = {.type = SH_MSG_ENROL,
-                  .enrol = {.epoch = epoch,
-                            .agent = "a",
-                            .kernel = "k",
-                            .device_class = "",
-                            .leases = {.n = n, .hashes = hashes}}};
-    assert_true(rig_send(r, node, &msg));
-    assert_true(rig_take(r, node, &msg));
-    assert_int_equal(msg.type, SH_MSG_WELCOME);
-    assert_true(msg.welcome.accepted);
-    assert_int_equal(msg.welcome.epoch, msg.version < 3 ? 0 : epoch);
-    common = msg.welcome.common;
-    return msg.welcome.renew;
+    return rig_renews(r, node, epoch, leases, NULL);
 }
 
 static void test_a_store_of_version_2_goes_on(void **state)
@@ -441,11 +422,11 @@ static void test_an_epoch_has_one_sender(void **state)
     /* A copy that was made before the third start: its newest welcomed lease is b. */
     uint64_t audited = audit_length(r->store);
     assert_true(renews(r, 0, 5, "xb"));
-    assert_int_equal(common, 1);
+    assert_int_equal(r->common, 1);
     assert_true(renews(r, 0, 5, "yxa"));
-    assert_int_equal(common, 2);
+    assert_int_equal(r->common, 2);
     assert_true(renews(r, 0, 5, "yx"));
-    assert_int_equal(common, 2);        /* none */
+    assert_int_equal(r->common, 2);     /* none */
     assert_false(renews(r, 0, 6, "y")); /* it took a new epoch */
     assert_false(renews(r, 0, 5, "d")); /* and the first sender never noticed */
     assert_false(renews(r, 0, 5, ""));  /* one that does not take part is not checked */

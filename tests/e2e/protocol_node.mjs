@@ -214,6 +214,12 @@ function readManifest(bytes) {
 
 // ---- a node ----
 
+// A start: its lease, and the sequences that its first items got; only windows are made here.
+const start = (nextWindow, lease = randomBytes(32)) => {
+    const sequences = Buffer.alloc(32);
+    [1, 1, nextWindow, 1].forEach((seq, i) => sequences.writeBigUInt64BE(BigInt(seq), 8 * i));
+    return { lease, sequences, name: u64(lease.readBigUInt64BE()) };
+};
 const drawEpoch = () => randomBytes(8).readBigUInt64BE() | (1n << 63n);
 
 class Node {
@@ -223,16 +229,20 @@ class Node {
     }
 
     // Returns what of WELCOME says whether its epoch is its own.
-    async enrol(leases, token = NONE, expected = true) {
+    async enrol(starts = [], token = NONE, expected = true) {
+        this.name = starts.length > 0 ? starts[0].name : 0;
         const fields = [this.epoch, "protocol_node 1", "javascript", 2, u64(8n << 30n)];
         if (this.link.version >= 3)
-            fields.push("laptop", u64(1n << 30n), 2, token, Buffer.concat(leases));
+            fields.push("laptop", u64(1n << 30n), 2, token,
+                Buffer.concat(starts.map((s) => s.lease)),
+                Buffer.concat(starts.map((s) => s.sequences)));
         const welcome = await this.link.ask(ENROL, fields, WELCOME);
-        assert.equal(welcome.length, this.link.version >= 3 ? 6 : 2);
-        const [accepted, why, renew, , epoch, common] = welcome;
+        assert.equal(welcome.length, this.link.version >= 3 ? 8 : 2);
+        const [accepted, why, renew, , epoch, common, name, parted] = welcome;
         assert.equal(accepted, expected, why);
         if (accepted && epoch !== undefined) assert.equal(epoch, this.epoch);
-        return { renew, common };
+        if (accepted && name !== undefined) assert.equal(name, this.name, "an answer to this start");
+        return { renew, common, parted: parted && Buffer.from(parted).toString("hex") };
     }
 
     // State up, plan down.
@@ -247,8 +257,10 @@ class Node {
     }
 
     async item(seq, payload, kind = WINDOW_KIND, last = seq) {
-        const [epoch, cls, high, bitmap] =
-            await this.link.ask(ITEM, [this.epoch, WINDOW_CLASS, seq, kind, last, payload], ACK);
+        const fields = [this.epoch, WINDOW_CLASS, seq, kind, last, payload];
+        if (this.link.version >= 3) fields.push(this.name);
+        const [epoch, cls, high, bitmap, name] = await this.link.ask(ITEM, fields, ACK);
+        if (this.link.version >= 3) assert.equal(name, this.name, "of this start");
         assert.equal(epoch, this.epoch);
         assert.equal(cls, WINDOW_CLASS);
         return [Number(high), Buffer.from(bitmap).toString("hex")];
@@ -299,9 +311,9 @@ const key = unz85(keys.publicKey).toString("hex");
 let node = new Node(new Link(keys, server, 3), drawEpoch());
 await node.enrol([], randomBytes(32), false);
 node.link.close();
-const first = node.epoch, lease = randomBytes(32);
+const first = node.epoch, began = start(1);
 node.link = new Link(keys, server, 3);
-const { renew } = await node.enrol([lease], Buffer.from(invitation, "hex"));
+const { renew } = await node.enrol([began], Buffer.from(invitation, "hex"));
 assert.equal(renew, false, "nobody else has this epoch");
 const plan = await node.checkin(0);
 const manifest = readManifest(plan.manifest);
@@ -349,9 +361,9 @@ node.link.close();
 
 // Another key, and the same node. The next start: its lease, and the one of the start before; one
 // that was never welcomed is in the list, too.
-const next = randomBytes(32), token = randomBytes(32), fresh = zmq.curveKeyPair();
+const next = start(5), token = randomBytes(32), fresh = zmq.curveKeyPair();
 node = new Node(new Link(keys, server, 3), first);
-assert.equal((await node.enrol([next, randomBytes(32), lease])).renew, false);
+assert.equal((await node.enrol([next, start(5), began])).renew, false);
 const [pending, nothing] = await node.link.ask(ROTATE, [unz85(fresh.publicKey), token], ROTATE);
 assert(unz85(fresh.publicKey).equals(pending) && nothing.length === 0);
 node.link.close();
@@ -362,13 +374,14 @@ node.link.close();
 
 // And a copy of the store from before that start: it is told to renew, and where the two parted. Its
 // new epoch is made of the first lease that the other has not.
-const copy = randomBytes(32);
+const copy = start(5);
 node = new Node(new Link(fresh, server, 3), first);
-const told = await node.enrol([copy, lease]);
-assert.deepEqual(told, { renew: true, common: 1 }, "another sender has this epoch");
-node.epoch = blake2b(copy).readBigUInt64LE();
+const told = await node.enrol([copy, began]);
+const parted = copy.sequences.toString("hex"); // the other one's next start began there, too
+assert.deepEqual(told, { renew: true, common: 1, parted }, "another sender has this epoch");
+node.epoch = blake2b(copy.lease).readBigUInt64LE();
 if (node.epoch < 1n << 32n) node.epoch = Number(node.epoch);
-assert.equal((await node.enrol([copy])).renew, false);
+assert.equal((await node.enrol([start(1, copy.lease)])).renew, false);
 assert.deepEqual(await node.item(1, makeWindow(78, 5, Number(manifest.release))), [1, ""]);
 node.link.close();
 

@@ -115,6 +115,7 @@ static void acknowledge(played *p, const sh_hash *to, const sh_msg_item *item)
         }
     }
     OK(sh_inbox_mark(txn, T_INBOX, to, item, &msg.ack, err));
+    msg.ack.lease = item->lease;
     OK(sh_txn_commit(&txn, err));
     send_msg(p, to, &msg);
 }

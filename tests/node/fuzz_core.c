@@ -54,6 +54,7 @@ typedef struct {
     sh_hash asked[SH_WIRE_WANT_MAX]; /* by the node */
     uint32_t n_asked;
     uint64_t epoch; /* that the node named last */
+    uint64_t lease; /* name of its start's */
     sh_hash owed;   /* first chunk of the last update that it sent */
     bool enrolled;
 } bench;
@@ -93,6 +94,7 @@ static void on_sent(bench *b, const sh_buf *bytes)
     switch (msg.type) {
     case SH_MSG_ENROL:
         b->epoch = msg.enrol.epoch;
+        b->lease = msg.enrol.leases.n > 0 ? sh_lease_name(msg.enrol.leases.hashes) : 0;
         b->enrolled = true;
         break;
     case SH_MSG_WANT:
@@ -179,13 +181,21 @@ static void deliver_msg(bench *b, const sh_msg *msg)
     sh_buf_release(&bytes);
 }
 
-static void welcome(bench *b, bool accepted, bool renew, uint64_t later)
+/* Bits of how: 1 renew, 2 a copy that parted at low sequences, 4 at any; 8 up: common. */
+static void welcome(bench *b, bool accepted, uint8_t how, uint64_t later)
 {
-    deliver_msg(
-        b,
-        &(sh_msg){.type = SH_MSG_WELCOME,
-                  .welcome = {
-                      .accepted = accepted, .text = "", .renew = renew, .retry_after_ms = later}});
+    uint64_t next_seq[SH_CLASSES] = {1 + later % 2, 1, 1 + later % 5, 1};
+    uint8_t parted[SH_WIRE_START_BYTES];
+    if (how & 4)
+        next_seq[SH_CLASS_WINDOW] = later;
+    sh_start_put(parted, next_seq);
+    deliver_msg(b, &(sh_msg){.type = SH_MSG_WELCOME,
+                             .welcome = {.accepted = accepted,
+                                         .text = "",
+                                         .renew = how & 1,
+                                         .retry_after_ms = later,
+                                         .common = how >> 3,
+                                         .parted = {parted, how & 6 ? sizeof parted : 0}}});
 }
 
 /* ---- the script ---- */
@@ -249,6 +259,7 @@ static void ack(bench *b, const fuzz_step *s)
 {
     deliver_msg(b, &(sh_msg){.type = SH_MSG_ACK,
                              .ack = {.epoch = b->epoch + (s->a >> 7),
+                                     .lease = b->lease + (s->a >> 6 & 1),
                                      .cls = s->a % SH_CLASSES,
                                      .high_water = s->b,
                                      .bitmap = {fuzz_number(s, 0)}}});
@@ -351,7 +362,7 @@ static void run_step(bench *b, const fuzz_step *s)
         body(b, s);
         break;
     case OP_WELCOME:
-        welcome(b, s->a & 1, s->b & 1, fuzz_number(s, 0));
+        welcome(b, s->a & 1, s->b, fuzz_number(s, 0));
         break;
     case OP_PLAN:
         plan(b, s);

@@ -106,6 +106,16 @@ void rig_copy_release(rig_copy *copy)
     sh_store_close(&copy->store);
 }
 
+void rig_copy_packet(rig_copy *copy, const void *bytes, size_t n)
+{
+    if (!copy->link || copy->n_packets == RIG_PACKETS)
+        return;
+    rig_packet *p = &copy->packets[copy->n_packets++];
+    p->to_node = true;
+    sh_buf_init(&p->bytes, SH_WIRE_MESSAGE_MAX);
+    OK(sh_buf_append(&p->bytes, bytes, n));
+}
+
 static void drop_volatile(rig *r)
 {
     for (size_t i = 0; i < r->n_jobs; i++)
@@ -223,7 +233,31 @@ static void agg_send(rig *r, const sh_msg *msg)
     mine.version = r->speaks;
     OK(sh_msg_encode(&mine, &bytes, &test_err));
     put_packet(r, true, bytes.data, bytes.len);
+    if (r->on_answer != NULL)
+        r->on_answer(r->arg, &bytes);
     sh_buf_release(&bytes);
+}
+
+static uint32_t find_lease(const uint8_t *leases, uint32_t n, const uint8_t *lease)
+{
+    uint32_t i = 0;
+    while (i < n && memcmp(leases + i * sizeof(sh_hash), lease, sizeof(sh_hash)) != 0)
+        i++;
+    return i;
+}
+
+static rig_epoch *epoch_of(rig *r, uint64_t epoch)
+{
+    for (rig_epoch *e = r->epochs; e < r->epochs + r->n_epochs; e++)
+        if (e->epoch == epoch)
+            return e;
+    return NULL;
+}
+
+uint64_t rig_lease_name(rig *r, uint64_t epoch)
+{
+    const rig_epoch *e = epoch_of(r, epoch);
+    return e == NULL || e->n == 0 ? 0 : sh_lease_name(e->leases);
 }
 
 static void agg_mark(rig *r, sh_txn *txn, const sh_msg_item *item)
@@ -245,6 +279,7 @@ static void agg_mark(rig *r, sh_txn *txn, const sh_msg_item *item)
     r->n_taken[item->cls] += item->kind != SH_ITEM_TOMBSTONE;
     if (r->on_taken != NULL && item->kind != SH_ITEM_TOMBSTONE)
         r->on_taken(r->arg, item);
+    msg.ack.lease = item->kind == SH_ITEM_UPDATE ? rig_lease_name(r, item->epoch) : item->lease;
     agg_send(r, &msg);
 }
 
@@ -278,10 +313,17 @@ static void agg_on_item(rig *r, sh_txn *txn, const sh_msg_item *item)
 {
     sh_inbox_verdict verdict;
     sh_msg msg = {.type = SH_MSG_ACK};
+    if (item->lease != 0 && item->lease != rig_lease_name(r, item->epoch)) {
+        sh_msg refusal = {.type = SH_MSG_ERROR, .error = {"auth", "another start", 0}};
+        r->evicted++;
+        agg_send(r, &refusal);
+        return;
+    }
     OK(sh_inbox_check(txn, AGG_T_INBOX, &node_key, item, &verdict, &test_err));
     if (verdict != SH_INBOX_NEW) {
         OK(sh_inbox_get_ack(txn, AGG_T_INBOX, &node_key, item->epoch, item->cls, &msg.ack,
                             &test_err));
+        msg.ack.lease = item->lease;
         agg_send(r, &msg);
         return;
     }
@@ -328,42 +370,67 @@ static void agg_on_want(rig *r, sh_txn *txn, const sh_hash_list *want)
     }
 }
 
-static uint32_t find_lease(const uint8_t *leases, uint32_t n, const uint8_t *lease)
+/* Something of the epoch came that was made since start i of the ENROL began. */
+static bool came_since(sh_txn *txn, const sh_msg_enrol *enrol, uint32_t i)
 {
-    uint32_t i = 0;
-    while (i < n && memcmp(leases + i * sizeof(sh_hash), lease, sizeof(sh_hash)) != 0)
-        i++;
-    return i;
+    uint64_t next_seq[SH_CLASSES], highest;
+    sh_start_get((const uint8_t *)enrol->starts.data + i * SH_WIRE_START_BYTES, next_seq);
+    for (uint8_t cls = 0; cls < SH_CLASSES; cls++) {
+        OK(sh_inbox_highest(txn, AGG_T_INBOX, &node_key, enrol->epoch, cls, &highest, &test_err));
+        if (highest >= next_seq[cls])
+            return true;
+    }
+    return false;
+}
+
+static void keep_leases(rig_epoch *e, const sh_msg_enrol *enrol, uint32_t newer)
+{
+    uint32_t kept = SH_MIN(e->n, SH_WIRE_LEASES_MAX - newer);
+    memmove(e->leases + newer * sizeof(sh_hash), e->leases, kept * sizeof(sh_hash));
+    memcpy(e->leases, enrol->leases.hashes, newer * sizeof(sh_hash));
+    memmove(e->starts + newer * SH_WIRE_START_BYTES, e->starts, kept * SH_WIRE_START_BYTES);
+    memcpy(e->starts, enrol->starts.data, newer * SH_WIRE_START_BYTES);
+    e->n = newer + kept;
 }
 
 /* docs/protocol.md, "Leases". */
-static void agg_on_enrol(rig *r, const sh_msg_enrol *enrol)
+static void claim(rig *r, sh_txn *txn, const sh_msg_enrol *enrol, sh_msg_welcome *welcome)
+{
+    const sh_hash_list *leases = &enrol->leases;
+    rig_epoch *e = epoch_of(r, enrol->epoch);
+    if (e == NULL) {
+        assert_true(r->n_epochs < RIG_EPOCHS);
+        e = &r->epochs[r->n_epochs++];
+        *e = (rig_epoch){.epoch = enrol->epoch};
+    }
+    SAME(enrol->starts.n, leases->n * SH_WIRE_START_BYTES);
+    welcome->lease = sh_lease_name(leases->hashes);
+    uint32_t newer = e->n == 0 ? leases->n : find_lease(leases->hashes, leases->n, e->leases);
+    if (e->n > 0 && newer == leases->n) {
+        uint32_t *i = &welcome->common, kept = e->n;
+        while (*i < leases->n &&
+               (kept = find_lease(e->leases, e->n, leases->hashes + *i * 32)) == e->n)
+            ++*i;
+        welcome->renew = true;
+        if (*i < leases->n)
+            welcome->parted =
+                (sh_bytes){e->starts + (kept - 1) * SH_WIRE_START_BYTES, SH_WIRE_START_BYTES};
+    } else if (e->n > 0 && newer > 0 && came_since(txn, enrol, newer - 1)) {
+        welcome->renew = true;
+        welcome->common = newer;
+    } else {
+        keep_leases(e, enrol, newer);
+    }
+    r->renewed += welcome->renew;
+}
+
+static void agg_on_enrol(rig *r, sh_txn *txn, const sh_msg_enrol *enrol)
 {
     sh_msg reply = {.type = SH_MSG_WELCOME};
-    const sh_hash_list *leases = &enrol->leases;
     reply.welcome =
         (sh_msg_welcome){.accepted = !r->reject, .text = "hello", .epoch = enrol->epoch};
-    rig_epoch *e = r->epochs;
-    while (e < r->epochs + r->n_epochs && e->epoch != enrol->epoch)
-        e++;
-    if (!r->reject && leases->n > 0) {
-        assert_true(e < r->epochs + RIG_EPOCHS);
-        if (e == r->epochs + r->n_epochs)
-            r->epochs[r->n_epochs++] = (rig_epoch){.epoch = enrol->epoch};
-        uint32_t newer = e->n == 0 ? leases->n : find_lease(leases->hashes, leases->n, e->leases);
-        if (e->n > 0 && newer == leases->n) {
-            uint32_t *i = &reply.welcome.common;
-            reply.welcome.renew = true;
-            r->renewed++;
-            while (*i < leases->n && find_lease(e->leases, e->n, leases->hashes + *i * 32) == e->n)
-                ++*i;
-        } else {
-            uint32_t kept = SH_MIN(e->n, SH_WIRE_LEASES_MAX - newer);
-            memmove(e->leases + newer * sizeof(sh_hash), e->leases, kept * sizeof(sh_hash));
-            memcpy(e->leases, leases->hashes, newer * sizeof(sh_hash));
-            e->n = newer + kept;
-        }
-    }
+    if (!r->reject && enrol->leases.n > 0)
+        claim(r, txn, enrol, &reply.welcome);
     agg_send(r, &reply);
 }
 
@@ -389,7 +456,7 @@ static void agg_receive(rig *r, const void *bytes, size_t n)
             SAME(r->token_bytes, r->rotate_token.len);
             assert_memory_equal(msg.enrol.token.data, r->rotate_token.data, r->token_bytes);
         }
-        agg_on_enrol(r, &msg.enrol);
+        agg_on_enrol(r, txn, &msg.enrol);
         break;
     case SH_MSG_ROTATE:
         r->rotate_token.len = 0;

@@ -48,6 +48,7 @@ typedef struct { /* of the aggregator: who sends under it */
     uint64_t epoch;
     uint32_t n;
     uint8_t leases[SH_WIRE_LEASES_MAX * sizeof(sh_hash)];
+    uint8_t starts[SH_WIRE_LEASES_MAX * SH_WIRE_START_BYTES];
 } rig_epoch;
 
 /* What belongs to one copy of the node. */
@@ -107,8 +108,10 @@ typedef struct {
     size_t token_bytes;  /* in the last ENROL */
     unsigned switched;   /* SWITCH_KEY actions */
     sh_hash switch_key;
-    unsigned renewed;                                     /* ENROLs that were told to renew */
+    unsigned renewed; /* ENROLs that were told to renew */
+    unsigned evicted; /* items of starts that it is not any more */
     void (*on_taken)(void *arg, const sh_msg_item *item); /* NULL: none; not of tombstones */
+    void (*on_answer)(void *arg, const sh_buf *message);  /* NULL: none; of what it sends */
     void *arg;
     unsigned n_evaluations;
     sh_evaluation evaluation; /* the last one */
@@ -156,6 +159,12 @@ sh_store *rig_copy_store(const rig *r);
  * into *copy as it stands, its network with it. copy->node NULL: it is off, and is started. */
 void rig_swap(rig *r, rig_copy *copy);
 void rig_copy_release(rig_copy *copy);
+/* Names the lease of the start that sends in the epoch, as acknowledgements do; 0: none enrolled.
+ */
+uint64_t rig_lease_name(rig *r, uint64_t epoch);
+/* A packet that is meant for the present copy comes to another one as well, if its link is up: they
+ * have one key. */
+void rig_copy_packet(rig_copy *copy, const void *bytes, size_t n);
 
 /* One step of the node: transaction, commit, actions. False: it crashed before the commit. */
 bool rig_step(rig *r, const sh_node_event *event);

@@ -247,6 +247,7 @@ static void test_one_tombstone(void **state)
     unsigned items = r->sent[SH_MSG_ITEM];
     sh_msg ack = {.type = SH_MSG_ACK,
                   .ack = {.epoch = rig_status(r).epoch, .cls = SH_CLASS_WINDOW, .high_water = 2}};
+    ack.ack.lease = rig_lease_name(r, ack.ack.epoch);
     rig_message(r, &ack);
     SAME(r->sent[SH_MSG_ITEM], items + 1);
     sh_msg sent;

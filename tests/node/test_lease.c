@@ -1,8 +1,9 @@
 /*
- * Copies of a store: a disk is cloned and both devices run, or a backup is put back. Whatever they
- * do, on a network that loses, repeats and reorders, with crashes, against one aggregator: what an
- * acknowledgement took out of an outbox is there, nothing is there twice, by content, and in the
- * end no copy owes anything. Copies are made of a device that is off (docs/decisions/0015).
+ * Copies of a store: a disk is cloned and both devices run, or a backup is put back. A copy is made
+ * of a device that is off, or of one that goes on. Whatever they do, on a network that loses,
+ * repeats and reorders, and gives one what is meant for another, with crashes, against one
+ * aggregator: what an acknowledgement took out of an outbox is there, nothing is there twice, by
+ * content, and in the end no copy owes anything (docs/decisions/0015).
  */
 #include "tests/node/rig.h"
 
@@ -28,6 +29,7 @@ typedef struct {
     sh_hash owed[ITEMS_MAX], before[ITEMS_MAX];
     size_t n_owed, n_before;
     unsigned inferences;
+    bool live; /* copies are also made of a device that goes on */
     sh_rng rng;
 } world;
 
@@ -49,6 +51,15 @@ static void on_taken(void *arg, const sh_msg_item *item)
         fail_msg("seed %llu: class %u sequence %llu of epoch %llx is counted a second time",
                  (unsigned long long)((world *)arg)->r->seed, item->cls,
                  (unsigned long long)item->seq, (unsigned long long)item->epoch);
+}
+
+/* They have one key: what goes to one of them may come to another. */
+static void on_answer(void *arg, const sh_buf *message)
+{
+    world *w = arg;
+    for (unsigned i = 0; i < COPIES; i++)
+        if (w->copies[i].node != NULL && w->r->lose > 0 && sh_rng_below(&w->rng, 20) == 0)
+            rig_copy_packet(&w->copies[i], message->data, message->len);
 }
 
 static void read_owed(world *w)
@@ -86,8 +97,11 @@ static void check(world *w)
 
 static void swap(world *w, unsigned i)
 {
+    bool first = w->copies[i].node == NULL;
     rig_swap(w->r, &w->copies[i]);
     read_owed(w);
+    if (first && sh_rng_below(&w->rng, 2) == 0)
+        rig_link(w->r, true);
 }
 
 static void restart(world *w)
@@ -96,11 +110,13 @@ static void restart(world *w)
     check(w);
 }
 
-/* The device is off, its disk is copied, both come back. */
-static void clone(world *w, unsigned i)
+/* The disk is copied: the device is off meanwhile, and comes back, or goes on. */
+static sh_store *copy(world *w)
 {
-    w->copies[i] = (rig_copy){.store = rig_copy_store(w->r)};
-    restart(w);
+    sh_store *store = rig_copy_store(w->r);
+    if (!w->live || sh_rng_below(&w->rng, 3) == 0)
+        restart(w);
+    return store;
 }
 
 static void put_back(world *w)
@@ -122,13 +138,13 @@ static void turn(world *w)
         r->crash = sh_rng_below(&w->rng, 2) ? CRASH_BEFORE_COMMIT : CRASH_AFTER_COMMIT;
     } else if (what < 26) {
         restart(w);
-    } else if (what < 32 && w->copies[i].store == NULL) {
-        clone(w, i);
+    } else if (what < 32) { /* in the place of one that is destroyed, perhaps */
+        rig_copy_release(&w->copies[i]);
+        w->copies[i] = (rig_copy){.store = copy(w)};
     } else if (what < 50 && w->copies[i].store != NULL) {
         swap(w, i);
     } else if (what < 56 && w->backup == NULL) {
-        w->backup = rig_copy_store(r);
-        restart(w);
+        w->backup = copy(w);
     } else if (what < 60 && w->backup != NULL) {
         put_back(w);
     } else if (what < 72) {
@@ -157,13 +173,15 @@ static void settle(world *w)
     SAME(rig_status(r).bad_messages, 0);
 }
 
-static unsigned run(uint64_t seed, bool lossy)
+static unsigned run(uint64_t seed, bool lossy, bool live)
 {
     world *w = calloc(1, sizeof(*w));
     assert_non_null(w);
     rig *r = w->r = rig_open(seed);
     sh_rng_init(&w->rng, seed, 0, 81);
+    w->live = live;
     r->on_taken = on_taken;
+    r->on_answer = on_answer;
     r->arg = w;
     r->lose = lossy ? (unsigned)(seed % 25) : 0;
     r->repeat = r->lose;
@@ -187,22 +205,37 @@ static unsigned run(uint64_t seed, bool lossy)
     return renewed;
 }
 
+/* Seeds from 1 on. */
+static void run_all(uint64_t seeds, bool lossy, bool live)
+{
+    unsigned renewed = 0;
+    for (uint64_t seed = 1; seed <= seeds; seed++)
+        renewed += run(seed, lossy, live);
+    assert_true(renewed > 100);
+}
+
 static void copies_on_a_good_network(void **state)
 {
     (void)state;
-    unsigned renewed = 0;
-    for (uint64_t seed = 1; seed <= 60; seed++)
-        renewed += run(seed, false);
-    assert_true(renewed > 100);
+    run_all(30, false, false);
 }
 
 static void copies_on_a_bad_network(void **state)
 {
     (void)state;
-    unsigned renewed = 0;
-    for (uint64_t seed = 1; seed <= 100; seed++)
-        renewed += run(seed, true);
-    assert_true(renewed > 100);
+    run_all(60, true, false);
+}
+
+static void copies_of_what_runs_on_a_good_network(void **state)
+{
+    (void)state;
+    run_all(120, false, true);
+}
+
+static void copies_of_what_runs_on_a_bad_network(void **state)
+{
+    (void)state;
+    run_all(260, true, true);
 }
 
 int main(void)
@@ -210,6 +243,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(copies_on_a_good_network),
         cmocka_unit_test(copies_on_a_bad_network),
+        cmocka_unit_test(copies_of_what_runs_on_a_good_network),
+        cmocka_unit_test(copies_of_what_runs_on_a_bad_network),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

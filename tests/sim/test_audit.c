@@ -607,7 +607,10 @@ static void relay_acked(relay *r, uint64_t epoch, uint64_t high_water)
 {
     relay_step(r, false,
                &(sh_msg){.type = SH_MSG_ACK,
-                         .ack = {.epoch = epoch, .cls = SH_CLASS_UPDATE, .high_water = high_water}},
+                         .ack = {.epoch = epoch,
+                                 .cls = SH_CLASS_UPDATE,
+                                 .high_water = high_water,
+                                 .lease = r->link.lease}},
                0);
 }
 

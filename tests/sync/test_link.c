@@ -214,6 +214,7 @@ static void ack(peer *p, uint64_t high_water, uint64_t bits)
 {
     sh_msg msg = {.type = SH_MSG_ACK,
                   .ack = {.epoch = p->link.epoch,
+                          .lease = p->link.lease,
                           .cls = SH_CLASS_WINDOW,
                           .high_water = high_water,
                           .bitmap = {bits}}};
@@ -569,6 +570,7 @@ static void bad_messages_are_answered(void **state)
     peer *p = peer_open(13);
     come_up(p);
     sh_msg foreign = {.type = SH_MSG_ACK, .ack = {.epoch = p->link.epoch ^ 1}};
+    foreign.ack.lease = p->link.lease;
     receive(p, &foreign);
     SAME(p->refused, 1);
     (void)only(p, SH_MSG_ERROR);
@@ -694,6 +696,60 @@ static void a_copy_takes_a_new_epoch(void **state)
     peer_close(p);
 }
 
+/* A start made four windows; a copy that was made of the store after the second one goes on in the
+ * epoch. And what is another copy's, which has the same key, is left alone. */
+static void a_copy_parted_while_a_start_went_on(void **state)
+{
+    (void)state;
+    peer *p = peer_open(19);
+    uint64_t epoch = p->link.epoch, at[SH_CLASSES] = {1, 1, 3, 1};
+    uint8_t starts[SH_WIRE_START_BYTES];
+    sh_start_put(starts, at);
+    come_up(p);
+    put_windows(p, 4);
+    pump(p);
+    SAME(sent(p, p->n_out - 1).item.lease, p->link.lease);
+    clear(p);
+    sh_msg other = {.type = SH_MSG_ACK,
+                    .ack = {.epoch = epoch, .cls = SH_CLASS_WINDOW, .high_water = 9}};
+    receive(p, &other);
+    other.ack.lease = p->link.lease ^ 1;
+    receive(p, &other);
+    SAME(p->acked + p->renewed + p->refused, 0);
+    sh_msg msg = {.type = SH_MSG_WELCOME,
+                  .welcome = {.accepted = true,
+                              .text = "",
+                              .renew = true,
+                              .epoch = epoch,
+                              .lease = p->link.lease ^ 1,
+                              .parted = {starts, sizeof(starts)}}};
+    (void)enrolment(p);
+    receive(p, &msg);
+    SAME(p->renewed, 0);
+    msg.welcome.lease ^= 1;
+    receive(p, &msg);
+    SAME(p->renewed, 1);
+    pump(p);
+    SAME(only(p, SH_MSG_ENROL).enrol.leases.n, 1);
+    SAME(only(p, SH_MSG_ENROL).enrol.starts.n, SH_WIRE_START_BYTES);
+    sh_start_get(only(p, SH_MSG_ENROL).enrol.starts.data, at);
+    SAME(at[SH_CLASS_WINDOW], 1); /* it began before the epoch did */
+    welcome(p, false, 0);
+    pump(p);
+    for (unsigned i = 0; i < 4; i++) { /* the check-in is the first message */
+        sh_msg_item item = sent(p, i + 1).item;
+        SAME(item.epoch, i < 2 ? epoch : p->link.epoch);
+        SAME(item.seq, i < 2 ? i + 1 : i - 1);
+        SAME(item.lease, i < 2 ? 0 : p->link.lease);
+    }
+    other.ack.lease = 0;
+    receive(p, &other); /* what copies have in common, whoever sent it */
+    SAME(p->acked, 2);
+    ack(p, 2, 0);
+    SAME(p->acked, 4);
+    peer_close(p);
+}
+
 static void a_store_that_was_set_back_finds_out(void **state)
 {
     (void)state;
@@ -774,6 +830,7 @@ int main(void)
         cmocka_unit_test(leases_are_told),
         cmocka_unit_test(nothing_goes_before_the_welcome),
         cmocka_unit_test(a_copy_takes_a_new_epoch),
+        cmocka_unit_test(a_copy_parted_while_a_start_went_on),
         cmocka_unit_test(a_store_that_was_set_back_finds_out),
         cmocka_unit_test(a_tombstone_ends_with_its_epoch),
     };

@@ -235,12 +235,23 @@ void sample_msg_3(sh_rng *rng, sample *out)
         m->enrol.leases.n = (uint32_t)sh_rng_below(rng, SH_WIRE_LEASES_MAX + 1);
         m->enrol.leases.hashes = out->hashes;
         fill(rng, out->hashes, (size_t)m->enrol.leases.n * 32);
+        if (sh_rng_below(rng, 2)) /* any bytes do */
+            m->enrol.starts = (sh_bytes){out->hashes, (size_t)m->enrol.leases.n * 32};
         break;
     case SH_MSG_WELCOME:
         m->welcome.renew = sh_rng_below(rng, 2) == 1;
         m->welcome.retry_after_ms = number(rng, UINT64_MAX);
         m->welcome.epoch = number(rng, UINT64_MAX);
         m->welcome.common = (uint32_t)number(rng, UINT32_MAX);
+        m->welcome.lease = number(rng, UINT64_MAX);
+        m->welcome.parted = (sh_bytes){out->bytes, sh_rng_below(rng, 2) ? SH_WIRE_START_BYTES : 0};
+        fill(rng, out->bytes, m->welcome.parted.n);
+        break;
+    case SH_MSG_ITEM:
+        m->item.lease = number(rng, UINT64_MAX);
+        break;
+    case SH_MSG_ACK:
+        m->ack.lease = number(rng, UINT64_MAX);
         break;
     case SH_MSG_CHECKIN:
         sample_checkin_3(rng, &m->checkin);

@@ -38,6 +38,7 @@ static void assert_enrol(const sh_msg_enrol *a, const sh_msg_enrol *b)
     assert_int_equal(a->leases.n, b->leases.n);
     if (b->leases.n)
         assert_memory_equal(a->leases.hashes, b->leases.hashes, (size_t)b->leases.n * 32);
+    assert_bytes(a->starts, b->starts);
 }
 
 static void assert_checkin(const sh_msg_checkin *a, const sh_msg_checkin *b)
@@ -103,6 +104,8 @@ static void assert_msg(const sh_msg *a, const sh_msg *b)
         assert_int_equal(a->welcome.retry_after_ms, b->welcome.retry_after_ms);
         assert_int_equal(a->welcome.epoch, b->welcome.epoch);
         assert_int_equal(a->welcome.common, b->welcome.common);
+        assert_int_equal(a->welcome.lease, b->welcome.lease);
+        assert_bytes(a->welcome.parted, b->welcome.parted);
         break;
     case SH_MSG_CHECKIN:
         assert_checkin(&a->checkin, &b->checkin);
@@ -123,12 +126,14 @@ static void assert_msg(const sh_msg *a, const sh_msg *b)
         assert_int_equal(a->item.kind, b->item.kind);
         assert_int_equal(a->item.last_seq, b->item.last_seq);
         assert_bytes(a->item.payload, b->item.payload);
+        assert_int_equal(a->item.lease, b->item.lease);
         break;
     case SH_MSG_ACK:
         assert_int_equal(a->ack.epoch, b->ack.epoch);
         assert_int_equal(a->ack.cls, b->ack.cls);
         assert_int_equal(a->ack.high_water, b->ack.high_water);
         assert_memory_equal(a->ack.bitmap, b->ack.bitmap, sizeof(a->ack.bitmap));
+        assert_int_equal(a->ack.lease, b->ack.lease);
         break;
     case SH_MSG_WANT:
         assert_int_equal(a->want.n, b->want.n);
@@ -241,9 +246,15 @@ static void test_pinned_bytes(void **state)
                   .ack = {.epoch = 0x1122334455667788,
                           .cls = SH_CLASS_WINDOW,
                           .high_water = 300,
-                          .bitmap = {0x0101, 0}}};
-    static const uint8_t ack_body[] = {0x94, 0xcf, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77,
-                                       0x88, 0x02, 0xcd, 0x01, 0x2c, 0xc4, 0x02, 0x01, 0x01};
+                          .bitmap = {0x0101, 0},
+                          .lease = 9}};
+    static const uint8_t ack_body[] = {0x95, 0xcf, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88,
+                                       0x02, 0xcd, 0x01, 0x2c, 0xc4, 0x02, 0x01, 0x01, 0x09};
+    sh_msg ack_2 = ack;
+    ack_2.version = 2;
+    uint8_t ack_2_body[sizeof(ack_body) - 1];
+    memcpy(ack_2_body, ack_body, sizeof(ack_2_body));
+    ack_2_body[0] = 0x94;
     sh_msg plan = {.type = SH_MSG_PLAN,
                    .plan = {.return_after_ms = 60000, .manifest = {"\xde\xad", 2}}};
     static const uint8_t plan_body[] = {0x95, 0xcd, 0xea, 0x60, 0xc0, 0xc4,
@@ -258,8 +269,11 @@ static void test_pinned_bytes(void **state)
     static const uint8_t plan_1_body[] = {0x93, 0xcd, 0xea, 0x60, 0xc0, 0xc4, 0x02, 0xde, 0xad};
     sh_msg item = {
         .type = SH_MSG_ITEM,
-        .item = {.epoch = 5, .cls = 0, .seq = 1, .kind = 1, .last_seq = 1, .payload = {"xyz", 3}}};
-    static const uint8_t item_body[] = {0x96, 5, 0, 1, 1, 1, 0xc4, 3, 'x', 'y', 'z'};
+        .item = {5, .seq = 1, .kind = 1, .last_seq = 1, .payload = {"xyz", 3}, .lease = 6}};
+    static const uint8_t item_body[] = {0x97, 5, 0, 1, 1, 1, 0xc4, 3, 'x', 'y', 'z', 6};
+    sh_msg item_2 = item;
+    item_2.version = 2;
+    static const uint8_t item_2_body[] = {0x96, 5, 0, 1, 1, 1, 0xc4, 3, 'x', 'y', 'z'};
     sh_msg error = {.type = SH_MSG_ERROR,
                     .error = {.code = "limit", .text = "", .retry_after_ms = 200}};
     static const uint8_t error_body[] = {0x93, 0xa5, 'l', 'i', 'm', 'i', 't', 0xa0, 0xcc, 200};
@@ -267,6 +281,7 @@ static void test_pinned_bytes(void **state)
         {&ack, ack_body, sizeof(ack_body)},          {&plan, plan_body, sizeof(plan_body)},
         {&plan_2, plan_2_body, sizeof(plan_2_body)}, {&plan_1, plan_1_body, sizeof(plan_1_body)},
         {&item, item_body, sizeof(item_body)},       {&error, error_body, sizeof(error_body)},
+        {&item_2, item_2_body, sizeof(item_2_body)}, {&ack_2, ack_2_body, sizeof(ack_2_body)},
     };
     assert_pinned(cases, SH_COUNT(cases));
     static const uint8_t example[] = {0x94, 0x03, 0x04, 0xc4, 0x10, 0xbe, 0xdd, 0xd3, 0x4a,
@@ -284,6 +299,7 @@ static void test_pinned_bytes_3(void **state)
 {
     (void)state;
     static uint8_t leases[64] = {[0] = 0xa0, [31] = 0xa1, [32] = 0xb0, [63] = 0xb1};
+    static uint8_t starts[64] = {[0] = 0xc0, [63] = 0xc1};
     sh_msg enrol = {.type = SH_MSG_ENROL,
                     .enrol = {.epoch = 7,
                               .agent = "x 1",
@@ -294,23 +310,30 @@ static void test_pinned_bytes_3(void **state)
                               .disk_bytes = 65536,
                               .slots = 2,
                               .token = {"t0k", 3},
-                              .leases = {2, leases}}};
-    static uint8_t enrol_body[100] = {0x9a, 7, 0xa3, 'x',  ' ', '1', 0xa4, 'a', 'v',  'x',  '2', 4,
+                              .leases = {2, leases},
+                              .starts = {starts, 64}}};
+    static uint8_t enrol_body[166] = {0x9b, 7, 0xa3, 'x',  ' ', '1', 0xa4, 'a', 'v',  'x',  '2', 4,
                                       0xcd, 1, 0,    0xa5, 'p', 'h', 'o',  'n', 'e',  0xce, 0,   1,
                                       0,    0, 2,    0xc4, 3,   't', '0',  'k', 0xc4, 64};
     size_t enrol_n = 34 + sizeof(leases);
     memcpy(enrol_body + 34, leases, sizeof(leases));
+    enrol_body[enrol_n++] = 0xc4;
+    enrol_body[enrol_n++] = 64;
+    memcpy(enrol_body + enrol_n, starts, sizeof(starts));
+    enrol_n += sizeof(starts);
     sh_msg enrol_2 = enrol;
     enrol_2.version = 2;
     uint8_t enrol_2_body[15];
     memcpy(enrol_2_body, enrol_body, sizeof(enrol_2_body));
     enrol_2_body[0] = 0x95;
     sh_msg bare = {.type = SH_MSG_ENROL, .enrol = {.epoch = 1}}; /* no text, token, leases */
-    static const uint8_t bare_body[] = {0x9a, 1, 0xa0, 0xa0, 0, 0, 0xa0, 0, 0, 0xc4, 0, 0xc4, 0};
+    static const uint8_t bare_body[] = {0x9b, 1,    0xa0, 0xa0, 0, 0,    0xa0, 0,
+                                        0,    0xc4, 0,    0xc4, 0, 0xc4, 0};
     sh_msg welcome = {
         .type = SH_MSG_WELCOME,
-        .welcome = {true, "ok", .renew = true, .retry_after_ms = 128, .epoch = 7, .common = 3}};
-    static const uint8_t welcome_body[] = {0x96, 0xc3, 0xa2, 'o', 'k', 0xc3, 0xcc, 128, 7, 3};
+        .welcome = {true, "ok", .renew = true, 128, .epoch = 7, .common = 3, 4, {starts, 32}}};
+    static const uint8_t welcome_body[45] = {0x98, 0xc3, 0xa2, 'o', 'k',  0xc3, 0xcc,
+                                             128,  7,    3,    4,   0xc4, 32,   0xc0};
     sh_msg welcome_2 = welcome;
     welcome_2.version = 2;
     static const uint8_t welcome_2_body[] = {0x92, 0xc3, 0xa2, 'o', 'k'};
@@ -525,22 +548,30 @@ static void test_hostile_bodies_3(void **state)
     static uint8_t bytes[(SH_WIRE_LEASES_MAX + 1) * 32];
     sh_msg enrol = {.type = SH_MSG_ENROL,
                     .enrol = {.device_class = "c", .token = {bytes, 2}, .leases = {1, bytes}}};
-    /* 9a 0 a0 a0 0 0 a1 'c' 0 0 c4 2 . . c4 32 ... */
+    /* 9b 0 a0 a0 0 0 a1 'c' 0 0 c4 2 . . c4 32 ... */
     broken_3(&enrol, 7, 0x07, SH_ERR_INVALID, "device_class");
     broken_3(&enrol, 11, 3, SH_ERR_INVALID, "leases");
     broken_3(&enrol, 11, 65, SH_ERR_INVALID, "token");
     broken_3(&enrol, 15, 31, SH_ERR_INVALID, "leases");
     enrol.enrol.token.n = SH_WIRE_TOKEN_MAX;
     broken_3(&enrol, 11, SH_WIRE_TOKEN_MAX + 1, SH_ERR_LIMIT, "token");
-    static const uint8_t leases[] = {0x9a, 0, 0xa0, 0xa0, 0, 0, 0xa0, 0, 0, 0xc4, 0, 0xc5, 4, 32};
+    static const uint8_t leases[] = {0x9b, 0, 0xa0, 0xa0, 0, 0, 0xa0, 0, 0, 0xc4, 0, 0xc5, 4, 32};
     uint8_t too_many[sizeof(leases) + sizeof(bytes)] = {0};
     memcpy(too_many, leases, sizeof(leases));
     assert_body_in(3, SH_MSG_ENROL, (sh_bytes){too_many, sizeof(too_many)}, SH_ERR_LIMIT, "leases");
+    enrol.enrol.token.n = 2;
+    enrol.enrol.starts = (sh_bytes){bytes, 32};
+    /* ... c4 32 ... c4 32 ... */
+    broken_3(&enrol, 15, 0, SH_ERR_INVALID, "starts");
+    broken_3(&enrol, 49, 31, SH_ERR_INVALID, "starts");
     sh_msg welcome = {.type = SH_MSG_WELCOME};
     broken_3(&welcome, 3, 0, SH_ERR_INVALID, "renew");
     broken_3(&welcome, 4, 0xc0, SH_ERR_INVALID, "retry_after_ms");
     broken_3(&welcome, 5, 0xc0, SH_ERR_INVALID, "epoch");
     broken_3(&welcome, 6, 0xc0, SH_ERR_INVALID, "common");
+    broken_3(&welcome, 7, 0xc0, SH_ERR_INVALID, "lease");
+    static const uint8_t parted[] = {0x98, 0xc3, 0xa0, 0xc3, 0, 0, 0, 0, 0xc4, 1, 0};
+    assert_body_in(3, SH_MSG_WELCOME, (sh_bytes){parted, sizeof(parted)}, SH_ERR_INVALID, "parted");
     sh_msg checkin = {.type = SH_MSG_CHECKIN, .checkin.conditions = SH_CONDITIONS_ALL};
     broken_3(&checkin, 25, 0xcd, SH_ERR_LIMIT, "conditions"); /* cd ff 00 */
     sh_msg plan = {.type = SH_MSG_PLAN};
@@ -753,9 +784,24 @@ static void test_versions_apart(void **state)
 {
     (void)state;
     static const int counts[][SH_MSG_ROTATE + 1] = {
-        [1] = {[SH_MSG_ENROL] = 5, [SH_MSG_WELCOME] = 2, [SH_MSG_CHECKIN] = 17, [SH_MSG_PLAN] = 3},
-        [2] = {[SH_MSG_ENROL] = 5, [SH_MSG_WELCOME] = 2, [SH_MSG_CHECKIN] = 17, [SH_MSG_PLAN] = 4},
-        [3] = {[SH_MSG_ENROL] = 10, [SH_MSG_WELCOME] = 6, [SH_MSG_CHECKIN] = 27, [SH_MSG_PLAN] = 5},
+        [1] = {[SH_MSG_ENROL] = 5,
+               [SH_MSG_WELCOME] = 2,
+               [SH_MSG_CHECKIN] = 17,
+               [SH_MSG_PLAN] = 3,
+               [SH_MSG_ITEM] = 6,
+               [SH_MSG_ACK] = 4},
+        [2] = {[SH_MSG_ENROL] = 5,
+               [SH_MSG_WELCOME] = 2,
+               [SH_MSG_CHECKIN] = 17,
+               [SH_MSG_PLAN] = 4,
+               [SH_MSG_ITEM] = 6,
+               [SH_MSG_ACK] = 4},
+        [3] = {[SH_MSG_ENROL] = 11,
+               [SH_MSG_WELCOME] = 8,
+               [SH_MSG_CHECKIN] = 27,
+               [SH_MSG_PLAN] = 5,
+               [SH_MSG_ITEM] = 7,
+               [SH_MSG_ACK] = 5},
     };
     for (int type = SH_MSG_ENROL; type <= SH_MSG_ERROR; type++)
         for (uint32_t from = 1; from <= 3; from++)
