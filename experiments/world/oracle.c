@@ -88,6 +88,8 @@ void world_oracle_node_key(world_oracle *o, uint32_t node, const sh_hash *key)
     }
     oracle_map_put(&o->keys, oracle_hash(key->b, sizeof key->b), watch);
     oracle_watch *w = &o->watches[watch];
+    if (known && n->watch == UINT32_MAX)
+        n->watched = w->watched; /* a copy: what a key sends is looked at whole, or not */
     w->watched |= n->watched;
     if (n->watch == watch)
         return;
@@ -287,7 +289,8 @@ static void finish_node(world_oracle *o, uint32_t i, uint64_t now_ms, const worl
         oracle_note(&w->notes, WORLD_RULE_DELIVERED, now_ms, i, "it owes %llu items still",
                     (unsigned long long)status.outbox_items);
     uint64_t chunks = count_rows(node->store, SH_NODE_T_CHUNK);
-    if (status.outbox_items == 0 && status.confirmed_version == version && chunks > 0)
+    if (status.outbox_items == 0 && status.confirmed_version == version &&
+        chunks > o->options.idle_chunks_max)
         oracle_note(&w->notes, WORLD_RULE_LIMIT, now_ms, i, "it keeps %llu chunks, and needs none",
                     (unsigned long long)chunks);
     if (status.confirmed_version != version || status.active_version != version)

@@ -493,6 +493,9 @@ static sh_status make(world *w, sh_error *err)
     o.node_items_max = w->coord_options.node_items_max;
     o.staleness_max = w->coord_options.staleness_max;
     o.asked_bytes_max = w->coord_options.asked_bytes_max;
+    if (w->coord_options.canary_nodes_min > 0)
+        o.idle_chunks_max =
+            (uint32_t)((w->genesis_model.len + SH_CHUNK_BYTES - 1) / SH_CHUNK_BYTES);
     o.says_later = w->coord_options.checkins_per_s > 0;
     SH_TRY(world_oracle_create(&o, &w->oracle, err));
     w->nodes = sh_calloc(o.nodes, sizeof *w->nodes);
