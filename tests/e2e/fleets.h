@@ -7,6 +7,12 @@
 
 #include "tests/e2e/harness.h"
 
+/* Flags of an aggregator: little training of a tiny model, whose losses the gate does not mind. */
+#define FLEETS_SMALL_LEARNING                                                                      \
+    "--gate.overall-max", "10", "--gate.slice-max", "100", "--learn.alpha", "4", "--learn.batch",  \
+        "1", "--learn.context", "32", "--learn.passes", "2", "--learn.rank", "2",                  \
+        "--learn.steps-max", "30", "--learn.tokens-min", "32", "--merge.cosine-min", "-1"
+
 /* Rounds begin at once and again, two updates make a merge, and the gate lets pass what was
  * measured: the model is random. Feedback is never dropped. */
 extern const char *const fleets_eager_aggregator[], *const fleets_eager_node[];

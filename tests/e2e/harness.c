@@ -246,8 +246,23 @@ static void make_inputs(e2e_fleet *f, char *base, char *suites)
     OK(sh_file_write_atomic(path, text, sizeof text, err));
 }
 
+/* The relay above a relay; NULL: the aggregator is. */
+static const e2e_relay *above(const e2e_fleet *f, unsigned relay)
+{
+    return f->chain && relay > 0 ? &f->relays[relay - 1] : NULL;
+}
+
+/* The relay that a node belongs to; NULL: the aggregator's. */
+static const e2e_relay *relay_of(const e2e_fleet *f, unsigned node)
+{
+    if (f->n_relays == 0)
+        return NULL;
+    return &f->relays[f->chain ? f->n_relays - 1 : node % f->n_relays];
+}
+
 static void make_relay(e2e_fleet *f, unsigned i)
 {
+    const e2e_relay *parent = above(f, i);
     e2e_relay *relay = &f->relays[i];
     char bundle[SH_PATH_BYTES], listen[64], upstream[64];
     relay->port = e2e_free_port();
@@ -255,8 +270,9 @@ static void make_relay(e2e_fleet *f, unsigned i)
     snprintf(relay->dir, sizeof relay->dir, "%s/relays/relay-%u", f->root.path, i);
     snprintf(relay->process.log, sizeof relay->process.log, "%s/relay-%u.log", f->root.path, i);
     snprintf(listen, sizeof listen, "tcp://127.0.0.1:%u", relay->port);
-    snprintf(upstream, sizeof upstream, "tcp://127.0.0.1:%u", f->port);
-    OK(sh_path_join(bundle, sizeof bundle, f->aggregator_dir, "bundle", err));
+    snprintf(upstream, sizeof upstream, "tcp://127.0.0.1:%u", parent ? parent->port : f->port);
+    OK(sh_path_join(bundle, sizeof bundle, parent ? parent->dir : f->aggregator_dir, "bundle",
+                    err));
     run_result r =
         run_program(e2e_program(f, "shoal-aggregator"),
                     (const char *const[]){"init", "--dir", relay->dir, "--relay", bundle,
@@ -270,13 +286,15 @@ static void make_relay(e2e_fleet *f, unsigned i)
 /* The folder of the aggregator or relay that a node belongs to. */
 static const char *center_of(const e2e_fleet *f, unsigned i)
 {
-    return f->n_relays > 0 ? f->relays[i % f->n_relays].dir : f->aggregator_dir;
+    const e2e_relay *relay = relay_of(f, i);
+    return relay ? relay->dir : f->aggregator_dir;
 }
 
 static void make_node(e2e_fleet *f, unsigned i)
 {
     e2e_node *n = &f->nodes[i];
-    unsigned port = f->n_relays > 0 ? f->relays[i % f->n_relays].port : f->port;
+    const e2e_relay *relay = relay_of(f, i);
+    unsigned port = relay ? relay->port : f->port;
     char bundle[SH_PATH_BYTES], endpoint[64], path[SH_PATH_BYTES];
     snprintf(n->name, sizeof n->name, "node-%u", i);
     snprintf(n->dir, sizeof n->dir, "%s/nodes/%s", f->root.path, n->name);
@@ -438,7 +456,9 @@ void e2e_fleet_start(e2e_fleet *f)
         fail_msg("the aggregator does not start");
     }
     for (unsigned i = 0; i < f->n_relays; i++) {
-        enrol_key(f, f->aggregator_dir, f->relays[i].key, f->relays[i].name, "--relay");
+        const e2e_relay *parent = above(f, i);
+        enrol_key(f, parent ? parent->dir : f->aggregator_dir, f->relays[i].key, f->relays[i].name,
+                  "--relay");
         e2e_relay_start(f, i, NULL);
         if (!e2e_saw(&f->relays[i].process, "event=ready")) {
             show_log(&f->relays[i].process);
@@ -590,7 +610,7 @@ uint64_t e2e_settle(e2e_fleet *f)
     uint64_t version = e2e_newest_release(f);
     for (unsigned i = 0; i < f->n_nodes; i++)
         E2E_UNTIL(settled(f, i, version), f->nodes[i].name);
-    for (unsigned i = 0; i < f->n_relays; i++)
+    for (unsigned i = f->n_relays; i-- > 0;) /* of a chain the lowest first */
         E2E_UNTIL(owes_nothing(f, i), f->relays[i].name);
     return version;
 }

@@ -106,6 +106,7 @@ typedef struct {
      * n_relays's. 0: the nodes are the aggregator's. */
     e2e_relay relays[E2E_RELAYS_MAX];
     unsigned n_relays;
+    bool chain; /* each relay is the one's before it, and the nodes are the last one's */
     const char *const *relay_words;
 } e2e_fleet;
 

@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "tests/e2e/harness.h"
+#include "tests/e2e/fleets.h"
 
 #define NODES          3
 #define USERS          6 /* two a node, so that streams run while others begin */
@@ -25,28 +25,11 @@
 static const char *bin;
 
 /* Nothing is held against a candidate here but that it is measured: the model is random. */
-static const char *const aggregator_words[] = {"--learn.drifting-min",
+static const char *const aggregator_words[] = {FLEETS_SMALL_LEARNING,
+                                               "--learn.drifting-min",
                                                "2",
                                                "--learn.buffer",
                                                "2",
-                                               "--learn.rank",
-                                               "2",
-                                               "--learn.alpha",
-                                               "4",
-                                               "--learn.context",
-                                               "32",
-                                               "--learn.batch",
-                                               "1",
-                                               "--learn.tokens-min",
-                                               "32",
-                                               "--learn.steps-max",
-                                               "30",
-                                               "--learn.passes",
-                                               "2",
-                                               "--gate.overall-max",
-                                               "10",
-                                               "--gate.slice-max",
-                                               "100",
                                                "--canary.nodes-min",
                                                "2",
                                                "--canary.tokens-min",
@@ -55,8 +38,6 @@ static const char *const aggregator_words[] = {"--learn.drifting-min",
                                                "5000",
                                                "--learn.round-ms-max",
                                                "10000",
-                                               "--merge.cosine-min",
-                                               "-1",
                                                NULL};
 static const char *const node_words[] = {"--monitor.window",
                                          "16",

@@ -1,7 +1,8 @@
 /*
  * Three tiers of real processes: an aggregator, two relays and their nodes. Releases are made of
  * relayed updates and come down through the relays to every node; relays are killed where it
- * matters, and what all sides stored is audited. argv[1]: the programs' folder.
+ * matters, and what all sides stored is audited. Then the same with one relay under the other.
+ * argv[1]: the programs' folder.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -23,32 +24,13 @@
 static const char *bin;
 
 /* Two relays' updates of two nodes each make a merge; no node is asked about a candidate. */
-static const char *const root_words[] = {"--learn.drifting-min",
+static const char *const root_words[] = {FLEETS_SMALL_LEARNING,
+                                         "--learn.drifting-min",
                                          "0",
                                          "--learn.buffer",
                                          "4",
-                                         "--learn.rank",
-                                         "2",
-                                         "--learn.alpha",
-                                         "4",
-                                         "--learn.context",
-                                         "32",
-                                         "--learn.batch",
-                                         "1",
-                                         "--learn.tokens-min",
-                                         "32",
-                                         "--learn.steps-max",
-                                         "30",
-                                         "--learn.passes",
-                                         "2",
-                                         "--gate.overall-max",
-                                         "10",
-                                         "--gate.slice-max",
-                                         "100",
                                          "--learn.round-ms-max",
                                          "5000",
-                                         "--merge.cosine-min",
-                                         "-1",
                                          NULL};
 static const char *const relay_words[] = {"--learn.buffer",
                                           "2",
@@ -67,7 +49,7 @@ typedef struct {
     e2e_user users[NODES];
 } scene;
 
-static int make(void **state)
+static int make_as(void **state, bool chain)
 {
     scene *s = calloc(1, sizeof *s);
     assert_non_null(s);
@@ -76,7 +58,8 @@ static int make(void **state)
                            .aggregator_words = root_words,
                            .relay_words = relay_words,
                            .node_words = fleets_eager_node,
-                           .n_relays = RELAYS};
+                           .n_relays = RELAYS,
+                           .chain = chain};
     e2e_fleet_make(&s->fleet, NODES);
     e2e_fleet_start(&s->fleet);
     for (unsigned i = 0; i < NODES; i++) {
@@ -88,6 +71,16 @@ static int make(void **state)
         e2e_user_start(u);
     }
     return 0;
+}
+
+static int make(void **state)
+{
+    return make_as(state, false);
+}
+
+static int make_chain(void **state)
+{
+    return make_as(state, true);
 }
 
 static int release(void **state)
@@ -184,10 +177,39 @@ static void test_three_tiers_learn_and_lose_nothing(void **state)
     check_audit(f);
 }
 
+/* A relay under a relay: what the lower one stacked the upper one stacks again, and each node's
+ * part of it is counted once at the top. */
+static void test_a_relay_under_a_relay(void **state)
+{
+    scene *s = *state;
+    e2e_fleet *f = &s->fleet;
+    learn(s, 1);
+    kill_relay_at(s, 0, "stack.after_commit");
+    kill_relay_at(s, 1, "stack.before_commit");
+    learn(s, 1);
+    assert_true(e2e_settle(f) >= 3);
+    for (unsigned i = 0; i < RELAYS; i++) {
+        json_t *relay = e2e_relay_status(f, i);
+        const json_t *parent = json_object_get(relay, "parent");
+        assert_string_equal(json_string_value(json_object_get(parent, "state")), "welcome");
+        assert_true(e2e_int(parent, "updates") >= 2);
+        assert_int_equal(e2e_int(relay, "enrolled"), i + 1 < RELAYS ? 1 : NODES);
+        json_decref(relay);
+    }
+    for (unsigned i = 0; i < NODES; i++) {
+        e2e_user_stop(&s->users[i]);
+        if (atomic_load(&s->users[i].bad) > 0)
+            fail_msg("%s: %s", s->users[i].name, s->users[i].first_bad);
+    }
+    e2e_fleet_stop(f);
+    check_audit(f);
+}
+
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_three_tiers_learn_and_lose_nothing, make, release),
+        cmocka_unit_test_setup_teardown(test_a_relay_under_a_relay, make_chain, release),
     };
     if (argc != 2)
         return 2;
