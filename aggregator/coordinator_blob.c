@@ -178,13 +178,14 @@ sh_status coord_waiting_refuse(coord_step *s, const sh_hash *node, sh_reason rea
         coord_waiting *w = c->waiting[i];
         if (node != NULL && !sh_hash_equal(&w->id.node, node))
             continue;
+        sh_msg ack; /* nobody waits for it any more */
         sh_msg_item item = {.epoch = w->id.epoch,
                             .cls = SH_CLASS_UPDATE,
                             .seq = w->id.seq,
                             .kind = SH_ITEM_UPDATE,
                             .last_seq = w->id.seq};
         SH_TRY(coord_refuse(s, &w->id, (sh_bytes){w->payload, w->payload_n}, reason));
-        SH_TRY(coord_mark(s, &w->id.node, &item, false));
+        SH_TRY(coord_mark(s, &w->id.node, &item, &ack));
         SH_TRY(waiting_remove(s, w));
     }
     return SH_OK;
@@ -343,8 +344,10 @@ static sh_status ask(coord_step *s, const sh_update_id *id, sh_bytes payload,
 /* Its chunks may have come long after it: the epoch may be another start's since. */
 static sh_status mark_update(coord_step *s, const sh_update_id *id, sh_msg_item *item)
 {
+    sh_msg ack;
     SH_TRY(coord_epoch_lease(s, &id->node, id->epoch, &item->lease));
-    return coord_mark(s, &id->node, item, true);
+    SH_TRY(coord_mark(s, &id->node, item, &ack));
+    return coord_send(s, &id->node, &ack);
 }
 
 sh_status coord_on_update(coord_step *s, const sh_update_id *id, sh_bytes payload)

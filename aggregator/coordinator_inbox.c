@@ -104,12 +104,12 @@ static sh_status on_checkin(coord_step *s, sh_node_row *node, const sh_msg_check
 
 /* ---- items ---- */
 
-sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item, bool send)
+sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item, sh_msg *ack)
 {
-    sh_msg msg = {.type = SH_MSG_ACK};
-    SH_TRY(sh_inbox_mark(s->txn, SH_COORD_T_INBOX, node, item, &msg.ack, s->err));
-    msg.ack.lease = item->lease;
-    return send ? coord_send(s, node, &msg) : SH_OK;
+    *ack = (sh_msg){.type = SH_MSG_ACK};
+    SH_TRY(sh_inbox_mark(s->txn, SH_COORD_T_INBOX, node, item, &ack->ack, s->err));
+    ack->ack.lease = item->lease;
+    return SH_OK;
 }
 
 /* Of each (node, epoch) and class only the last alarms and windows are kept: a sequence that is
@@ -183,7 +183,7 @@ static sh_status only_acknowledge(coord_step *s, const sh_hash *node, const sh_m
 static sh_status take_item(coord_step *s, const sh_update_id *id, const sh_msg_item *item)
 {
     const sh_hash *node = &id->node;
-    sh_msg msg = {.type = SH_MSG_ACK};
+    sh_msg ack;
     sh_alarm alarm;
     bool good = false, kept = false;
     switch ((sh_item_kind)item->kind) {
@@ -214,14 +214,14 @@ static sh_status take_item(coord_step *s, const sh_update_id *id, const sh_msg_i
         break;
     }
     /* What cannot be read now cannot be read later: it is acknowledged, or it came for ever. */
-    SH_TRY(sh_inbox_mark(s->txn, SH_COORD_T_INBOX, node, item, &msg.ack, s->err));
+    SH_TRY(coord_mark(s, node, item, &ack));
     if (item->cls == SH_CLASS_ALARM || item->cls == SH_CLASS_WINDOW) {
         unsigned table = item->cls == SH_CLASS_ALARM ? SH_COORD_T_ALARM : SH_COORD_T_WINDOW;
         if (kept)
-            SH_TRY(keep_item(s, table, id, item->payload, &msg.ack));
+            SH_TRY(keep_item(s, table, id, item->payload, &ack.ack));
         SH_TRY(displace(s, table, id, item));
     }
-    SH_TRY(coord_send(s, node, &msg));
+    SH_TRY(coord_send(s, node, &ack));
     return good ? SH_OK : coord_bad_message(s, node, SH_ERR_INVALID, "the item is not readable");
 }
 

@@ -372,8 +372,9 @@ sh_status coord_epochs_migrate(coord_step *s);
 sh_status coord_on_message(coord_step *s, const sh_hash *node, sh_bytes message, bool checked);
 /* Counts and notes what a peer did wrong, and tells it. */
 sh_status coord_bad_message(coord_step *s, const sh_hash *node, sh_status code, const char *text);
-/* Marks the item as committed with this step; the acknowledgement goes out after the commit. */
-sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item, bool send);
+/* Marks the item as committed with this step; *ack: the message that says so, to the sender that the
+ * item named. */
+sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item, sh_msg *ack);
 
 /* ---- coordinator_access.c ---- */
 sh_status coord_tokens_load(sh_coord *c, sh_txn *txn, sh_error *err);
