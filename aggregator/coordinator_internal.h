@@ -372,7 +372,7 @@ sh_status coord_epochs_migrate(coord_step *s);
 sh_status coord_on_message(coord_step *s, const sh_hash *node, sh_bytes message, bool checked);
 /* Counts and notes what a peer did wrong, and tells it. */
 sh_status coord_bad_message(coord_step *s, const sh_hash *node, sh_status code, const char *text);
-/* Marks the item as committed with this step; *ack: the message that says so, to the sender that the
+/* Marks the item as committed with this step; *ack: the message that says so to the sender that the
  * item named. */
 sh_status coord_mark(coord_step *s, const sh_hash *node, const sh_msg_item *item, sh_msg *ack);
 

@@ -91,7 +91,7 @@ typedef struct {
     uint64_t epoch, seq, base_version, samples;
     sh_hash base_sha256;
     uint64_t content; /* what the bytes are made from */
-    double heldout; /* loss, before and after; 0: those of a node that has learnt */
+    double heldout;   /* loss, before and after; 0: those of a node that has learnt */
 } rig_update;
 rig_update rig_make(const rig *r, unsigned node, uint64_t seq); /* on the current release */
 void rig_fill(uint8_t *bytes, size_t n, uint64_t content);
