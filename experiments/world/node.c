@@ -203,16 +203,11 @@ static void take_note(world_part *p, const sh_node_action *a)
     }
 }
 
-/* As the daemon opens the slot's file: false when it is not what the manifest says. */
 static sh_status file_holds(world_node *n, uint32_t slot, bool *holds, sh_error *err)
 {
     sh_txn *txn = NULL;
-    sh_bytes bytes;
-    sh_error ignored;
     SH_TRY(sh_txn_begin(n->store, SH_TXN_READ, &txn, err));
-    *holds = true;
-    if (sh_node_get_slot(txn, slot, &bytes, &ignored) == SH_OK)
-        *holds = n->files[slot].there;
+    *holds = world_node_file_holds(n, txn, slot);
     sh_txn_abort(&txn);
     return SH_OK;
 }

@@ -46,16 +46,24 @@ static void set_aside(world_part *p, uint32_t i)
     world_oracle_node_replaced(w->oracle, i, p->now_ms);
 }
 
-static sh_status lost_slots(world_node *n, sh_txn *txn, uint32_t *lost)
+bool world_node_file_holds(const world_node *n, sh_txn *txn, uint32_t slot)
 {
-    *lost = 0;
-    for (uint32_t slot = 0; slot < 2; slot++) {
-        sh_bytes bytes;
-        sh_error ignored;
-        if (sh_node_get_slot(txn, slot, &bytes, &ignored) == SH_OK && !n->files[slot].there)
-            *lost |= 1u << slot;
-    }
-    return SH_OK;
+    sh_bytes bytes;
+    sh_manifest manifest;
+    sh_error ignored;
+    if (sh_node_get_slot(txn, slot, &bytes, &ignored) != SH_OK ||
+        sh_manifest_decode(bytes.data, bytes.n, &manifest, &ignored) != SH_OK)
+        return true;
+    return n->files[slot].there && sh_hash_equal(&n->files[slot].sha256, &manifest.model.sha256);
+}
+
+static uint32_t lost_slots(const world_node *n, sh_txn *txn)
+{
+    uint32_t lost = 0;
+    for (uint32_t slot = 0; slot < 2; slot++)
+        if (!world_node_file_holds(n, txn, slot))
+            lost |= 1u << slot;
+    return lost;
 }
 
 static sh_status make_core(world_part *p, uint32_t i, sh_error *text)
@@ -71,7 +79,7 @@ static sh_status make_core(world_part *p, uint32_t i, sh_error *text)
     sh_rng_init(&rng, w->seed, (uint64_t)i << 40 | n->sequence, STREAM_CORE);
     n->timer++;
     SH_GOTO(sh_txn_begin(n->store, SH_TXN_RESERVE, &txn, text));
-    SH_GOTO(lost_slots(n, txn, &options.lost_slots));
+    options.lost_slots = lost_slots(n, txn);
     SH_GOTO(sh_node_create(&options, (sh_bytes){w->genesis_manifest.data, w->genesis_manifest.len},
                            world_node_now(n, p->now_ms), &rng, txn, p->actions, &n->core, text));
     SH_GOTO(sh_txn_commit(&txn, text));
@@ -132,7 +140,7 @@ sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err)
     if (status != SH_OK)
         return boot_failed(p, i, status, &text, err);
     sh_node_status s = sh_node_get_status(n->core);
-    if (!n->files[s.active_slot].there && s.active_version == 1) /* comes with the program */
+    if (s.active_version == 1) /* comes with the program */
         set_file(w, i, s.active_slot, &w->genesis_sha, true);
     world_oracle_node_boot(w->oracle, i, p->now_ms, n->core, n->store);
     SH_TRY(world_node_carry_out(p, i, p->actions, err));

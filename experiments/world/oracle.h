@@ -66,7 +66,7 @@ typedef struct {
     uint32_t node_items_max;  /* alarms, windows that are kept of one (node, epoch); 0: 1024 */
     uint32_t staleness_max;   /* releases that an update's base may be behind */
     uint64_t asked_bytes_max; /* of updates' chunks on their way; 0: not checked */
-    bool says_later; /* the aggregator has rates, and nodes are told to come back later */
+    bool says_later;          /* the aggregator has rates, and nodes are told to come back later */
     /* Nodes i with i % stride == 0 are checked at each step, the others at joins and at the end;
      * 1: all. */
     uint32_t stride;

@@ -40,10 +40,10 @@ void oracle_map_release(oracle_map *map);
 uint64_t oracle_hash(const void *bytes, size_t n); /* 64 bits, never 0 */
 /* What an item is known by. */
 uint64_t oracle_item_hash(uint8_t cls, const void *payload, size_t n);
-/* Grows *array for one more item. Without memory nothing can be said: the program ends. */
 /* A message that its maker has just made, so that its hashes need no look; or one whose type is
  * asked for before they get it. */
 bool oracle_read(const void *bytes, size_t n, sh_msg *msg);
+/* Grows *array for one more item. Without memory nothing can be said: the program ends. */
 void oracle_grow(void **array, size_t *cap, size_t n, size_t size);
 
 typedef struct {

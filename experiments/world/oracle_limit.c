@@ -158,12 +158,15 @@ void oracle_check_use(const world_oracle *o, uint32_t i, uint64_t at_ms, const s
     sh_node_status status = sh_node_get_status(core);
     if (counts)
         check_inferences(w, i, at_ms, event, status.inferences);
-    if (status.row_ms / DAY_MS > use->day) { /* its rows' clock never goes back */
+    /* Its rows' clock never goes back. What goes by in the step in which a day begins is counted
+     * for none: the plan that it took in may have set the clock in its midst. */
+    bool begins = status.row_ms / DAY_MS > use->day;
+    if (begins) {
         use->day = status.row_ms / DAY_MS;
         use->up = use->down = 0;
     }
     if (event && event->kind == SH_NODE_MESSAGE) {
-        use->down += event->message.n;
+        use->down += begins ? 0 : event->message.n;
         if (o->options.says_later)
             hear(use, limits, at_ms, event->message);
     }
@@ -174,5 +177,5 @@ void oracle_check_use(const world_oracle *o, uint32_t i, uint64_t at_ms, const s
         check_message(o, w, i, at_ms, &actions->items[k].message);
         up += actions->items[k].message.len;
     }
-    use->up += up;
+    use->up += begins ? 0 : up;
 }

@@ -251,6 +251,8 @@ void world_node_start_clock(world_node *n, uint64_t now_ms);
 /* ---- node_life.c ---- */
 SH_MUST_USE sh_status world_node_begin(world_part *p, uint32_t i, sh_error *err);
 SH_MUST_USE sh_status world_node_boot(world_part *p, uint32_t i, sh_error *err);
+/* As the daemon opens a slot's file: false when it is not what the slot's manifest says. */
+bool world_node_file_holds(const world_node *n, sh_txn *txn, uint32_t slot);
 /* Its store was found full: it counts as full for a pause. */
 void world_node_full(const world_part *p, world_node *n);
 static inline bool world_node_is_full(const world_part *p, const world_node *n)

@@ -386,6 +386,7 @@ static void a_closed_class_gives_its_places_up(void **state)
     pump(p);
     sh_msg alarms = {.type = SH_MSG_ACK,
                      .ack = {.epoch = p->link.epoch,
+                             .lease = p->link.lease,
                              .cls = SH_CLASS_ALARM,
                              .high_water = SH_LINK_CLASS_FLIGHT_MAX}};
     receive(p, &alarms);
