@@ -71,8 +71,9 @@ typedef struct { /* went active, with this manifest */
 typedef struct {
     bool known; /* inferences is */
     uint64_t inferences, quiets;
-    uint64_t quiet_until_ms; /* the aggregator has asked for it */
-    uint64_t day, up, down;  /* of its rows' clock; bytes of messages on it */
+    uint64_t quiet_until_ms;    /* the aggregator has asked for it */
+    uint64_t day, up, down;     /* of its rows' clock; bytes of messages on it */
+    uint64_t row_ms, row_at_ms; /* that clock, when it was last seen */
     /* The release that the last job is of, that job when it is a SMOKE, and the release that one
      * has opened in this step. */
     uint64_t trying, trying_job, tried;

@@ -158,13 +158,18 @@ void oracle_check_use(const world_oracle *o, uint32_t i, uint64_t at_ms, const s
     sh_node_status status = sh_node_get_status(core);
     if (counts)
         check_inferences(w, i, at_ms, event, status.inferences);
-    /* Its rows' clock never goes back. What goes by in the step in which a day begins is counted
-     * for none: the plan that it took in may have set the clock in its midst. */
-    bool begins = status.row_ms / DAY_MS > use->day;
+    /* Its rows' clock goes back at a start only, whose day may have begun with the step that the
+     * process died with, and that was not seen. What goes by in the step in which a day begins is
+     * counted for none: the plan that it took in may have set the clock in its midst. */
+    uint64_t latest = event ? 0 : use->row_ms + (at_ms - use->row_at_ms);
+    uint64_t day = SH_MAX(status.row_ms, latest) / DAY_MS;
+    bool begins = day > use->day;
     if (begins) {
-        use->day = status.row_ms / DAY_MS;
+        use->day = day;
         use->up = use->down = 0;
     }
+    use->row_ms = status.row_ms;
+    use->row_at_ms = at_ms;
     if (event && event->kind == SH_NODE_MESSAGE) {
         use->down += begins ? 0 : event->message.n;
         if (o->options.says_later)
