@@ -162,10 +162,9 @@ void oracle_check_use(const world_oracle *o, uint32_t i, uint64_t at_ms, const s
      * process died with, and that was not seen. What goes by in the step in which a day begins is
      * counted for none: the plan that it took in may have set the clock in its midst. */
     uint64_t latest = event ? 0 : use->row_ms + (at_ms - use->row_at_ms);
-    uint64_t day = SH_MAX(status.row_ms, latest) / DAY_MS;
-    bool begins = day > use->day;
+    bool begins = SH_MAX(status.row_ms, latest) / DAY_MS > use->day;
     if (begins) {
-        use->day = day;
+        use->day = SH_MAX(use->day, status.row_ms / DAY_MS);
         use->up = use->down = 0;
     }
     use->row_ms = status.row_ms;
