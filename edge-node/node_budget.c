@@ -7,7 +7,8 @@
  *
  * META "budget": version (1), day (8), month (8), up_day (8), up_month (8), down_day (8),
  * down_month (8), refused_full (8), little-endian; the first 8 bytes of BLAKE2b-256 of that.
- * Written in each step that counts something where there is a budget; else with the node's state.
+ * Written in each step that counts something where there is a budget, and with each drop; else once
+ * an hour, because nothing depends on it.
  */
 #include "edge-node/node_internal.h"
 
@@ -163,8 +164,8 @@ sh_status node_budget_save(node_step *s)
 {
     node_budget *b = &s->n->budget;
     uint8_t value[BUDGET_BYTES + BUDGET_SUM] = {BUDGET_VERSION};
-    bool soon = is_set(s->n) || s->n->dirty || s->now_ms - b->saved_ms >= BUDGET_SAVE_MS;
-    if (!b->dirty || !soon)
+    bool now = b->now || is_set(s->n) || s->now_ms - b->saved_ms >= BUDGET_SAVE_MS;
+    if (!b->dirty || !now)
         return SH_OK;
     const uint64_t fields[] = {b->day,      b->month,      b->up_day,      b->up_month,
                                b->down_day, b->down_month, b->refused_full};
@@ -172,7 +173,7 @@ sh_status node_budget_save(node_step *s)
         node_put_le(value + 1 + 8 * i, fields[i], 8);
     sh_hash sum = sh_blake2b(value, BUDGET_BYTES);
     memcpy(value + BUDGET_BYTES, sum.b, BUDGET_SUM);
-    b->dirty = false;
+    b->dirty = b->now = false;
     b->saved_ms = s->now_ms;
     return sh_txn_put(s->txn, SH_NODE_T_META, meta_budget, sizeof(meta_budget) - 1, value,
                       sizeof(value), s->err);

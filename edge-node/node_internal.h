@@ -109,6 +109,7 @@ typedef struct {
     uint64_t up_day, up_month, down_day, down_month;
     uint64_t refused_full;
     bool dirty, told_up, told_down;
+    bool now; /* what changed must not be lost: it is saved with this step */
     uint64_t saved_ms;
 } node_budget;
 

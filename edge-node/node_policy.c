@@ -94,7 +94,7 @@ static void take_in(node_step *s, const sh_node_event *event)
         p->user_ms = s->now_ms - SH_MIN(event->signals.idle_ms, s->now_ms);
     if (event->signals.refused_full > 0) {
         s->n->budget.refused_full += event->signals.refused_full;
-        s->n->budget.dirty = s->n->dirty = true;
+        s->n->budget.dirty = s->n->budget.now = true;
     }
 }
 

@@ -9,6 +9,7 @@
  */
 #include "edge-node/node_internal.h"
 
+#include <endian.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -48,15 +49,12 @@ static void visit_bytes(walk *w, void *bytes, size_t n)
 
 static void visit_uint(walk *w, uint64_t *x, size_t width)
 {
-    uint8_t b[8] = {0};
-    for (size_t i = 0; i < width; i++)
-        b[i] = (uint8_t)(*x >> (8 * i));
-    visit_bytes(w, b, width);
+    uint64_t le = htole64(*x); /* the low bytes come first */
+    visit_bytes(w, &le, width);
     if (w->writing || w->bad)
         return;
-    *x = 0;
-    for (size_t i = 0; i < width; i++)
-        *x |= (uint64_t)b[i] << (8 * i);
+    le = width < sizeof(le) ? le & htole64((1ull << (8 * width)) - 1) : le;
+    *x = le64toh(le);
 }
 
 static void visit_u64(walk *w, uint64_t *x)

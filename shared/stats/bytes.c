@@ -92,25 +92,16 @@ void sh_write_float(sh_writer *w, float value)
     sh_write_fixed(w, bits, 4);
 }
 
-void sh_write_varint(sh_writer *w, uint64_t value)
+void sh_write_long_varint(sh_writer *w, uint64_t value)
 {
     uint8_t b[10];
     size_t n = 0;
-    if (value < 0x80 && w->status == SH_OK && w->out->len < w->out->cap) { /* most are */
-        w->out->data[w->out->len++] = (uint8_t)value;
-        return;
-    }
     while (value >= 0x80) {
         b[n++] = (uint8_t)(value | 0x80);
         value >>= 7;
     }
     b[n++] = (uint8_t)value;
     sh_write_bytes(w, b, n);
-}
-
-void sh_write_zigzag(sh_writer *w, int64_t value)
-{
-    sh_write_varint(w, ((uint64_t)value << 1) ^ (value < 0 ? UINT64_MAX : 0));
 }
 
 uint64_t sh_checksum64(const void *bytes, size_t n)

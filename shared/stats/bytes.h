@@ -30,8 +30,18 @@ typedef struct {
 void sh_write_fixed(sh_writer *w, uint64_t value, unsigned bytes);
 void sh_write_double(sh_writer *w, double value);
 void sh_write_float(sh_writer *w, float value);
-void sh_write_varint(sh_writer *w, uint64_t value);
-void sh_write_zigzag(sh_writer *w, int64_t value);
+void sh_write_long_varint(sh_writer *w, uint64_t value);
+static inline void sh_write_varint(sh_writer *w, uint64_t value)
+{
+    if (value < 0x80 && w->status == SH_OK && w->out->len < w->out->cap) /* most are */
+        w->out->data[w->out->len++] = (uint8_t)value;
+    else
+        sh_write_long_varint(w, value);
+}
+static inline void sh_write_zigzag(sh_writer *w, int64_t value)
+{
+    sh_write_varint(w, ((uint64_t)value << 1) ^ (value < 0 ? UINT64_MAX : 0));
+}
 void sh_write_bytes(sh_writer *w, const void *bytes, size_t n);
 
 /* The first eight bytes of BLAKE2b-256, which ends every format here. */

@@ -231,9 +231,9 @@ bool sh_ack_covers(const sh_msg_ack *ack, uint64_t first, uint64_t last)
 /* The last sequence that the acknowledgement speaks of. */
 static uint64_t ack_last(const sh_msg_ack *ack)
 {
-    for (unsigned bit = ACK_BITMAP_BITS; bit-- > 0;)
-        if (ack->bitmap[bit / 64] >> (bit % 64) & 1)
-            return ack->high_water + 1 + bit;
+    for (unsigned word = ACK_BITMAP_BITS / 64; word-- > 0;)
+        if (ack->bitmap[word] != 0)
+            return ack->high_water + 64 * (word + 1) - (unsigned)__builtin_clzll(ack->bitmap[word]);
     return ack->high_water;
 }
 
