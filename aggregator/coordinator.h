@@ -68,8 +68,8 @@ typedef struct {
                               train again; its updates stay in the buffer. 0: never */
     uint64_t checkin_ms;   /* when nodes come back, with jitter */
     uint64_t chunk_budget; /* chunks a node gets a message: flow control */
-    uint32_t
-        node_items_max; /* sequences of one (node, epoch) whose alarms, windows are kept; 0: 1024 */
+    /* Sequences of one (node, epoch) whose alarms and windows are kept; 0: 1024. */
+    uint32_t node_items_max;
     /* Admission: what is over a limit is answered with ERROR limit and the time to come back at,
      * each node another one; see docs/protocol.md. */
     uint32_t checkins_per_s;     /* enrolments and check-ins that are taken in; 0: no limit */

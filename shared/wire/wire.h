@@ -239,8 +239,8 @@ SH_MUST_USE sh_status sh_msg_decode(const void *bytes, size_t n, sh_msg *out, sh
 /* The same with a choice of what is hashed, for who takes in many chunks:
  *   SH_CHECK_ENVELOPE  the body, as sh_msg_decode does
  *   SH_CHECK_NAME      a CHUNK's bytes against its name, and not the body as well, in which there
- * is nothing else; any other message's body SH_CHECK_DONE      nothing: these very bytes were
- * decoded before, with SH_CHECK_NAME */
+ *                      is nothing else; any other message's body
+ *   SH_CHECK_DONE      nothing: these very bytes were decoded before, with SH_CHECK_NAME */
 typedef enum { SH_CHECK_ENVELOPE, SH_CHECK_NAME, SH_CHECK_DONE } sh_msg_check;
 SH_MUST_USE sh_status sh_msg_decode_checked(const void *bytes, size_t n, sh_msg_check check,
                                             sh_msg *out, sh_error *err);
