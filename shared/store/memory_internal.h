@@ -1,6 +1,7 @@
 /*
  * What the store in memory and its simulated disk share. Private to the module.
- *   store_memory.c     tables, transactions, cursors
+ *   store_memory.c     transactions, cursors
+ *   memory_tree.c      a table: a B+tree of rows
  *   store_simulated.c  crashes, unsynced commits, a full disk, corruption, copies
  */
 #ifndef SH_STORE_MEMORY_INTERNAL_H
@@ -11,26 +12,38 @@
 #include "shared/store/backend.h"
 #include "shared/store/simulated.h"
 
-#define HEIGHT_MAX 12 /* with one node in four a level higher: good for 4^12 nodes */
-
-typedef struct mem_node mem_node;
-struct mem_node {
-    uint64_t prefix; /* the key's first bytes, big-endian, with zeros behind a shorter one */
-    uint32_t value_n;
-    uint8_t key_n, height;
-    bool dead;        /* taken out; a cursor may still stand on it */
-    mem_node *next[]; /* [height], then the key's bytes, then the value's */
-};
+#define MEM_DEPTH_MAX 12 /* of a tree: a page is divided only when it has had 16 inserts */
 
 typedef struct {
+    uint64_t prefix; /* the key's first bytes, big-endian, with zeros behind a shorter one */
+    uint32_t value_n;
+    uint8_t key_n;
+    uint8_t bytes[]; /* key, value */
+} mem_row;
+
+typedef struct {
+    uint64_t prefix; /* the row's */
+    mem_row *row;
+} mem_entry;
+
+typedef struct mem_page mem_page;
+
+typedef struct {
+    mem_page *root; /* NULL: no rows */
     uint64_t count;
-    uint8_t levels; /* no node was ever higher */
-    mem_node *head[HEIGHT_MAX];
+    uint32_t version; /* grows with each change: a path of before is void */
+    uint32_t depth;   /* levels of pages */
 } mem_table;
+
+typedef struct { /* a row's place, or that of one to come: pages and entries from the root down */
+    mem_page *page[MEM_DEPTH_MAX];
+    uint32_t at[MEM_DEPTH_MAX];
+    uint32_t depth;
+} mem_path;
 
 typedef struct {
     unsigned table;
-    mem_node *removed, *added; /* either may be NULL */
+    mem_row *removed, *added; /* either may be NULL */
 } mem_undo;
 
 typedef struct {
@@ -54,13 +67,32 @@ typedef struct {          /* of a store whose disk is simulated */
 
 typedef struct {
     sh_store base;
-    uint64_t used;       /* bytes of all live nodes */
-    uint64_t level_bits; /* generator of node heights */
-    atomic_int users;    /* -1: a writer; else the number of readers */
+    uint64_t used;    /* bytes of all rows */
+    atomic_int users; /* -1: a writer; else the number of readers */
     mem_txn writer;
     mem_sim *sim; /* NULL: a disk without faults */
     mem_table tables[];
 } mem_store;
+
+/* ---- memory_tree.c ---- */
+uint64_t mem_prefix(sh_slice key);
+mem_row *mem_tree_get(const mem_table *table, sh_slice key);
+/* The place of the first row with a key >= key (or, with `after`, > key), if it is in this page. */
+void mem_tree_find(const mem_table *table, sh_slice key, bool after, mem_path *path);
+/* The row with just this key, of a path that mem_tree_find gave for it; NULL: there is none. */
+mem_row *mem_tree_found(const mem_path *path, sh_slice key);
+/* That first row, whichever page it is in. These four: NULL when there is none. */
+mem_row *mem_tree_seek(const mem_table *table, sh_slice key, bool after, mem_path *path);
+mem_row *mem_tree_next(mem_path *path);
+mem_row *mem_tree_first(const mem_table *table, mem_path *path);
+mem_row *mem_tree_last(const mem_table *table, mem_path *path);
+/* At a place that mem_tree_find gave for the row's key. */
+void mem_tree_replace(mem_table *table, mem_path *path, mem_row *row);
+void mem_tree_remove(mem_table *table, mem_path *path); /* the row stays the caller's */
+/* false: no memory, nothing has changed. `must`: allocates as what cannot go on without does; no
+ * test's allocator fails it. */
+bool mem_tree_insert(mem_table *table, mem_path *path, mem_row *row, bool must);
+void mem_tree_clear(mem_table *table); /* frees the rows */
 
 /* ---- store_memory.c ---- */
 bool mem_is_memory(const sh_store *store);

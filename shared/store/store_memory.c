@@ -1,13 +1,11 @@
 /*
- * The store in memory: a skip list a table (Pugh, "Skip Lists: A Probabilistic Alternative to
- * Balanced Trees", 1990) and an undo log for the write transaction.
+ * The store in memory: a B+tree a table (memory_tree.c) and an undo log for the write transaction.
  *
- * A write never changes a node: it takes the old one out, puts a new one in, and notes both. So
+ * A write never changes a row: it takes the old one out, puts a new one in, and notes both. So
  * abort is the notes backwards, and what a transaction took out stays readable (by slices and
- * cursors) until it ends. A resting store is its struct and its nodes, each one allocation; the
- * write transaction is a part of the struct, its notes are kept while they are few.
+ * cursors) until it ends. A resting store is its struct, its pages and its rows; the write
+ * transaction is a part of the struct, its notes are kept while they are few.
  */
-#include <endian.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,7 +17,9 @@
 
 typedef struct {
     sh_cursor base;
-    mem_node *at; /* NULL: nowhere */
+    mem_row *at;      /* NULL: nowhere */
+    uint32_t version; /* of the table, when path was its place */
+    mem_path path;
 } mem_cursor;
 
 static mem_store *store_of(const sh_txn *txn)
@@ -27,109 +27,19 @@ static mem_store *store_of(const sh_txn *txn)
     return (mem_store *)txn->store;
 }
 
-static const uint8_t *node_key(const mem_node *node)
+static sh_slice key_of(const mem_row *row)
 {
-    return (const uint8_t *)(node->next + node->height);
+    return (sh_slice){row->bytes, row->key_n};
 }
 
-static size_t node_bytes(const mem_node *node)
+static size_t bytes_of(size_t key_n, size_t value_n)
 {
-    return sizeof(*node) + node->height * sizeof(node->next[0]) + node->key_n + node->value_n;
+    return sizeof(mem_row) + sizeof(mem_entry) + key_n + value_n;
 }
 
-static uint64_t prefix_of(sh_slice key)
+static size_t row_bytes(const mem_row *row)
 {
-    uint64_t prefix = 0;
-    memcpy(&prefix, key.data, SH_MIN(key.n, sizeof prefix));
-    return be64toh(prefix);
-}
-
-/* Most keys differ in their first bytes, which the node has at hand. */
-static int compare(const mem_node *node, uint64_t prefix, sh_slice key)
-{
-    if (node->prefix != prefix)
-        return node->prefix < prefix ? -1 : 1;
-    size_t n = SH_MIN((size_t)node->key_n, key.n);
-    int order = memcmp(node_key(node), key.data, n);
-    return order ? order : (node->key_n > key.n) - (node->key_n < key.n);
-}
-
-/* links[l] is the link of level l that points at the first node with a key >= key (or, with
- * `after`, > key). */
-static void find(mem_table *table, sh_slice key, bool after, mem_node **links[HEIGHT_MAX])
-{
-    mem_node **row = table->head;
-    uint64_t prefix = prefix_of(key);
-    for (int l = table->levels; l < HEIGHT_MAX; l++)
-        links[l] = &row[l];
-    for (int l = table->levels - 1; l >= 0; l--) {
-        while (row[l] && compare(row[l], prefix, key) < (after ? 1 : 0))
-            row = row[l]->next;
-        links[l] = &row[l];
-    }
-}
-
-/* The first node with a key >= key, NULL when there is none. */
-static mem_node *seek(mem_table *table, sh_slice key)
-{
-    mem_node **row = table->head, *past = NULL;
-    uint64_t prefix = prefix_of(key);
-    for (int l = table->levels - 1; l >= 0; l--) {
-        while (row[l] && row[l] != past && compare(row[l], prefix, key) < 0)
-            row = row[l]->next;
-        past = row[l]; /* it was looked at: not again on the levels below */
-    }
-    return past;
-}
-
-/* Out of, and into, the place that find gave for the node's key. */
-static void unlink_node(mem_store *store, mem_table *table, mem_node *node,
-                        mem_node **links[HEIGHT_MAX])
-{
-    for (int l = 0; l < node->height; l++) {
-        SH_ASSERT(*links[l] == node);
-        *links[l] = node->next[l];
-    }
-    node->dead = true;
-    table->count--;
-    store->used -= node_bytes(node);
-}
-
-static void link_node(mem_store *store, mem_table *table, mem_node *node,
-                      mem_node **links[HEIGHT_MAX])
-{
-    for (int l = 0; l < node->height; l++) {
-        node->next[l] = *links[l];
-        *links[l] = node;
-    }
-    node->dead = false;
-    table->levels = SH_MAX(table->levels, node->height);
-    table->count++;
-    store->used += node_bytes(node);
-}
-
-static void find_node(mem_table *table, const mem_node *node, mem_node **links[HEIGHT_MAX])
-{
-    find(table, (sh_slice){node_key(node), node->key_n}, false, links);
-}
-
-static uint8_t draw_height(mem_store *store)
-{
-    store->level_bits ^= store->level_bits << 13; /* xorshift64 */
-    store->level_bits ^= store->level_bits >> 7;
-    store->level_bits ^= store->level_bits << 17;
-    uint8_t height = 1;
-    for (uint64_t bits = store->level_bits; (bits & 3) == 0 && height < HEIGHT_MAX; bits >>= 2)
-        height++;
-    return height;
-}
-
-/* The node of key, NULL when there is none; links: its place. */
-static mem_node *lookup(mem_txn *txn, unsigned table, sh_slice key, mem_node **links[HEIGHT_MAX])
-{
-    find(&store_of(&txn->base)->tables[table], key, false, links);
-    mem_node *node = *links[0];
-    return node && compare(node, prefix_of(key), key) == 0 ? node : NULL;
+    return bytes_of(row->key_n, row->value_n);
 }
 
 static sh_status reserve_undo(mem_txn *txn, sh_error *err)
@@ -152,37 +62,46 @@ static uint64_t room(const mem_store *store, int kind)
     return kind == SH_TXN_RESERVE ? most + kept : most;
 }
 
+static mem_row *make_row(sh_slice key, sh_slice value)
+{
+    mem_row *row = sh_calloc(1, sizeof(*row) + key.n + value.n);
+    if (!row)
+        return NULL;
+    row->prefix = mem_prefix(key);
+    row->key_n = (uint8_t)key.n;
+    row->value_n = (uint32_t)value.n;
+    memcpy(row->bytes, key.data, key.n);
+    if (value.n)
+        memcpy(row->bytes + key.n, value.data, value.n);
+    return row;
+}
+
 static sh_status mem_put(sh_txn *base, unsigned t, sh_slice key, sh_slice value, sh_error *err)
 {
     mem_txn *txn = (mem_txn *)base;
     mem_store *store = store_of(base);
     mem_table *table = &store->tables[t];
-    mem_node **links[HEIGHT_MAX];
+    mem_path path;
     SH_TRY(mem_sim_write(store, err));
     SH_TRY(reserve_undo(txn, err));
-    mem_node *old = lookup(txn, t, key, links);
-    uint8_t height = old ? old->height : draw_height(store);
-    size_t bytes = sizeof(mem_node) + height * sizeof(mem_node *) + key.n + value.n;
+    mem_tree_find(table, key, false, &path);
+    mem_row *old = mem_tree_found(&path, key);
+    size_t bytes = bytes_of(key.n, value.n);
+    uint64_t used = store->used - (old ? row_bytes(old) : 0) + bytes;
     uint64_t most = room(store, base->kind);
-    if (store->used - (old ? node_bytes(old) : 0) + bytes > most)
+    if (used > most)
         return sh_fail(err, SH_ERR_FULL,
                        "store in memory: full: %llu bytes in use, this transaction may use %llu",
                        (unsigned long long)store->used, (unsigned long long)most);
-    mem_node *node = sh_calloc(1, bytes);
-    if (!node)
+    mem_row *row = make_row(key, value);
+    if (row && old)
+        mem_tree_replace(table, &path, row);
+    if (!row || (!old && !mem_tree_insert(table, &path, row, false))) {
+        free(row);
         return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory for %zu bytes", bytes);
-    node->prefix = prefix_of(key);
-    node->height = height;
-    node->key_n = (uint8_t)key.n;
-    node->value_n = (uint32_t)value.n;
-    uint8_t *to = (uint8_t *)(node->next + height);
-    memcpy(to, key.data, key.n);
-    if (value.n)
-        memcpy(to + key.n, value.data, value.n);
-    if (old) /* of the same height: the links are the new one's, too */
-        unlink_node(store, table, old, links);
-    link_node(store, table, node, links);
-    txn->undo[txn->n++] = (mem_undo){t, old, node};
+    }
+    store->used = used;
+    txn->undo[txn->n++] = (mem_undo){t, old, row};
     return SH_OK;
 }
 
@@ -190,31 +109,34 @@ static sh_status mem_del(sh_txn *base, unsigned t, sh_slice key, sh_error *err)
 {
     mem_txn *txn = (mem_txn *)base;
     mem_store *store = store_of(base);
-    mem_node **links[HEIGHT_MAX];
+    mem_table *table = &store->tables[t];
+    mem_path path;
     SH_TRY(mem_sim_write(store, err));
-    mem_node *node = lookup(txn, t, key, links);
-    if (!node)
+    mem_tree_find(table, key, false, &path);
+    mem_row *row = mem_tree_found(&path, key);
+    if (!row)
         return SH_OK;
     SH_TRY(reserve_undo(txn, err));
-    unlink_node(store, &store->tables[t], node, links);
-    txn->undo[txn->n++] = (mem_undo){t, node, NULL};
+    mem_tree_remove(table, &path);
+    store->used -= row_bytes(row);
+    txn->undo[txn->n++] = (mem_undo){t, row, NULL};
     return SH_OK;
 }
 
-static void give(const mem_node *node, sh_slice *key, sh_slice *value)
+static void give(const mem_row *row, sh_slice *key, sh_slice *value)
 {
     if (key)
-        *key = (sh_slice){node_key(node), node->key_n};
+        *key = key_of(row);
     if (value)
-        *value = (sh_slice){node_key(node) + node->key_n, node->value_n};
+        *value = (sh_slice){row->bytes + row->key_n, row->value_n};
 }
 
 static sh_status mem_get(sh_txn *base, unsigned t, sh_slice key, sh_slice *value)
 {
-    const mem_node *node = seek(&store_of(base)->tables[t], key);
-    if (!node || compare(node, prefix_of(key), key) != 0)
+    const mem_row *row = mem_tree_get(&store_of(base)->tables[t], key);
+    if (!row)
         return SH_ERR_NOT_FOUND;
-    give(node, NULL, value);
+    give(row, NULL, value);
     return SH_OK;
 }
 
@@ -281,21 +203,24 @@ void mem_forget(mem_undo *undo, size_t n)
         free(undo[i].removed);
 }
 
+/* Backwards. The tree may have lost a page since that this needs again: without memory for it
+ * neither an abort nor a simulated crash can go on. */
 void mem_undo_all(mem_store *store, mem_undo *undo, size_t n)
 {
-    mem_node **links[HEIGHT_MAX];
     while (n > 0) {
         const mem_undo *u = &undo[--n];
         mem_table *table = &store->tables[u->table];
-        if (u->added) {
-            find_node(table, u->added, links);
-            unlink_node(store, table, u->added, links);
-            free(u->added);
-        }
-        if (u->removed) {
-            find_node(table, u->removed, links);
-            link_node(store, table, u->removed, links);
-        }
+        mem_path path;
+        mem_tree_find(table, key_of(u->added ? u->added : u->removed), false, &path);
+        if (u->added && u->removed)
+            mem_tree_replace(table, &path, u->removed);
+        else if (u->added)
+            mem_tree_remove(table, &path);
+        else
+            SH_ASSERT(mem_tree_insert(table, &path, u->removed, true));
+        store->used += u->removed ? row_bytes(u->removed) : 0;
+        store->used -= u->added ? row_bytes(u->added) : 0;
+        free(u->added);
     }
 }
 
@@ -332,53 +257,46 @@ static sh_status mem_cursor_open(sh_txn *txn, unsigned table, sh_cursor **out, s
     return SH_OK;
 }
 
-static sh_status move(mem_cursor *cursor, mem_node *to, sh_slice *key, sh_slice *value)
+static const mem_table *cursor_table(const mem_cursor *cursor)
+{
+    return &store_of(cursor->base.txn)->tables[cursor->base.table];
+}
+
+static sh_status move(mem_cursor *cursor, mem_row *to, sh_slice *key, sh_slice *value)
 {
     cursor->at = to;
+    cursor->version = cursor_table(cursor)->version;
     if (!to)
         return SH_ERR_NOT_FOUND;
     give(to, key, value);
     return SH_OK;
 }
 
-static mem_table *cursor_table(const mem_cursor *cursor)
-{
-    return &store_of(cursor->base.txn)->tables[cursor->base.table];
-}
-
 static sh_status mem_seek(sh_cursor *base, sh_slice from, sh_slice *key, sh_slice *value)
 {
     mem_cursor *cursor = (mem_cursor *)base;
-    mem_table *table = cursor_table(cursor);
-    if (from.n == 0)
-        return move(cursor, table->head[0], key, value);
-    return move(cursor, seek(table, from), key, value);
+    const mem_table *table = cursor_table(cursor);
+    mem_row *to = from.n == 0 ? mem_tree_first(table, &cursor->path)
+                              : mem_tree_seek(table, from, false, &cursor->path);
+    return move(cursor, to, key, value);
 }
 
 static sh_status mem_next(sh_cursor *base, sh_slice *key, sh_slice *value)
 {
     mem_cursor *cursor = (mem_cursor *)base;
-    mem_node *at = cursor->at;
-    if (!at)
+    const mem_table *table = cursor_table(cursor);
+    if (!cursor->at)
         return SH_ERR_NOT_FOUND;
-    if (!at->dead)
-        return move(cursor, at->next[0], key, value);
-    mem_node **links[HEIGHT_MAX];
-    find(cursor_table(cursor), (sh_slice){node_key(at), at->key_n}, true, links);
-    return move(cursor, *links[0], key, value);
+    mem_row *to = cursor->version == table->version
+                      ? mem_tree_next(&cursor->path)
+                      : mem_tree_seek(table, key_of(cursor->at), true, &cursor->path);
+    return move(cursor, to, key, value);
 }
 
 static sh_status mem_last(sh_cursor *base, sh_slice *key, sh_slice *value)
 {
     mem_cursor *cursor = (mem_cursor *)base;
-    mem_node **row = cursor_table(cursor)->head;
-    mem_node *last = NULL;
-    for (int l = HEIGHT_MAX - 1; l >= 0; l--)
-        while (row[l]) {
-            last = row[l];
-            row = last->next;
-        }
-    return move(cursor, last, key, value);
+    return move(cursor, mem_tree_last(cursor_table(cursor), &cursor->path), key, value);
 }
 
 static void mem_cursor_close(sh_cursor *base)
@@ -390,14 +308,8 @@ static void mem_cursor_close(sh_cursor *base)
 
 void mem_empty(mem_store *store)
 {
-    for (size_t t = 0; t < store->base.n_tables; t++) {
-        for (mem_node *node = store->tables[t].head[0]; node;) {
-            mem_node *next = node->next[0];
-            free(node);
-            node = next;
-        }
-        store->tables[t] = (mem_table){0};
-    }
+    for (size_t t = 0; t < store->base.n_tables; t++)
+        mem_tree_clear(&store->tables[t]);
     store->used = 0;
 }
 
@@ -462,27 +374,27 @@ sh_status sh_store_open_memory(const sh_store_options *options, sh_store **out, 
     if (!store)
         return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory");
     store->base = common;
-    store->level_bits = 0x9e3779b97f4a7c15u;
     atomic_init(&store->users, 0);
     *out = &store->base;
     return SH_OK;
 }
 
-/* All of from's nodes, one by one at the end of each level: they come in order. */
 sh_status mem_copy_rows(mem_store *to, const mem_store *from, sh_error *err)
 {
     for (size_t t = 0; t < from->base.n_tables; t++) {
-        mem_node **last[HEIGHT_MAX];
-        for (int l = 0; l < HEIGHT_MAX; l++)
-            last[l] = &to->tables[t].head[l];
-        for (const mem_node *node = from->tables[t].head[0]; node; node = node->next[0]) {
-            mem_node *copy = sh_calloc(1, node_bytes(node));
-            if (!copy)
+        mem_table *table = &to->tables[t];
+        mem_path here, there;
+        sh_slice value;
+        const mem_row *row = mem_tree_first(&from->tables[t], &here);
+        for (; row; row = mem_tree_next(&here)) {
+            give(row, NULL, &value);
+            mem_row *copy = make_row(key_of(row), value);
+            mem_tree_find(table, key_of(row), false, &there);
+            if (!copy || !mem_tree_insert(table, &there, copy, false)) {
+                free(copy);
                 return sh_fail(err, SH_ERR_NO_MEMORY, "store in memory: no memory for a copy");
-            memcpy(copy, node, node_bytes(node));
-            link_node(to, &to->tables[t], copy, last);
-            for (int l = 0; l < copy->height; l++)
-                last[l] = &copy->next[l];
+            }
+            to->used += row_bytes(copy);
         }
     }
     return SH_OK;

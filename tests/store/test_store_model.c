@@ -471,11 +471,86 @@ static void test_many(void **state)
     temp_dir_remove(&dir);
 }
 
+#define ROWS 3000
+
+/* A number's key; all keys have their first bytes in common. */
+static void key_of(uint8_t key[16], uint32_t i)
+{
+    memcpy(key, "the same", 8);
+    sh_key_put_u64(key + 8, i);
+}
+
+static void check_even_rows(sh_txn *txn)
+{
+    sh_cursor *cursor = NULL;
+    sh_slice got, value;
+    assert_int_equal(sh_txn_count(txn, 0), ROWS / 2);
+    assert_int_equal(sh_cursor_open(txn, 0, &cursor, NULL), SH_OK);
+    sh_status status = sh_cursor_seek(cursor, NULL, 0, &got, &value);
+    for (uint32_t i = 0; i < ROWS; i += 2) {
+        uint8_t key[16];
+        key_of(key, i);
+        assert_int_equal(status, SH_OK);
+        assert_memory_equal(got.data, key, sizeof key);
+        assert_memory_equal(value.data, &i, sizeof i);
+        assert_int_equal(sh_txn_get(txn, 0, key, sizeof key, &value), SH_OK);
+        assert_memory_equal(value.data, &i, sizeof i);
+        status = sh_cursor_next(cursor, &got, &value);
+    }
+    assert_int_equal(status, SH_ERR_NOT_FOUND);
+    sh_cursor_close(&cursor);
+}
+
+/* A transaction that takes all rows out and puts others in, in random order, and is given up. */
+static void test_abort_of_many(void **state)
+{
+    (void)state;
+    temp_dir dir = temp_dir_make();
+    sh_store *store[SUTS];
+    uint32_t shuffled[ROWS];
+    sh_rng rng;
+    assert_int_equal(sh_store_open_lmdb(dir.path, &options, &store[LMDB], NULL), SH_OK);
+    assert_int_equal(sh_store_open_memory(&options, &store[MEMORY], NULL), SH_OK);
+    for (uint32_t i = 0; i < ROWS; i++)
+        shuffled[i] = i;
+    sh_rng_init(&rng, 1, 0, 3);
+    for (int k = 0; k < SUTS; k++) {
+        sh_txn *txn = NULL;
+        uint8_t key[16];
+        assert_int_equal(sh_txn_begin(store[k], SH_TXN_WRITE, &txn, NULL), SH_OK);
+        for (uint32_t i = 0; i < ROWS; i += 2) {
+            key_of(key, i);
+            assert_int_equal(sh_txn_put(txn, 0, key, sizeof key, &i, sizeof i, NULL), SH_OK);
+        }
+        check_even_rows(txn);
+        assert_int_equal(sh_txn_commit(&txn, NULL), SH_OK);
+        for (int turn = 0; turn < 3; turn++) {
+            sh_rng_shuffle(&rng, shuffled, ROWS);
+            assert_int_equal(sh_txn_begin(store[k], SH_TXN_WRITE, &txn, NULL), SH_OK);
+            for (size_t i = 0; i < ROWS; i++) {
+                key_of(key, shuffled[i]);
+                if (shuffled[i] % 2 == 0)
+                    assert_int_equal(sh_txn_del(txn, 0, key, sizeof key, NULL), SH_OK);
+                else if (turn > 0) /* at first there is nothing left */
+                    assert_int_equal(sh_txn_put(txn, 0, key, sizeof key, NULL, 0, NULL), SH_OK);
+            }
+            assert_int_equal(sh_txn_count(txn, 0), turn > 0 ? ROWS / 2 : 0);
+            sh_txn_abort(&txn);
+            assert_int_equal(sh_txn_begin(store[k], SH_TXN_READ, &txn, NULL), SH_OK);
+            check_even_rows(txn);
+            sh_txn_abort(&txn);
+        }
+        sh_store_close(&store[k]);
+    }
+    temp_dir_remove(&dir);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_model),
         cmocka_unit_test(test_many),
+        cmocka_unit_test(test_abort_of_many),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
