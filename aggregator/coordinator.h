@@ -262,6 +262,7 @@ typedef enum {
     SH_CNOTE_TAKEN,           /* number: version of the parent's release that nodes get now */
     SH_CNOTE_PARENT_REFUSED,  /* the parent does not know this relay's key */
     SH_CNOTE_PARENT_RENEWED,  /* another copy of this relay's store sends to it: a new epoch */
+    SH_CNOTE_MANIFEST_LOST,   /* a relay's, of the release that came: damaged, and fetched again */
     SH_CNOTE_ROTATED,         /* number: how often this node */
     SH_CNOTE_LIMITED,         /* disconnected, because it went on over its limit; number: how often
                                  that was */

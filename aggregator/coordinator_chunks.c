@@ -112,6 +112,30 @@ sh_status coord_chunks_drop(coord_step *s, const uint8_t *names, size_t n)
     return SH_OK;
 }
 
+sh_status coord_chunks_sweep(coord_step *s)
+{
+    const coord_chunks *chunks = &s->c->chunks;
+    sh_cursor *cursor = NULL;
+    sh_slice key;
+    SH_TRY(sh_cursor_open(s->txn, SH_COORD_T_CHUNK, &cursor, s->err));
+    sh_status status = sh_cursor_seek(cursor, NULL, 0, &key, NULL);
+    while (status == SH_OK) {
+        sh_hash name;
+        if (key.n != sizeof name) {
+            status =
+                sh_fail(s->err, SH_ERR_CORRUPT, "coordinator: a chunk's key of %zu bytes", key.n);
+            break;
+        }
+        memcpy(&name, key.data, sizeof name);
+        if (chunks->cap == 0 || chunks->places[find(chunks, name.b)].holds == 0)
+            status = sh_txn_del(s->txn, SH_COORD_T_CHUNK, name.b, sizeof name, s->err);
+        if (status == SH_OK)
+            status = sh_cursor_next(cursor, &key, NULL);
+    }
+    sh_cursor_close(&cursor);
+    return status == SH_ERR_NOT_FOUND ? SH_OK : status;
+}
+
 bool coord_chunks_have_room(const sh_coord *c, uint32_t n)
 {
     return c->chunks.n + n <= COORD_CHUNKS_MAX;

@@ -423,6 +423,8 @@ void coord_waiting_release(sh_coord *c);
  * name as often as it held it. What nobody holds any more is deleted. */
 sh_status coord_chunks_hold(sh_coord *c, const uint8_t *names, size_t n, sh_error *err);
 sh_status coord_chunks_drop(coord_step *s, const uint8_t *names, size_t n);
+/* Deletes what nobody holds: once all holders are loaded, where a list of names was lost. */
+sh_status coord_chunks_sweep(coord_step *s);
 /* Whether an update of n chunks may be held; those that are held already are not told apart. */
 bool coord_chunks_have_room(const sh_coord *c, uint32_t n);
 void coord_chunks_release(coord_chunks *chunks);

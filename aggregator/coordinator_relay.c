@@ -363,15 +363,22 @@ static const sh_link_callbacks callbacks = {.may_send = may_send,
 
 /* ---- open, step, status ---- */
 
-static sh_status load_taking(coord_step *s)
+/* *lost: its manifest is damaged. Then it is forgotten; the parent offers it again. */
+static sh_status load_taking(coord_step *s, bool *lost)
 {
     sh_slice value;
+    *lost = false;
     sh_status status =
         sh_txn_get(s->txn, SH_COORD_T_META, up_take_key, strlen(up_take_key), &value);
     if (status == SH_ERR_NOT_FOUND)
         return SH_OK;
     SH_TRY(status);
-    return set_taking(s, (sh_bytes){value.data, value.n});
+    status = set_taking(s, (sh_bytes){value.data, value.n});
+    *lost = status != SH_OK && status != SH_ERR_NO_MEMORY;
+    if (!*lost)
+        return status;
+    coord_note(s, SH_CNOTE_MANIFEST_LOST, NULL, 0);
+    return sh_txn_del(s->txn, SH_COORD_T_META, up_take_key, strlen(up_take_key), s->err);
 }
 
 /* The chunks of what is owed stay until it is not. */
@@ -435,9 +442,11 @@ sh_status coord_relay_open(coord_step *s, bool is_new)
     SH_TRY(coord_candidate_row_get(s->txn, 0, &genesis, s->err));
     free(genesis.merged);
     c->relay->shapes = genesis.sha256;
-    SH_TRY(load_taking(s));
+    bool lost = false;
+    SH_TRY(load_taking(s, &lost));
     SH_TRY(open_link(s));
-    return hold_owed(s);
+    SH_TRY(hold_owed(s));
+    return lost ? coord_chunks_sweep(s) : SH_OK; /* which were its own, nobody knows any more */
 }
 
 void coord_relay_close(sh_coord *c)

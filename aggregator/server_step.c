@@ -104,6 +104,9 @@ static void log_note(const sh_coord_action *a)
     case SH_CNOTE_PARENT_REFUSED:
         sh_log(SH_LOG_WARN, "parent_refused", "reason=key");
         break;
+    case SH_CNOTE_MANIFEST_LOST:
+        sh_log(SH_LOG_WARN, "manifest_lost", "fetched=again");
+        break;
     case SH_CNOTE_ROTATED:
         sh_log(SH_LOG_INFO, "rotated", "node=%.16s rotations=%llu", node, number);
         break;

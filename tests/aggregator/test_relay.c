@@ -106,23 +106,27 @@ static bool take_down(rig *root, unsigned node, sh_buf *out)
     return false;
 }
 
-/* Carries messages between the relay and the root until there are none. */
-static void carry(tiers *t, unsigned i)
+/* One message between the relay and the root; false: there is none. */
+static bool carry_one(tiers *t, unsigned i)
 {
     rig *r = &t->relay[i];
-    for (unsigned turn = 0; turn < ROUNDS_MAX; turn++) {
-        sh_buf bytes;
-        if (take_up(r, &bytes)) {
-            (void)rig_send_bytes(&t->root, RELAY + i, bytes.data, bytes.len);
-        } else if (take_down(&t->root, RELAY + i, &bytes)) {
-            sh_coord_event e = {.kind = SH_COORD_PARENT_MESSAGE,
-                                .message = {bytes.data, bytes.len}};
-            (void)rig_step(r, &e);
-        } else {
-            return;
-        }
-        sh_buf_release(&bytes);
+    sh_buf bytes;
+    if (take_up(r, &bytes)) {
+        (void)rig_send_bytes(&t->root, RELAY + i, bytes.data, bytes.len);
+    } else if (take_down(&t->root, RELAY + i, &bytes)) {
+        sh_coord_event e = {.kind = SH_COORD_PARENT_MESSAGE, .message = {bytes.data, bytes.len}};
+        (void)rig_step(r, &e);
+    } else {
+        return false;
     }
+    sh_buf_release(&bytes);
+    return true;
+}
+
+static void carry(tiers *t, unsigned i)
+{
+    for (unsigned turn = 0; turn < ROUNDS_MAX && carry_one(t, i); turn++)
+        ;
 }
 
 static bool end_stack(rig *r, sh_status status, const sh_reason *reasons)
@@ -307,6 +311,56 @@ static void test_releases_and_plans_come_down(void **state)
     rig_reboot(r); /* and after a crash, before its parent is heard */
     below = rig_checkin(r, 0, 2, false);
     assert_memory_equal(&above.train, &below.train, sizeof above.train);
+    finish(t);
+}
+
+static void damage_taken_manifest(rig *r)
+{
+    sh_error err = {0};
+    sh_txn *txn = NULL;
+    sh_slice value;
+    uint8_t copy[8192];
+    ok(sh_txn_begin(r->store, SH_TXN_WRITE, &txn, &err), &err);
+    ok(sh_txn_get(txn, SH_COORD_T_META, "up-take", 7, &value), &err);
+    assert_true(value.n <= sizeof copy);
+    memcpy(copy, value.data, value.n);
+    copy[value.n / 2] ^= 1;
+    ok(sh_txn_put(txn, SH_COORD_T_META, "up-take", 7, copy, value.n, &err), &err);
+    ok(sh_txn_commit(&txn, &err), &err);
+}
+
+/* The manifest of the release that comes is damaged in the store: it comes again. */
+static void test_a_damaged_manifest_is_fetched_again(void **state)
+{
+    (void)state;
+    tiers *t = make(1);
+    rig *r = &t->relay[0], *root = &t->root;
+    carry(t, 0);
+    offer(r, 0, 3, 1);
+    assert_true(end_stack(r, SH_OK, NULL));
+    carry(t, 0);
+    assert_true(rig_end_merge(root, NULL));
+    assert_true(rig_end_gate(root, 3, 2.9));
+    uint64_t chunks = rig_count(r, SH_COORD_T_CHUNK);
+    /* Until the manifest and one chunk are here. */
+    for (unsigned i = 0; i < 2000 && rig_count(r, SH_COORD_T_CHUNK) == chunks; i++)
+        if (!carry_one(t, 0))
+            rig_timer(r);
+    assert_int_equal(rig_count(r, SH_COORD_T_CHUNK), chunks + 1);
+    assert_int_equal(rig_status(r).taking, 2);
+    damage_taken_manifest(r);
+    rig_drop_mail(root);
+    rig_reboot(r);
+    assert_int_equal(rig_status(r).taking, 0);
+    assert_int_equal(rig_count(r, SH_COORD_T_CHUNK), chunks);
+    assert_int_equal(r->notes[SH_CNOTE_MANIFEST_LOST], 1);
+    event(r, SH_COORD_PARENT_UP);
+    for (unsigned i = 0; i < 20 && rig_status(r).version < 2; i++) {
+        rig_timer(r);
+        carry(t, 0);
+    }
+    assert_int_equal(rig_status(r).version, 2);
+    rig_check(r, true);
     finish(t);
 }
 
@@ -707,6 +761,7 @@ int main(void)
         cmocka_unit_test(test_updates_go_up_as_one),
         cmocka_unit_test(test_parts_count_as_what_they_are),
         cmocka_unit_test(test_releases_and_plans_come_down),
+        cmocka_unit_test(test_a_damaged_manifest_is_fetched_again),
         cmocka_unit_test(test_drift_is_summed),
         cmocka_unit_test(test_no_part_counts_twice),
         cmocka_unit_test(test_only_relays_speak_for_others),
