@@ -15,14 +15,13 @@
 #define MEM_DEPTH_MAX 12 /* of a tree: a page is divided only when it has had 16 inserts */
 
 typedef struct {
-    uint64_t prefix; /* the key's first bytes, big-endian, with zeros behind a shorter one */
     uint32_t value_n;
     uint8_t key_n;
     uint8_t bytes[]; /* key, value */
 } mem_row;
 
 typedef struct {
-    uint64_t prefix; /* the row's */
+    uint64_t prefix; /* the key's first bytes, big-endian, with zeros behind a shorter one */
     mem_row *row;
 } mem_entry;
 
@@ -75,7 +74,6 @@ typedef struct {
 } mem_store;
 
 /* ---- memory_tree.c ---- */
-uint64_t mem_prefix(sh_slice key);
 mem_row *mem_tree_get(const mem_table *table, sh_slice key);
 /* The place of the first row with a key >= key (or, with `after`, > key), if it is in this page. */
 void mem_tree_find(const mem_table *table, sh_slice key, bool after, mem_path *path);
@@ -89,7 +87,7 @@ mem_row *mem_tree_last(const mem_table *table, mem_path *path);
 /* At a place that mem_tree_find gave for the row's key. */
 void mem_tree_replace(mem_table *table, mem_path *path, mem_row *row);
 void mem_tree_remove(mem_table *table, mem_path *path); /* the row stays the caller's */
-/* false: no memory, nothing has changed. `must`: allocates as what cannot go on without does; no
+/* false: no memory, and no row has changed. `must`: of a caller that cannot go on without; no
  * test's allocator fails it. */
 bool mem_tree_insert(mem_table *table, mem_path *path, mem_row *row, bool must);
 void mem_tree_clear(mem_table *table); /* frees the rows */

@@ -17,7 +17,8 @@
 #include "shared/store/memory_internal.h"
 
 #define PAGE_MAX  32u /* entries of a page */
-#define PAGE_FEW  2u  /* what a table's first page begins with: it doubles */
+#define PAGE_FEW  2u  /* what a table's first page begins with, and */
+#define PAGE_SOME 8u  /* one behind a full one, or above it; they double */
 #define GROWN_MAX (MEM_DEPTH_MAX + 1)
 
 struct mem_page {
@@ -35,7 +36,7 @@ static size_t page_bytes(uint32_t cap, bool inner)
     return sizeof(mem_page) + cap * (sizeof(mem_entry) + (inner ? sizeof(mem_page *) : 0));
 }
 
-uint64_t mem_prefix(sh_slice key)
+static uint64_t prefix_of(sh_slice key)
 {
     uint64_t prefix = 0;
     if (key.n >= sizeof prefix)
@@ -72,7 +73,7 @@ static uint32_t below(const mem_page *page, uint64_t prefix, sh_slice key, bool 
 
 void mem_tree_find(const mem_table *table, sh_slice key, bool after, mem_path *path)
 {
-    uint64_t prefix = mem_prefix(key);
+    uint64_t prefix = prefix_of(key);
     mem_page *page = table->root;
     path->depth = table->depth;
     for (uint32_t l = 0; l < table->depth; l++) {
@@ -150,14 +151,14 @@ mem_row *mem_tree_found(const mem_path *path, sh_slice key)
         return NULL;
     const mem_page *leaf = path->page[path->depth - 1];
     uint32_t at = path->at[path->depth - 1];
-    if (at == leaf->n || compare(&leaf->entries[at], mem_prefix(key), key) != 0)
+    if (at == leaf->n || compare(&leaf->entries[at], prefix_of(key), key) != 0)
         return NULL;
     return leaf->entries[at].row;
 }
 
 mem_row *mem_tree_get(const mem_table *table, sh_slice key)
 {
-    uint64_t prefix = mem_prefix(key);
+    uint64_t prefix = prefix_of(key);
     mem_page *page = table->root;
     for (uint32_t l = 1; l < table->depth; l++) {
         uint32_t at = below(page, prefix, key, true);
@@ -219,52 +220,60 @@ static void divide(mem_page *page, mem_page *right, uint32_t at, bool inner)
     page->n = from;
 }
 
-static void free_pages(mem_page **pages, uint32_t n)
+/* A page that must be there comes from where no test's allocator fails it. */
+static mem_page *new_page(uint32_t cap, bool inner, bool must)
 {
-    while (n > 0)
-        free(pages[--n]);
+    mem_page *page =
+        must ? calloc(1, page_bytes(cap, inner)) : sh_calloc(1, page_bytes(cap, inner));
+    if (page)
+        page->cap = cap;
+    return page;
 }
 
-/* All that an insert at the path needs: a page for each full one from the leaf up, and a root. */
-static bool make_pages(const mem_path *path, mem_page *pages[GROWN_MAX], uint32_t *n, bool must)
+/* The path's page of this level gets room for twice as much. */
+static bool enlarge(mem_table *table, mem_path *path, uint32_t level, bool must)
 {
-    *n = 0;
-    for (uint32_t l = path->depth; l-- > 0 && path->page[l]->n == PAGE_MAX;) {
-        uint32_t more = l == 0 ? 2 : 1;
-        for (uint32_t k = 0; k < more; k++) {
-            bool inner = k > 0 || l + 1 < path->depth;
-            size_t bytes = page_bytes(PAGE_MAX, inner);
-            mem_page *page = must ? calloc(1, bytes) : sh_calloc(1, bytes);
-            if (!page) {
-                free_pages(pages, *n);
-                return false;
-            }
-            page->cap = PAGE_MAX;
-            pages[(*n)++] = page;
-        }
-    }
-    return true;
-}
-
-/* A table's only page has not room for all that a page may hold. */
-static bool enlarge(mem_table *table, mem_path *path, bool must)
-{
-    mem_page *page = table->root;
-    uint32_t cap = page ? page->cap * 2 : PAGE_FEW;
-    mem_page *larger =
-        must ? calloc(1, page_bytes(cap, false)) : sh_calloc(1, page_bytes(cap, false));
+    mem_page *page = path->page[level];
+    bool inner = level + 1 < path->depth;
+    mem_page *larger = new_page(page->cap * 2, inner, must);
     if (!larger)
         return false;
-    if (page)
-        memcpy(larger, page, page_bytes(page->n, false));
-    larger->cap = cap;
+    larger->n = page->n;
+    memcpy(larger->entries, page->entries, page->n * sizeof(mem_entry));
+    if (inner)
+        memcpy(children(larger), children(page), page->n * sizeof(mem_page *));
+    hang(table, path, level, larger);
     free(page);
-    if (table->depth == 0) {
-        table->depth = path->depth = 1;
-        path->at[0] = 0;
-    }
-    hang(table, path, 0, larger);
     return true;
+}
+
+/* All that an insert at the path needs: a page beside each full one from the leaf up, and a root.
+ */
+static bool make_room(mem_table *table, mem_path *path, mem_page *pages[GROWN_MAX], bool must)
+{
+    uint32_t n = 0;
+    bool made = true;
+    for (uint32_t l = path->depth; made && l-- > 0;) {
+        const mem_page *page = path->page[l];
+        bool inner = l + 1 < path->depth, at_end = path->at[l] + inner == page->n;
+        if (page->n < page->cap)
+            break;
+        if (page->cap < PAGE_MAX) {
+            made = enlarge(table, path, l, must);
+            break;
+        }
+        pages[n] = new_page(at_end ? PAGE_SOME : PAGE_MAX, inner, must);
+        made = pages[n] != NULL;
+        n += made;
+        if (made && l == 0) {
+            pages[n] = new_page(PAGE_SOME, true, must);
+            made = pages[n] != NULL;
+            n += made;
+        }
+    }
+    while (!made && n > 0)
+        free(pages[--n]);
+    return made;
 }
 
 static void add_root(mem_table *table, mem_page *root, mem_page *right)
@@ -285,7 +294,7 @@ static void insert(mem_table *table, mem_path *path, mem_entry entry, mem_page *
     for (uint32_t l = path->depth - 1;; l--) {
         mem_page *page = path->page[l], *right = NULL;
         uint32_t at = path->at[l] + (child ? 1 : 0);
-        if (page->n < PAGE_MAX) {
+        if (page->n < page->cap) {
             put_entry(page, at, entry, child);
         } else {
             right = *pages++;
@@ -311,12 +320,16 @@ static void insert(mem_table *table, mem_path *path, mem_entry entry, mem_page *
 bool mem_tree_insert(mem_table *table, mem_path *path, mem_row *row, bool must)
 {
     mem_page *pages[GROWN_MAX];
-    uint32_t n = 0;
-    bool few = table->depth == 0 || (table->depth == 1 && table->root->n == table->root->cap &&
-                                     table->root->cap < PAGE_MAX);
-    if (few ? !enlarge(table, path, must) : !make_pages(path, pages, &n, must))
+    if (!table->root) {
+        table->root = new_page(PAGE_FEW, false, must);
+        if (!table->root)
+            return false;
+        *path = (mem_path){.page = {table->root}, .depth = 1};
+        table->depth = 1;
+    }
+    if (!make_room(table, path, pages, must))
         return false;
-    insert(table, path, (mem_entry){row->prefix, row}, pages);
+    insert(table, path, (mem_entry){prefix_of((sh_slice){row->bytes, row->key_n}), row}, pages);
     table->count++;
     table->version++;
     return true;

@@ -6,6 +6,7 @@
  * cursors) until it ends. A resting store is its struct, its pages and its rows; the write
  * transaction is a part of the struct, its notes are kept while they are few.
  */
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -34,7 +35,7 @@ static sh_slice key_of(const mem_row *row)
 
 static size_t bytes_of(size_t key_n, size_t value_n)
 {
-    return sizeof(mem_row) + sizeof(mem_entry) + key_n + value_n;
+    return offsetof(mem_row, bytes) + sizeof(mem_entry) + key_n + value_n;
 }
 
 static size_t row_bytes(const mem_row *row)
@@ -64,10 +65,9 @@ static uint64_t room(const mem_store *store, int kind)
 
 static mem_row *make_row(sh_slice key, sh_slice value)
 {
-    mem_row *row = sh_calloc(1, sizeof(*row) + key.n + value.n);
+    mem_row *row = sh_calloc(1, SH_MAX(sizeof(*row), offsetof(mem_row, bytes) + key.n + value.n));
     if (!row)
         return NULL;
-    row->prefix = mem_prefix(key);
     row->key_n = (uint8_t)key.n;
     row->value_n = (uint32_t)value.n;
     memcpy(row->bytes, key.data, key.n);
