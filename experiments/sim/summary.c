@@ -262,6 +262,13 @@ static void add_heatmap(summary *m)
     sh_json_set(m->root, "heatmap", map);
 }
 
+/* Updates that nodes made in each second in which any could: of "learn" and "settle". */
+static json_t *updates_per_s(const sim *s, uint64_t made)
+{
+    double seconds = s->phase_wall_s[SIM_PHASE_SETTLE] - s->phase_wall_s[SIM_PHASE_DRIFT];
+    return seconds > 0 ? sh_json_number((double)made / seconds) : json_null();
+}
+
 static void add_updates(summary *m, const json_t *audit)
 {
     sim *s = m->s;
@@ -276,6 +283,7 @@ static void add_updates(summary *m, const json_t *audit)
         if (m->refused[r])
             sh_json_set(refused, sh_reason_name((sh_reason)r), sh_json_uint(m->refused[r]));
     sh_json_set(updates, "made", sh_json_uint(made));
+    sh_json_set(updates, "made_per_s", updates_per_s(s, made));
     sh_json_set(updates, "not_better_on_own_heldout", sh_json_uint(not_better));
     sh_json_set(updates, "acknowledged", sh_json_uint(acked));
     sh_json_set(updates, "merged", sh_json_uint(m->merged));

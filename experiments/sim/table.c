@@ -66,5 +66,9 @@ void sim_print_table(const json_t *root)
     printf("\n  ");
     if (hash)
         printf("result hash %.16s…  ", hash);
-    printf("wall %.0f s\n", json_number_value(json_object_get(root, "wall_s")));
+    printf("wall %.0f s", json_number_value(json_object_get(root, "wall_s")));
+    const json_t *per_s = json_object_get(json_object_get(root, "updates"), "made_per_s");
+    if (json_is_number(per_s))
+        printf("  %.3g node updates a second", json_number_value(per_s));
+    printf("\n");
 }
