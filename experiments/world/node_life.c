@@ -329,7 +329,9 @@ static sh_status clone(world_part *p, const sim_event *e, sh_error *err)
         copy->off = true;
         copy->wanted = false;
         SH_TRY(world_node_relink(p, at, err));
-        return world_node_die(p, at, err);
+        SH_TRY(world_node_die(p, at, err));
+        sh_store_close(&copy->store); /* nobody starts it again */
+        return SH_OK;
     }
     if (sh_store_simulate_crashed(n->store) || n->store_bad || copy->store)
         return SH_OK;

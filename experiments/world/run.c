@@ -214,6 +214,63 @@ static sh_status flush(world *w, sh_error *err)
     return SH_OK;
 }
 
+/* ---- faults ---- */
+
+/* Its events that are to come from from_ms on and before until_ms; its end with its begin. */
+static sh_status schedule_one(world *w, const world_fault *f, uint32_t target, uint64_t clone_at,
+                              uint64_t from_ms, uint64_t until_ms, sh_error *err)
+{
+    world_part *p = world_part_of(w, target);
+    sim_event e = {.at_ms = f->at_ms,
+                   .target = target,
+                   .from = target,
+                   .kind = SIM_EV_FAULT,
+                   .job = (void *)f,
+                   .tag = clone_at << 1 | 1};
+    bool lasts = world_fault_is_link(f->kind) || world_fault_is_lie(f->kind) ||
+                 f->kind == WORLD_DISK_FULL || f->kind == WORLD_CLOCK_SKEW ||
+                 f->kind == WORLD_CLONE;
+    bool begins = f->at_ms >= from_ms && f->at_ms < until_ms;
+    if (begins)
+        SH_TRY(world_push(p, e, err));
+    if (f->kind == WORLD_RESTORE) {
+        e.kind = SIM_EV_BACKUP;
+        e.at_ms = f->at_ms > f->number ? f->at_ms - f->number : 0;
+        if (e.at_ms >= from_ms && e.at_ms < until_ms)
+            SH_TRY(world_push(p, e, err));
+    }
+    if (!begins || !lasts)
+        return SH_OK;
+    e.kind = SIM_EV_FAULT;
+    e.at_ms = SH_MIN(f->at_ms + SH_MAX(f->for_ms, (uint64_t)1), w->end_ms);
+    e.tag = clone_at << 1;
+    return world_push(p, e, err);
+}
+
+/* A day's faults: those of a month would lie in the queues for most of it. */
+static sh_status schedule(world *w, uint64_t from_ms, uint64_t until_ms, sh_error *err)
+{
+    uint32_t center = w->n_nodes + w->n_clones, clones = 0;
+    for (size_t k = 0; k < w->script.n; k++) {
+        const world_fault *f = &w->script.faults[k];
+        uint64_t clone_at = f->kind == WORLD_CLONE ? w->n_nodes + clones++ : 0;
+        uint32_t first = f->target, n = f->target < w->n_nodes ? 1 : 0;
+        bool aggregator = f->target == WORLD_AGGREGATOR || f->kind == WORLD_CRASH_AGGREGATOR;
+        if (f->at_ms >= w->end_ms)
+            continue;
+        if (aggregator && !world_fault_is_link(f->kind)) {
+            first = center;
+            n = 1;
+        } else if (aggregator || f->target == WORLD_ALL) {
+            first = 0;
+            n = w->n_nodes;
+        }
+        for (uint32_t i = first; i < first + n; i++)
+            SH_TRY(schedule_one(w, f, i, clone_at, from_ms, until_ms, err));
+    }
+    return SH_OK;
+}
+
 /* ---- the end ---- */
 
 static bool at_rest(const world *w)
@@ -266,7 +323,10 @@ static sh_status finish(world *w, sh_error *err)
 static sh_status run_days(world *w, world_team *team, sh_error *err)
 {
     for (uint64_t until = 0; until < w->end_ms && !is_decided(w);) {
-        until = SH_MIN(until + AUDIT_MS, w->end_ms);
+        uint64_t from = until;
+        until = SH_MIN(from + AUDIT_MS, w->end_ms);
+        SH_TRY(schedule(w, from, until, err));
+        SH_TRY(flush(w, err));
         SH_TRY(run_until(w, team, until, err));
         if (w->n_nodes <= AUDIT_NODES_MAX)
             world_oracle_audit(w->oracle, w->window_end_ms, world_center_store(w));
@@ -392,54 +452,6 @@ static sh_status make_node(world *w, uint32_t i, sh_error *err)
     return world_node_begin(world_part_of(w, i), i, err);
 }
 
-static sh_status schedule_one(world *w, const world_fault *f, uint32_t target, uint64_t clone_at,
-                              sh_error *err)
-{
-    world_part *p = world_part_of(w, target);
-    sim_event e = {.at_ms = f->at_ms,
-                   .target = target,
-                   .from = target,
-                   .kind = SIM_EV_FAULT,
-                   .job = (void *)f,
-                   .tag = clone_at << 1 | 1};
-    bool lasts = world_fault_is_link(f->kind) || world_fault_is_lie(f->kind) ||
-                 f->kind == WORLD_DISK_FULL || f->kind == WORLD_CLOCK_SKEW ||
-                 f->kind == WORLD_CLONE;
-    SH_TRY(world_push(p, e, err));
-    if (f->kind == WORLD_RESTORE) {
-        e.kind = SIM_EV_BACKUP;
-        e.at_ms = f->at_ms > f->number ? f->at_ms - f->number : 0;
-        SH_TRY(world_push(p, e, err));
-    }
-    if (!lasts)
-        return SH_OK;
-    e.kind = SIM_EV_FAULT;
-    e.at_ms = SH_MIN(f->at_ms + SH_MAX(f->for_ms, (uint64_t)1), w->end_ms);
-    e.tag = clone_at << 1;
-    return world_push(p, e, err);
-}
-
-static sh_status schedule(world *w, sh_error *err)
-{
-    uint32_t center = w->n_nodes + w->n_clones, clones = 0;
-    for (size_t k = 0; k < w->script.n; k++) {
-        const world_fault *f = &w->script.faults[k];
-        uint64_t clone_at = f->kind == WORLD_CLONE ? w->n_nodes + clones++ : 0;
-        if (f->at_ms >= w->end_ms)
-            continue;
-        bool aggregator = f->target == WORLD_AGGREGATOR || f->kind == WORLD_CRASH_AGGREGATOR;
-        if (aggregator && !world_fault_is_link(f->kind)) {
-            SH_TRY(schedule_one(w, f, center, clone_at, err));
-        } else if (aggregator || f->target == WORLD_ALL) {
-            for (uint32_t i = 0; i < w->n_nodes; i++)
-                SH_TRY(schedule_one(w, f, i, clone_at, err));
-        } else if (f->target < w->n_nodes) {
-            SH_TRY(schedule_one(w, f, f->target, clone_at, err));
-        }
-    }
-    return SH_OK;
-}
-
 static void count_clones(world *w)
 {
     for (size_t k = 0; k < w->script.n; k++)
@@ -503,8 +515,7 @@ static sh_status make(world *w, sh_error *err)
     for (uint32_t i = 0; i < o.nodes; i++)
         SH_TRY(make_node(w, i, err));
     name_clones(w);
-    SH_TRY(schedule(w, err));
-    return flush(w, err);
+    return SH_OK;
 }
 
 static void destroy(world *w)
