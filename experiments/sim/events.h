@@ -1,7 +1,8 @@
 /*
- * The simulators' event queue: a binary heap ordered by (virtual time, target, number). The number
- * is given on shoal-sim run's one thread, so the order is the same whatever the workers do; in
- * experiments/world the maker of an event numbers it.
+ * The simulators' event queue: a heap ordered by (virtual time, target, number). Only what the
+ * order needs is moved about; the events lie still beside it. The number is given on shoal-sim
+ * run's one thread, so the order is the same whatever the workers do; in experiments/world the
+ * maker of an event numbers it.
  */
 #ifndef SIM_EVENTS_H
 #define SIM_EVENTS_H
@@ -35,8 +36,15 @@ typedef struct {
     uint64_t tag;   /* TIMER: generation; DELIVER: connection; LINK: 1 up, 0 down */
 } sim_event;
 
+typedef struct { /* an event's place in the order, and in items */
+    uint64_t at_ms, number;
+    uint32_t target, item;
+} sim_queue_key;
+
 typedef struct {
-    sim_event *items;
+    sim_queue_key *keys; /* [n] the heap; [0] is the next event */
+    sim_event *items;    /* [cap] */
+    uint32_t *free;      /* [cap] items that are free, from n on */
     size_t n, cap;
     uint64_t next_number;
 } sim_queue;

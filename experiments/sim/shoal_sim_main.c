@@ -115,7 +115,7 @@ static bool print_canaries(void)
 static int run_faults(int argc, char **argv)
 {
     sh_error err = {0};
-    world_options o;
+    world_options o = {0};
     sh_args args = {0};
     bool failed = false;
     sh_status status = sh_crypto_init(&err);

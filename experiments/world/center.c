@@ -236,7 +236,7 @@ static sh_status tell_nodes(world_part *p, bool there, sh_error *err)
                        .from = w->n_nodes + w->n_clones,
                        .kind = SIM_EV_CONNECTED,
                        .tag = there};
-        SH_TRY(world_mail_to(p, &p->out[w->windows_run & 1][world_shard_of(w, i)], e, err));
+        SH_TRY(world_mail(p, e, err));
     }
     return SH_OK;
 }

@@ -148,15 +148,14 @@ static sh_status send_one(world_part *p, uint32_t i, sh_buf message, sh_error *e
     p->counts.bytes_up += message.len;
     corrupt(&message, &to);
     e.at_ms = sent + delay_of(w, i, number) + to.late_ms;
-    world_mail *mail = &p->out[w->windows_run & 1][0];
     if (to.twice) {
         sim_event again = e;
         again.at_ms += to.twice_ms;
         SH_TRY(copy_of(&message, &again.message, err));
-        SH_TRY(world_mail_to(p, mail, again, err));
+        SH_TRY(world_mail(p, again, err));
     }
     e.message = message;
-    return world_mail_to(p, mail, e, err);
+    return world_mail(p, e, err);
 }
 
 sh_status world_send_up(world_part *p, uint32_t i, sh_buf *message, sh_error *err)
@@ -200,7 +199,7 @@ sh_status world_send_down(world_part *p, const sh_hash *key, sh_buf *message, sh
                    .message = mine};
     /* The aggregator's own numbers: the node's are its partition's. */
     e.at_ms = p->now_ms + delay_of(w, route.node, p->numbers);
-    return world_mail_to(p, &p->out[w->windows_run & 1][world_shard_of(w, route.node)], e, err);
+    return world_mail(p, e, err);
 }
 
 sh_status world_arrive(world_part *p, sim_event *e, bool *now, sh_error *err)

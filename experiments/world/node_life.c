@@ -178,7 +178,7 @@ static sh_status tell_gone(world_part *p, uint32_t i, uint32_t connection, sh_er
                    .from = i,
                    .life = connection,
                    .kind = SIM_EV_CONNECTED};
-    return world_mail_to(p, &p->out[w->windows_run & 1][0], e, err);
+    return world_mail(p, e, err);
 }
 
 sh_status world_node_relink(world_part *p, uint32_t i, sh_error *err)

@@ -261,6 +261,11 @@ void world_oracle_join(world_oracle *o, uint64_t now_ms)
     join_now(o);
 }
 
+uint64_t world_oracle_join_due(const world_oracle *o)
+{
+    return o->join_due_ms;
+}
+
 static uint64_t count_rows(sh_store *store, unsigned table)
 {
     sh_txn *txn = NULL;

@@ -121,6 +121,7 @@ void world_oracle_coord_sent(world_oracle *o, uint64_t at_ms, const sh_hash *key
 
 /* ---- both, with no thread running ---- */
 void world_oracle_join(world_oracle *o, uint64_t now_ms);
+uint64_t world_oracle_join_due(const world_oracle *o); /* before then a join does nothing */
 /* Reads every row of the aggregator's store: everything promised is there, nothing counts twice. */
 void world_oracle_audit(world_oracle *o, uint64_t now_ms, sh_store *coord_store);
 

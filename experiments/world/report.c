@@ -7,8 +7,7 @@
 #include "experiments/world/run_internal.h"
 #include "shared/base/clock.h"
 
-#define PROGRESS_MS    200u
-#define PROGRESS_TURNS 1024u
+#define PROGRESS_MS 200u
 
 /* ---- progress ---- */
 
@@ -25,12 +24,12 @@ static bool due(void)
     return true;
 }
 
-void world_progress_run(const world *w)
+void world_progress_run(const world *w, uint64_t now_ms)
 {
-    if (w->options->seeds > 1 || w->windows_run % PROGRESS_TURNS != 0 || !due())
+    if (w->options->seeds > 1 || !due())
         return;
     fprintf(stderr, "\rday %.2f of %u, %" PRIu64 " violations ",
-            (double)w->window_end_ms / (double)WORLD_DAY_MS, w->script.days,
+            (double)now_ms / (double)WORLD_DAY_MS, w->script.days,
             world_oracle_violations(w->oracle));
 }
 

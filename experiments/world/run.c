@@ -1,6 +1,7 @@
 /*
- * A run: nodes, aggregator and faults are made, then windows of virtual time go by until the days
- * are over; then the fleet gets time to come to rest.
+ * A run: nodes, aggregator and faults are made, then windows of virtual time go by, in stretches
+ * from one of the oracle's joins to the next, until the days are over; then the fleet gets time to
+ * come to rest.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -11,8 +12,10 @@
 #include "shared/store/simulated.h"
 
 #define EVENTS_KEPT_MAX  (16u << 20)
+#define MAIL_BYTES_MAX   (1u << 30)
 #define REST_CHECK_MS    600000u
 #define AUDIT_MS         WORLD_DAY_MS
+#define SHARED_EVENTS    12u /* a window: about as long as it takes to tell another thread */
 #define NODE_STORE_BYTES (4u << 20)
 #define NODE_RESERVE     (256u << 10)
 #define BUFFER_PART      5u /* a merge takes the updates of so small a part of the fleet */
@@ -78,28 +81,43 @@ sh_status world_push(world_part *p, sim_event event, sh_error *err)
     return SH_OK;
 }
 
-sh_status world_mail_to(world_part *p, world_mail *mail, sim_event event, sh_error *err)
+sh_status world_mail(world_part *p, sim_event event, sh_error *err)
 {
-    SH_ASSERT(event.at_ms >= p->w->window_end_ms);
+    bool up = p != &p->w->center_part;
+    world_mail_box *box = &p->out[p->window & 1][up ? 0 : world_shard_of(p->w, event.target)];
+    SH_ASSERT(event.at_ms >= p->window_end_ms);
     number(p, &event);
-    if (sh_array_reserve((void **)&mail->items, &mail->cap, mail->n + 1, sizeof *mail->items,
-                         EVENTS_KEPT_MAX) != SH_OK) {
-        sh_buf_release(&event.message);
+    box->bytes.max = MAIL_BYTES_MAX;
+    sh_status status = sh_array_reserve((void **)&box->items, &box->cap, box->n + 1,
+                                        sizeof *box->items, EVENTS_KEPT_MAX);
+    if (status == SH_OK)
+        status = sh_buf_append(&box->bytes, event.message.data, event.message.len);
+    size_t n = event.message.len;
+    sh_buf_release(&event.message);
+    if (status != SH_OK)
         return sh_fail(err, SH_ERR_LIMIT, "simulation: too many messages in a window");
-    }
-    mail->items[mail->n++] = event;
+    event.message.len = n;
+    box->items[box->n++] = event;
     p->mail_ms = SH_MIN(p->mail_ms, event.at_ms);
     return SH_OK;
 }
 
 /* ---- a window ---- */
 
-static sh_status take_mail(world_part *p, world_mail *mail, sh_error *err)
+static sh_status take_mail(world_part *p, world_mail_box *box, sh_error *err)
 {
-    for (size_t k = 0; k < mail->n; k++)
-        if (sim_queue_insert(&p->queue, mail->items[k]) != SH_OK)
+    size_t at = 0;
+    for (size_t k = 0; k < box->n; k++) {
+        sim_event e = box->items[k];
+        size_t n = e.message.len;
+        e.message = (sh_buf){.max = e.message.max};
+        if (sh_buf_append(&e.message, box->bytes.data + at, n) != SH_OK ||
+            sim_queue_insert(&p->queue, e) != SH_OK)
             return sh_fail(err, SH_ERR_LIMIT, "simulation: too many events");
-    mail->n = 0;
+        at += n;
+    }
+    box->n = 0;
+    sh_buf_clear(&box->bytes);
     return SH_OK;
 }
 
@@ -107,7 +125,7 @@ static sh_status take_mail(world_part *p, world_mail *mail, sh_error *err)
 static sh_status import(world_part *p, sh_error *err)
 {
     world *w = p->w;
-    uint32_t before = (w->windows_run & 1) ^ 1;
+    uint32_t before = (p->window & 1) ^ 1;
     if (p != &w->center_part)
         return take_mail(p, &w->center_part.out[before][p - w->shards], err);
     for (uint32_t k = 0; k < w->n_shards; k++)
@@ -115,39 +133,73 @@ static sh_status import(world_part *p, sh_error *err)
     return SH_OK;
 }
 
-static sh_status run_part(world_part *p, sh_error *err)
+static uint64_t next_of(const world_part *p)
 {
-    world *w = p->w;
+    return p->queue.n > 0 ? p->queue.keys[0].at_ms : UINT64_MAX;
+}
+
+static sh_status run_events(world_part *p, sh_error *err)
+{
     sim_event e;
-    p->mail_ms = UINT64_MAX;
     SH_TRY(import(p, err));
-    while (p->queue.n > 0 && p->queue.items[0].at_ms < w->window_end_ms) {
+    while (next_of(p) < p->window_end_ms) {
         (void)sim_queue_pop(&p->queue, &e);
         SH_ASSERT(e.at_ms >= p->now_ms);
         p->now_ms = e.at_ms;
         p->counts.events++;
         sh_status status =
-            p == &w->center_part ? world_center_event(p, &e, err) : world_node_event(p, &e, err);
+            p == &p->w->center_part ? world_center_event(p, &e, err) : world_node_event(p, &e, err);
         sh_buf_release(&e.message);
         SH_TRY(status);
     }
-    p->next_ms = p->queue.n > 0 ? p->queue.items[0].at_ms : UINT64_MAX;
     return SH_OK;
 }
 
-/* Parts with events in the window, or mail from the one before. */
-static uint32_t ready_parts(world *w, world_part *ready[WORLD_SHARDS + 1])
+/* By the thread that will run them, so that their memory is of its arena. */
+static sh_status begin_nodes(world_part *p, sh_error *err)
 {
-    uint32_t n = 0, before = (w->windows_run & 1) ^ 1;
+    world *w = p->w;
+    sh_store_options options = {.tables = sh_node_tables,
+                                .n_tables = SH_NODE_TABLES,
+                                .bytes_max = NODE_STORE_BYTES,
+                                .reserve_bytes = NODE_RESERVE};
+    for (uint32_t i = 0; i < w->n_nodes; i++) {
+        if (world_part_of(w, i) != p)
+            continue;
+        SH_TRY(sh_store_open_memory(&options, &w->nodes[i].store, err));
+        SH_TRY(world_node_begin(p, i, err));
+    }
+    return SH_OK;
+}
+
+void world_part_run(world_part *p, uint64_t window, uint64_t end_ms)
+{
+    p->window = window;
+    p->window_end_ms = end_ms;
+    p->mail_ms = UINT64_MAX;
+    if (p->status == SH_OK)
+        p->status = p->w->begun ? run_events(p, &p->err) : begin_nodes(p, &p->err);
+    p->next_ms = p->status == SH_OK ? next_of(p) : UINT64_MAX;
+}
+
+/* One window on this thread, of those that have something to do in it: their events, or mail of the
+ * window before. Returns when the next one begins. */
+static uint64_t run_window(world *w, uint64_t window, uint64_t end_ms)
+{
+    uint64_t next = UINT64_MAX;
+    uint32_t before = (window & 1) ^ 1;
     bool mail = false;
-    for (uint32_t k = 0; k < w->n_shards; k++)
-        mail = mail || w->shards[k].out[before][0].n > 0;
-    if (mail || w->center_part.next_ms < w->window_end_ms)
-        ready[n++] = &w->center_part;
-    for (uint32_t k = 0; k < w->n_shards; k++)
-        if (w->shards[k].next_ms < w->window_end_ms || w->center_part.out[before][k].n > 0)
-            ready[n++] = &w->shards[k];
-    return n;
+    for (uint32_t k = 0; k <= w->n_shards; k++) {
+        bool center = k == w->n_shards;
+        world_part *p = center ? &w->center_part : &w->shards[k];
+        bool came = center ? mail : w->center_part.out[before][k].n > 0;
+        mail = mail || (!center && p->out[before][0].n > 0);
+        p->mail_ms = UINT64_MAX;
+        if (came || p->next_ms < end_ms)
+            world_part_run(p, window, end_ms);
+        next = SH_MIN(next, SH_MIN(p->next_ms, p->mail_ms));
+    }
+    return next;
 }
 
 static uint64_t earliest(const world *w)
@@ -158,23 +210,46 @@ static uint64_t earliest(const world *w)
     return at;
 }
 
-static sh_status run_window(world *w, world_team *team, uint64_t from_ms, uint64_t until_ms,
-                            sh_error *err)
+/* Between windows all partitions are at the same time, and what they send is of the window that is
+ * over. */
+static sh_status end_windows(world *w, uint64_t at_ms, sh_error *err)
 {
-    world_part *ready[WORLD_SHARDS + 1] = {0};
-    w->window_end_ms = SH_MIN(from_ms + w->window_ms, until_ms);
-    uint32_t n = ready_parts(w, ready);
-    w->center_part.mail_ms = UINT64_MAX;
-    for (uint32_t k = 0; k < w->n_shards; k++)
-        w->shards[k].mail_ms = UINT64_MAX;
-    world_team_run(team, ready, n, run_part);
-    for (uint32_t k = 0; k < n; k++)
-        if (ready[k]->status != SH_OK) {
-            *err = ready[k]->err;
-            return ready[k]->status;
+    sh_status status = SH_OK;
+    for (uint32_t k = 0; k <= w->n_shards; k++) {
+        world_part *p = k == w->n_shards ? &w->center_part : &w->shards[k];
+        p->window = w->windows_run;
+        p->window_end_ms = at_ms;
+        if (status == SH_OK && p->status != SH_OK) {
+            *err = p->err;
+            status = p->status;
         }
-    w->windows_run++;
-    return SH_OK;
+    }
+    return status;
+}
+
+static uint64_t events_of(const world *w)
+{
+    uint64_t n = w->center_part.counts.events;
+    for (uint32_t k = 0; k < w->n_shards; k++)
+        n += w->shards[k].counts.events;
+    return n;
+}
+
+/* All that happens from one time to the other. Threads share it when the stretch before had enough
+ * work; of less, one has done it before others know of it. */
+static sh_status run_stretch(world *w, world_team *team, uint64_t from_ms, uint64_t until_ms,
+                             sh_error *err)
+{
+    uint64_t before = events_of(w);
+    bool share = w->busy || w->options->share_all;
+    if (share && world_team_threads(team) > 1)
+        world_team_run(team, w, from_ms, until_ms);
+    else
+        for (uint64_t at = from_ms; at < until_ms;)
+            at = run_window(w, ++w->windows_run, SH_MIN(at + w->window_ms, until_ms));
+    uint64_t windows = (until_ms - from_ms) / w->window_ms + 1;
+    w->busy = events_of(w) - before >= windows * SHARED_EVENTS;
+    return end_windows(w, until_ms, err);
 }
 
 /* So many promises are broken that the rest of the run would show no more: a fleet with a bug in it
@@ -188,28 +263,28 @@ static bool is_decided(const world *w)
 static sh_status run_until(world *w, world_team *team, uint64_t until_ms, sh_error *err)
 {
     for (uint64_t at; !is_decided(w) && (at = earliest(w)) < until_ms;) {
-        SH_TRY(run_window(w, team, at, until_ms, err));
-        world_oracle_join(w->oracle, w->window_end_ms);
-        world_progress_run(w);
+        uint64_t due = world_oracle_join_due(w->oracle);
+        uint64_t end = SH_MIN(SH_MAX(due, at + w->window_ms), until_ms);
+        SH_TRY(run_stretch(w, team, at, end, err));
+        world_oracle_join(w->oracle, end);
+        world_progress_run(w, end);
     }
-    w->window_end_ms = until_ms;
     for (uint32_t k = 0; k < w->n_shards; k++)
         w->shards[k].now_ms = until_ms;
     w->center_part.now_ms = until_ms;
-    return SH_OK;
+    return end_windows(w, until_ms, err);
 }
 
 /* What was sent outside of a window goes into the queues. */
 static sh_status flush(world *w, sh_error *err)
 {
-    for (int turn = 0; turn < 2; turn++) {
-        for (uint32_t k = 0; k <= w->n_shards; k++) {
-            world_part *p = k == w->n_shards ? &w->center_part : &w->shards[k];
-            SH_TRY(import(p, err));
-            p->next_ms = p->queue.n > 0 ? p->queue.items[0].at_ms : UINT64_MAX;
-            p->mail_ms = UINT64_MAX;
-        }
-        w->windows_run++;
+    w->windows_run++;
+    for (uint32_t k = 0; k <= w->n_shards; k++) {
+        world_part *p = k == w->n_shards ? &w->center_part : &w->shards[k];
+        p->window = w->windows_run;
+        SH_TRY(import(p, err));
+        p->next_ms = next_of(p);
+        p->mail_ms = UINT64_MAX;
     }
     return SH_OK;
 }
@@ -329,7 +404,7 @@ static sh_status run_days(world *w, world_team *team, sh_error *err)
         SH_TRY(flush(w, err));
         SH_TRY(run_until(w, team, until, err));
         if (w->n_nodes <= AUDIT_NODES_MAX)
-            world_oracle_audit(w->oracle, w->window_end_ms, world_center_store(w));
+            world_oracle_audit(w->oracle, until, world_center_store(w));
     }
     SH_TRY(settle(w, team, err));
     return finish(w, err);
@@ -431,25 +506,19 @@ static uint8_t class_of(const world *w, uint32_t i)
     return (uint8_t)k;
 }
 
-static sh_status make_node(world *w, uint32_t i, sh_error *err)
+static void make_node(world *w, uint32_t i)
 {
     world_node *n = &w->nodes[i];
-    sh_store_options options = {.tables = sh_node_tables,
-                                .n_tables = SH_NODE_TABLES,
-                                .bytes_max = NODE_STORE_BYTES,
-                                .reserve_bytes = NODE_RESERVE};
     sh_rng_init(&n->rng, w->seed, i, STREAM_USER);
     n->off = i >= w->n_nodes;
     if (n->off)
-        return SH_OK;
+        return;
     n->key_of = i;
     make_key(w, i);
     n->cls = class_of(w, i);
     n->files[0] = (world_file){w->genesis_sha, true};
     world_oracle_node_key(w->oracle, i, &n->key);
     world_oracle_node_slot(w->oracle, i, 0, &w->genesis_sha);
-    SH_TRY(sh_store_open_memory(&options, &n->store, err));
-    return world_node_begin(world_part_of(w, i), i, err);
 }
 
 static void count_clones(world *w)
@@ -492,7 +561,7 @@ static sh_status make_parts(world *w, sh_error *err)
     return SH_OK;
 }
 
-static sh_status make(world *w, sh_error *err)
+static sh_status make(world *w, world_team *team, sh_error *err)
 {
     world_oracle_options o = {.nodes = w->n_nodes + w->n_clones,
                               .node = &w->node_options,
@@ -513,7 +582,10 @@ static sh_status make(world *w, sh_error *err)
     SH_TRY(world_center_create(w, err));
     world_oracle_join(w->oracle, 0); /* the first release is published */
     for (uint32_t i = 0; i < o.nodes; i++)
-        SH_TRY(make_node(w, i, err));
+        make_node(w, i);
+    world_team_run(team, w, 0, 1);
+    SH_TRY(end_windows(w, 0, err));
+    w->begun = w->busy = true;
     name_clones(w);
     return SH_OK;
 }
@@ -537,9 +609,8 @@ static void destroy(world *w)
         world_part *p = center ? &w->center_part : &w->shards[k];
         for (int b = 0; b < 2; b++) {
             for (uint32_t m = 0; p->out[b] && m < (center ? WORLD_SHARDS : 1); m++) {
-                for (size_t e = 0; e < p->out[b][m].n; e++)
-                    sh_buf_release(&p->out[b][m].items[e].message);
                 free(p->out[b][m].items);
+                sh_buf_release(&p->out[b][m].bytes);
             }
             free(p->out[b]);
         }
@@ -613,7 +684,7 @@ sh_status world_run(const world_options *options, const world_fleet *fleet, worl
     count_clones(w);
     out->rss_before = sh_memory_now().resident;
     SH_GOTO(world_team_create(threads, &team, err));
-    SH_GOTO(make(w, err));
+    SH_GOTO(make(w, team, err));
     SH_GOTO(run_days(w, team, err));
     out->rss_peak = sh_memory_now().peak;
     fill_result(w, out);

@@ -6,11 +6,13 @@
  * Parallel and deterministic. The nodes are divided into shards; each shard and the aggregator is a
  * partition with an event queue of its own. A message between a node and the aggregator takes at
  * least the fleet's shortest link delay, so within a window of virtual time of that length no
- * partition can touch another (conservative parallel simulation; Chandy and Misra, 1979). Threads
- * take partitions that have events in the window, meet at a barrier, and what was sent is in the
- * receivers' queues before the next window. Events are ordered by (time, receiver, sender, the
- * sender's number), all random numbers come from (seed, node, purpose, number), and no partition
- * reads what another one writes; so nothing depends on the number of threads.
+ * partition can touch another (conservative parallel simulation; Chandy and Misra, 1979). What a
+ * partition sends in a window the receiver takes at the beginning of its next one. Since nodes talk
+ * to the aggregator alone, a shard's window needs no more than the aggregator's window before, and
+ * the aggregator's needs those of all shards before: threads take whatever may run, and meet only
+ * where the oracle joins. Events are ordered by (time, receiver, sender, the sender's number), all
+ * random numbers come from (seed, node, purpose, number), and no partition reads what another one
+ * writes; so nothing depends on the number of threads, nor on where windows begin.
  *
  * Faults of links take effect in the node's partition, for both directions: on what the node sends
  * when it sends it, on what is sent to it when it comes.
@@ -56,6 +58,7 @@ typedef struct {
     const char *canary, *script, *faults;
     sh_option_list devices;
     bool shrink, json;
+    bool share_all; /* tests: the threads share also what has too little work */
 } world_options;
 extern const sh_command world_faults_command;
 
@@ -149,22 +152,25 @@ typedef struct {
     uint32_t chunks_bad; /* of those to come, so many are damaged on their way */
 } world_node;
 
-/* Events of a window that are for other partitions; a reader takes them at the next one. */
+/* Events of a window that are for another partition, which takes them at its next one. Their
+ * messages are copied in and out: what a thread allocates it frees, so that no two threads want an
+ * allocator's lock. */
 typedef struct {
-    sim_event *items;
+    sim_event *items; /* of .message only .len and .max are said */
     size_t n, cap;
-} world_mail;
+    sh_buf bytes; /* the messages, one behind the other */
+} world_mail_box;
 
 struct world_part {
     world *w;
-    uint32_t first, n; /* nodes; the aggregator: n 0 */
     sim_queue queue;
     uint64_t numbers;                  /* of the aggregator's events; a node counts its own */
     uint64_t now_ms, next_ms, mail_ms; /* next_ms: of its queue; mail_ms: earliest that it sent */
-    world_mail *out[2];                /* [window & 1][receiver: shard, or 0 the aggregator] */
+    uint64_t window, window_end_ms;    /* that it is in, or was in */
+    world_mail_box *out[2];            /* [window & 1][receiver: shard, or 0 the aggregator] */
     sh_node_actions *actions;
     world_counts counts;
-    sh_status status;
+    sh_status status; /* after an error it does nothing more */
     sh_error err;
 };
 
@@ -183,8 +189,10 @@ struct world {
     world_node *nodes;
     uint32_t n_nodes, n_clones;          /* clones are nodes[n_nodes ...] */
     uint64_t end_ms, settle_ms, rest_ms; /* end of the days; when it came to rest, 0: not */
-    uint64_t window_ms, window_end_ms, windows_run;
+    uint64_t window_ms, windows_run;
+    bool begun; /* the nodes are there */
     bool settling;
+    bool busy; /* the last stretch had work for more than one thread */
     sh_node_options node_options;
     sh_coord_options coord_options;
     sh_buf genesis_manifest, genesis_model;
@@ -221,8 +229,10 @@ SH_MUST_USE sh_status world_faults(const world_options *options, bool *failed, s
 /* Puts an event of `by` (a node, or the aggregator) into its own partition's queue. */
 SH_MUST_USE sh_status world_push(world_part *p, sim_event event, sh_error *err);
 /* Sends it to another partition, at the earliest a link's shortest delay from now. */
-SH_MUST_USE sh_status world_mail_to(world_part *p, world_mail *mail, sim_event event,
-                                    sh_error *err);
+SH_MUST_USE sh_status world_mail(world_part *p, sim_event event, sh_error *err);
+/* All that the partition does before end_ms; what came for it is of the window before. Before the
+ * nodes are there: makes its own. */
+void world_part_run(world_part *p, uint64_t window, uint64_t end_ms);
 world_part *world_part_of(world *w, uint32_t node);
 uint32_t world_shard_of(const world *w, uint32_t node);
 /* 64 random bits of (seed, node, purpose, number). */
@@ -231,11 +241,11 @@ double world_unit(uint64_t draw); /* in [0, 1) */
 uint64_t world_mix(uint64_t hash, uint64_t x);
 
 /* ---- threads.c ---- */
-typedef sh_status (*world_part_fn)(world_part *p, sh_error *err);
 typedef struct world_team world_team;
 SH_MUST_USE sh_status world_team_create(uint32_t threads, world_team **out, sh_error *err);
-/* Runs fn on each of the parts, on all threads; returns when all have ended. */
-void world_team_run(world_team *team, world_part *const *parts, uint32_t n, world_part_fn fn);
+/* Runs the windows of all partitions from one time to the other. */
+void world_team_run(world_team *team, world *w, uint64_t from_ms, uint64_t until_ms);
+uint32_t world_team_threads(const world_team *team);
 void world_team_destroy(world_team **team);
 
 /* ---- node.c ---- */

@@ -52,9 +52,13 @@ static void same_hash_for_all_threads(void **state)
 {
     (void)state;
     world_options o = options(5, 40, 1, "on");
-    world_result one = run(&o, NULL, 1), two = run(&o, NULL, 2), again = run(&o, NULL, 3);
+    world_options shared = o;
+    shared.share_all = true;
+    world_result one = run(&o, NULL, 1), two = run(&shared, NULL, 2), again = run(&shared, NULL, 3),
+                 alone = run(&o, NULL, 2); /* so small a fleet's windows are run by one thread */
     assert_int_equal(one.hash, two.hash);
     assert_int_equal(one.hash, again.hash);
+    assert_int_equal(one.hash, alone.hash);
     assert_memory_equal(&one.counts, &two.counts, sizeof one.counts);
     assert_int_equal(one.violations, two.violations);
 }
