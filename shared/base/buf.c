@@ -7,12 +7,16 @@
 
 #define BUF_FIRST_BYTES 64
 #define ALIGN_BYTES     64
+#define SMALL_BYTES     1024 /* about what glibc's allocator keeps in a thread's own cache */
 
+static atomic_bool alloc_watched;     /* a test does; else threads would share a counter's line */
 static atomic_size_t alloc_count;     /* since the last sh_alloc_fail_after */
 static atomic_size_t alloc_countdown; /* the allocation that takes it from 1 to 0 fails */
 
 static bool alloc_allowed(void)
 {
+    if (!atomic_load_explicit(&alloc_watched, memory_order_relaxed))
+        return true;
     atomic_fetch_add_explicit(&alloc_count, 1, memory_order_relaxed);
     size_t left = atomic_load_explicit(&alloc_countdown, memory_order_relaxed);
     while (left > 0)
@@ -23,8 +27,32 @@ static bool alloc_allowed(void)
 
 size_t sh_alloc_fail_after(size_t n)
 {
+    atomic_store(&alloc_watched, true);
     atomic_store(&alloc_countdown, n);
     return atomic_exchange(&alloc_count, 0);
+}
+
+/* Small blocks come from malloc: glibc's calloc and realloc (before 2.41) pass by the thread's
+ * cache and take the arena's lock each time. */
+static void *zeroed(size_t bytes)
+{
+    if (bytes > SMALL_BYTES)
+        return calloc(1, bytes);
+    void *memory = malloc(bytes);
+    return memory ? memset(memory, 0, bytes) : NULL;
+}
+
+static void *resized(void *old, size_t used, size_t bytes)
+{
+    if (bytes > SMALL_BYTES)
+        return realloc(old, bytes);
+    void *memory = malloc(bytes);
+    if (!memory)
+        return NULL;
+    if (used > 0)
+        memcpy(memory, old, used);
+    free(old);
+    return memory;
 }
 
 void *sh_calloc(size_t n, size_t size)
@@ -32,7 +60,7 @@ void *sh_calloc(size_t n, size_t size)
     if (!alloc_allowed() || (size != 0 && n > PTRDIFF_MAX / size))
         return NULL;
     /* An empty array is still a pointer, so that NULL always means failure. */
-    return n == 0 || size == 0 ? calloc(1, 1) : calloc(n, size);
+    return zeroed(SH_MAX(n * size, (size_t)1));
 }
 
 void *sh_alloc_aligned(size_t bytes)
@@ -59,7 +87,7 @@ sh_status sh_array_reserve(void **array, size_t *cap, size_t need, size_t size, 
     /* The caller's pointer has its own type, so it is read and written as bytes. */
     void *old, *memory;
     memcpy(&old, array, sizeof old);
-    if (!alloc_allowed() || !(memory = realloc(old, grown * size)))
+    if (!alloc_allowed() || !(memory = resized(old, *cap * size, grown * size)))
         return SH_ERR_NO_MEMORY;
     memcpy(array, &memory, sizeof memory);
     *cap = grown;
@@ -92,7 +120,7 @@ static sh_status make_room(sh_buf *buf, size_t n)
     size_t cap = buf->cap > buf->max / 2 ? buf->max : buf->cap * 2;
     cap = SH_MAX(SH_MAX(cap, need), SH_MIN(buf->max, BUF_FIRST_BYTES));
     uint8_t *data = NULL;
-    if (!alloc_allowed() || !(data = realloc(buf->data, SH_MAX(cap, 1))))
+    if (!alloc_allowed() || !(data = resized(buf->data, buf->len, SH_MAX(cap, 1))))
         return SH_ERR_NO_MEMORY;
     buf->data = data;
     buf->cap = cap;

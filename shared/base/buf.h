@@ -47,7 +47,8 @@ SH_MUST_USE sh_status sh_array_reserve(void **array, size_t *cap, size_t need, s
                                        size_t max);
 
 /* Fault injection for tests: the n-th allocation from now (through this header) fails; 0 turns it
- * off. Returns how many allocations were made since the last call. */
+ * off. Returns how many allocations were made since the last call, the first of which begins the
+ * count. */
 size_t sh_alloc_fail_after(size_t n);
 
 #endif
