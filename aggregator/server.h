@@ -6,7 +6,8 @@
  *   - One thread, that of sh_server_run, owns the core and writes the store. Merges, gates and
  *     backups run one at a time on a worker, which only reads the store.
  *   - Actions are carried out after the commit. Messages that wait are stepped in groups of one
- *     transaction, bounded by the SERVER_GROUP_ limits below.
+ *     transaction, bounded by the SERVER_GROUP_ limits below. A WANT goes at once: the chunks come
+ *     while the disk takes the item, and if that fails they are chunks that nobody asked for.
  *   - A step or commit that fails takes the whole group back: the core is made again from the store
  *     after a pause, and what was not acknowledged comes again.
  *   - A node is let in by its key alone: enrolled, or any with enrol_any, and not revoked.
