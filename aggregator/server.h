@@ -22,7 +22,8 @@
 #include "aggregator/settings.h"
 
 /* A transaction of messages. LMDB writes the chunks of one with one call: beyond a MiB those take
- * folios of a size that the kernel has to look for (0.25 ms a MiB more of CPU was seen). */
+ * large folios, which on a virtual machine are often memory that the host took back (1 ms of CPU
+ * more a MiB was seen). */
 #define SERVER_GROUP_STEPS     256u       /* messages stepped in it, at most */
 #define SERVER_GROUP_IN_BYTES  (1u << 20) /* of them */
 #define SERVER_GROUP_OUT_BYTES (8u << 20) /* answers that wait for the commit */
