@@ -83,6 +83,7 @@ sh_status coord_send(coord_step *s, const sh_hash *node, const sh_msg *msg)
     sh_coord_action *action = add_action(s, SH_COORD_SEND);
     action->node = sh_hash_equal(node, &s->node) ? s->from : *node;
     action->message = bytes;
+    action->early = msg->type == SH_MSG_WANT;
     return SH_OK;
 }
 

@@ -1,8 +1,9 @@
 /*
  * The coordinator core: a state machine that enrols nodes, plans rounds, takes in updates, has them
  * merged and gated, and publishes releases. It does no I/O; the contract with the shell is the node
- * core's (edge-node/node.h): one step, one write transaction; actions after its commit; each job
- * ends in one JOB_DONE, and jobs that a crash forgot are started again by create.
+ * core's (edge-node/node.h): one step, one write transaction; actions after its commit, but for
+ * messages that are `early`; each job ends in one JOB_DONE, and jobs that a crash forgot are
+ * started again by create.
  *
  * Rounds are buffered and asynchronous: when `buffer` complete updates are in (and no merge runs),
  * they are merged into the full-precision master as one exact sum, the result is quantized and the
@@ -284,6 +285,7 @@ typedef struct {
     uint64_t number;
     sh_key_access access; /* KEY */
     uint32_t connection;  /* DROP_OTHERS */
+    bool early;           /* SEND: it promises nothing, and may go before the commit */
 } sh_coord_action;
 typedef struct {
     sh_coord_action items[SH_COORD_ACTIONS_MAX];

@@ -6,7 +6,8 @@
  *   - One thread, that of sh_server_run, owns the core and writes the store. Merges, gates and
  *     backups run one at a time on a worker, which only reads the store.
  *   - Actions are carried out after the commit. Messages that wait are stepped in groups of one
- *     transaction, bounded by the SERVER_GROUP_ limits below.
+ *     transaction, bounded by the SERVER_GROUP_ limits below. A WANT goes at once: the chunks come
+ *     while the disk takes the item, and if that fails they are chunks that nobody asked for.
  *   - A step or commit that fails takes the whole group back: the core is made again from the store
  *     after a pause, and what was not acknowledged comes again.
  *   - A node is let in by its key alone: enrolled, or any with enrol_any, and not revoked.
@@ -20,10 +21,14 @@
 
 #include "aggregator/settings.h"
 
-#define SERVER_GROUP_STEPS     256u       /* messages stepped in one transaction, at most */
-#define SERVER_GROUP_IN_BYTES  (4u << 20) /* of them */
+/* A transaction of messages. LMDB writes the chunks of one with one call: beyond a MiB those take
+ * large folios, which on a virtual machine are often memory that the host took back (1 ms of CPU
+ * more a MiB was seen). */
+#define SERVER_GROUP_STEPS     256u       /* messages stepped in it, at most */
+#define SERVER_GROUP_IN_BYTES  (1u << 20) /* of them */
 #define SERVER_GROUP_OUT_BYTES (8u << 20) /* answers that wait for the commit */
 #define SERVER_GROUP_MS        20u        /* from the first step to the commit */
+#define SERVER_FETCH_BYTES     (4u << 20) /* read and hashed meanwhile, for the groups to come */
 /* What one node can make the process hold, beside what libzmq needs for a connection (net.h):
  * SERVER_PEER_IN messages of SERVER_PEER_IN_BYTES that wait to be stepped and one that is being
  * read, and the answers of two WANTs, which come one at a time. A node that keeps to the protocol

@@ -2,9 +2,10 @@
  * Messages that are read and hashed while the loop waits for the disk. For the time of a commit the
  * nodes' socket is this thread's: begin hands it over, end takes it back and waits until the thread
  * has let go, so that it is never used by two at once; a descriptor ends its wait for a message at
- * once. What was read is kept, at most one group's worth, and is stepped before anything newer. A
- * message that the thread found good is not hashed again by the core; one that is bad, or that it
- * had no time for, is the core's to judge.
+ * once. What was read is kept, SERVER_GROUP_STEPS messages and SERVER_FETCH_BYTES at most, and is
+ * stepped before anything newer: more than one group takes, so that the thread has work for as long
+ * as the disk has. A message that the thread found good is not hashed again by the core; one that
+ * is bad, or that it had no time for, is the core's to judge.
  */
 #include <errno.h>
 #include <signal.h>
@@ -31,17 +32,22 @@ struct server_fetch {
     bool ending;                                        /* under the lock */
     atomic_bool stop;
     /* The thread's while it is busy, else the loop's: */
-    fetched list[SERVER_GROUP_STEPS];
-    size_t n, next, released; /* list[released, n) have a message */
-    size_t bytes;             /* of all n */
+    fetched list[SERVER_GROUP_STEPS]; /* a ring */
+    size_t n, next, released;         /* so far: numbers [released, n) have a message */
+    size_t bytes;                     /* of [next, n) */
     sh_status status;
     sh_error err;
 };
 
+static fetched *at(server_fetch *f, size_t number)
+{
+    return &f->list[number % SERVER_GROUP_STEPS];
+}
+
 static void keep(server_fetch *f, const sh_net_event *event)
 {
     sh_msg msg;
-    fetched *one = &f->list[f->n++];
+    fetched *one = at(f, f->n++);
     one->event = *event;
     sh_net_server_keep(f->nodes, &one->event, &one->message);
     one->checked =
@@ -53,16 +59,15 @@ static void keep(server_fetch *f, const sh_net_event *event)
 static void release(server_fetch *f, size_t end)
 {
     for (; f->released < end; f->released++)
-        sh_net_message_release(&f->list[f->released].message);
+        sh_net_message_release(&at(f, f->released)->message);
 }
 
 static sh_status fetch(server_fetch *f)
 {
     sh_net_event event;
-    release(f, f->n);
-    f->n = f->next = f->released = f->bytes = 0;
-    while (!atomic_load(&f->stop) && f->n < SERVER_GROUP_STEPS &&
-           f->bytes < SERVER_GROUP_IN_BYTES) {
+    release(f, f->next);
+    while (!atomic_load(&f->stop) && f->n - f->next < SERVER_GROUP_STEPS &&
+           f->bytes < SERVER_FETCH_BYTES) {
         SH_TRY(sh_net_server_next(f->nodes, &event, &f->err));
         if (event.kind == SH_NET_MESSAGE) {
             keep(f, &event);
@@ -151,8 +156,6 @@ void server_fetch_destroy(server_fetch **fp)
 void server_fetch_begin(server_fetch *f)
 {
     uint64_t asked;
-    if (f->next < f->n) /* what was read before is not stepped yet */
-        return;
     (void)!read(f->stop_fd, &asked, sizeof asked);
     pthread_mutex_lock(&f->lock);
     atomic_store(&f->stop, false);
@@ -189,8 +192,9 @@ sh_status server_fetch_next(server_fetch *f, sh_net_event *event, bool *checked,
         return status;
     }
     while (f->next < f->n) {
-        const fetched *one = &f->list[f->next];
+        const fetched *one = at(f, f->next);
         release(f, f->next++);
+        f->bytes -= one->event.n;
         if (!sh_net_server_hears(f->nodes, &one->event))
             continue; /* dropped since */
         *event = one->event;

@@ -273,6 +273,24 @@ static void drop_others(sh_server *s, const sh_coord_actions *actions)
     }
 }
 
+/* A WANT that cannot be sent is tried again after the commit, which finds its peer gone. */
+static void send_early(sh_server *s, sh_coord_actions *actions)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < actions->n; i++) {
+        sh_coord_action *a = &actions->items[i];
+        if (a->kind == SH_COORD_SEND && a->early &&
+            sh_net_server_send(s->nodes, &a->node, a->message.data, a->message.len, NULL) ==
+                SH_OK) {
+            s->counters.messages_out++;
+            sh_buf_release(&a->message);
+        } else {
+            actions->items[n++] = *a;
+        }
+    }
+    actions->n = n;
+}
+
 static sh_status queue_actions(sh_server *s, sh_coord_actions *actions, sh_error *err)
 {
     if (sh_array_reserve((void **)&s->queued, &s->queued_cap, s->n_queued + actions->n,
@@ -359,6 +377,7 @@ bool server_step(sh_server *s, sh_coord_event *event)
     }
     SH_GOTO(sh_coord_step(s->coord, event, s->txn, &actions, &err));
     drop_others(s, &actions);
+    send_early(s, &actions);
     SH_GOTO(queue_actions(s, &actions, &err));
     s->group_steps++;
     s->group_in += event->message.n;

@@ -25,9 +25,18 @@ void sgesdd_(const char *jobz, const int *m, const int *n, float *a, const int *
              float *u, const int *ldu, float *vt, const int *ldvt, float *work, const int *lwork,
              int *iwork, int *info, size_t jobz_length);
 
+/* Not in its header; a build without it keeps its threads. */
+int blas_thread_shutdown_(void) __attribute__((weak));
+
+/* OpenBLAS starts a thread for each other processor when it is loaded, which turns in a loop for a
+ * tenth of a second before it sleeps. Nobody gives them work here. */
 void sh_blas_init(void)
 {
+    if (openblas_get_num_threads() == 1)
+        return;
     openblas_set_num_threads(1);
+    if (blas_thread_shutdown_ != NULL)
+        (void)blas_thread_shutdown_();
 }
 
 const char *sh_blas_core(void)

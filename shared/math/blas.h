@@ -7,7 +7,7 @@
 
 #include "shared/base/status.h"
 
-/* Sets one BLAS thread; call once before any worker starts. */
+/* Sets one BLAS thread, and ends those that OpenBLAS has started; call before any worker starts. */
 void sh_blas_init(void);
 /* The core that OpenBLAS chose ("SkylakeX", "Haswell", …); part of every result hash. */
 const char *sh_blas_core(void);
