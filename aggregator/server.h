@@ -21,9 +21,8 @@
 
 #include "aggregator/settings.h"
 
-/* A transaction of messages. LMDB writes the chunks of one with one call: beyond a MiB those take
- * large folios, which on a virtual machine are often memory that the host took back (1 ms of CPU
- * more a MiB was seen). */
+/* A transaction of messages. LMDB writes the chunks of one with one call; on a virtual machine the
+ * kernel's copy of a call beyond a MiB was seen to take several times as long a byte. */
 #define SERVER_GROUP_STEPS     256u       /* messages stepped in it, at most */
 #define SERVER_GROUP_IN_BYTES  (1u << 20) /* of them */
 #define SERVER_GROUP_OUT_BYTES (8u << 20) /* answers that wait for the commit */

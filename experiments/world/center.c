@@ -169,7 +169,8 @@ static sh_status carry_out(world_part *p, sh_coord_action *actions, size_t n, sh
         c->hash = world_mix(c->hash, (uint64_t)a->kind << 56 ^ a->number ^ a->at_ms << 8);
         switch (a->kind) {
         case SH_COORD_SEND:
-            SH_GOTO(send(p, a, err));
+            if (!a->early) /* gone already */
+                SH_GOTO(send(p, a, err));
             break;
         case SH_COORD_SET_TIMER:
             SH_GOTO(push(p,
@@ -287,6 +288,20 @@ static sh_status queue_actions(world_center *c, sh_error *err)
     return SH_OK;
 }
 
+/* What the core lets go before the commit. The oracle sees it with its step. */
+static sh_status send_early(world_part *p, size_t first, sh_error *err)
+{
+    world_center *c = p->w->center;
+    for (size_t k = first; k < c->n_queued; k++) {
+        sh_coord_action early = c->queued[k];
+        if (early.kind != SH_COORD_SEND || !early.early)
+            continue;
+        SH_TRY(world_copy(&c->queued[k].message, &early.message, err));
+        SH_TRY(send(p, &early, err));
+    }
+    return SH_OK;
+}
+
 /* Commits the group; its steps are shown to the oracle, then what they ask for is done. */
 static sh_status commit(world_part *p, sh_error *err)
 {
@@ -355,6 +370,7 @@ static sh_status step(world_part *p, sh_coord_event *event, sh_buf *message, sh_
         return fall(p, why, &text, err);
     world_oracle_coord_stepped(w->oracle, event);
     SH_TRY(queue_actions(c, err));
+    SH_TRY(send_early(p, first, err));
     group_step *g = &c->steps[c->n_steps++];
     *g = (group_step){.event = *event, .first = first, .n = c->n_queued - first};
     if (message) {

@@ -114,7 +114,7 @@ static uint64_t sent_at(world_node *n, bool up, uint64_t now_ms, size_t bytes, u
     return *busy;
 }
 
-static sh_status copy_of(const sh_buf *message, sh_buf *copy, sh_error *err)
+sh_status world_copy(const sh_buf *message, sh_buf *copy, sh_error *err)
 {
     sh_buf_init(copy, SH_WIRE_MESSAGE_MAX);
     if (sh_buf_append(copy, message->data, message->len) != SH_OK)
@@ -151,7 +151,7 @@ static sh_status send_one(world_part *p, uint32_t i, sh_buf message, sh_error *e
     if (to.twice) {
         sim_event again = e;
         again.at_ms += to.twice_ms;
-        SH_TRY(copy_of(&message, &again.message, err));
+        SH_TRY(world_copy(&message, &again.message, err));
         SH_TRY(world_mail(p, again, err));
     }
     e.message = message;
@@ -228,7 +228,7 @@ sh_status world_arrive(world_part *p, sim_event *e, bool *now, sh_error *err)
         .target = e->target, .from = e->target, .kind = SIM_EV_DELIVER, .tag = e->tag | LATE};
     if (to.twice) {
         later.at_ms = sent + to.late_ms + to.twice_ms;
-        SH_TRY(copy_of(&e->message, &later.message, err));
+        SH_TRY(world_copy(&e->message, &later.message, err));
         SH_TRY(world_push(p, later, err));
     }
     if (sent + to.late_ms <= p->now_ms + QUICK_MS) {

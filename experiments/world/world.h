@@ -284,6 +284,7 @@ void world_node_release(world_node *n);
 SH_MUST_USE sh_status world_send_up(world_part *p, uint32_t i, sh_buf *message, sh_error *err);
 SH_MUST_USE sh_status world_send_down(world_part *p, const sh_hash *key, sh_buf *message,
                                       sh_error *err);
+SH_MUST_USE sh_status world_copy(const sh_buf *message, sh_buf *copy, sh_error *err);
 /* What becomes of a message that has come to the node's end of the link: *now, it is delivered. */
 SH_MUST_USE sh_status world_arrive(world_part *p, sim_event *event, bool *now, sh_error *err);
 
