@@ -126,6 +126,10 @@ static void print_json(const world_options *o, const world_summary *s)
     sh_json_set(j, "simulated_seconds", sh_json_number(s->simulated_seconds));
     sh_json_set(j, "wall_seconds", sh_json_number(s->wall_seconds));
     sh_json_set(j, "rss_bytes_per_node", sh_json_number(s->rss_bytes_per_node));
+    sh_json_set(j, "resting_bytes_per_node",
+                o->seeds == 1 ? sh_json_number((double)s->first.resting_bytes /
+                                               (double)SH_MAX(s->first.nodes, (uint64_t)1))
+                              : json_null());
     for (int k = 0; k < WORLD_FAULT_KINDS; k++)
         sh_json_set(faults, world_fault_name((world_fault_kind)k), sh_json_uint(c->faults[k]));
     sh_json_set(j, "faults", faults);

@@ -3,6 +3,7 @@
  * from one of the oracle's joins to the next, until the days are over; then the fleet gets time to
  * come to rest.
  */
+#include <malloc.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -664,6 +665,19 @@ static void fill_result(world *w, world_result *out)
     out->coord_version = core ? sh_coord_get_status(core).version : 0;
 }
 
+/* What the nodes take, with their stores, now that they rest: the memory that is the machine's
+ * again once they are gone. */
+static uint64_t weigh_nodes(world *w)
+{
+    (void)malloc_trim(0);
+    uint64_t with = sh_memory_now().resident;
+    for (uint32_t i = 0; i < w->n_nodes + w->n_clones; i++)
+        world_node_release(&w->nodes[i]);
+    (void)malloc_trim(0);
+    uint64_t without = sh_memory_now().resident;
+    return with > without ? with - without : 0;
+}
+
 sh_status world_run(const world_options *options, const world_fleet *fleet, world_script *script,
                     uint32_t threads, world_result *out, sh_error *err)
 {
@@ -688,6 +702,8 @@ sh_status world_run(const world_options *options, const world_fleet *fleet, worl
     SH_GOTO(run_days(w, team, err));
     out->rss_peak = sh_memory_now().peak;
     fill_result(w, out);
+    if (options->seeds == 1) /* else other seeds take and give memory meanwhile */
+        out->resting_bytes = weigh_nodes(w);
 cleanup:
     world_team_destroy(&team);
     destroy(w);

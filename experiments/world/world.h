@@ -211,7 +211,7 @@ typedef struct {
     world_counts counts;
     world_oracle_counts oracle;
     uint64_t nodes, days, coord_version, store_bytes_node_max;
-    uint64_t rss_before, rss_peak;
+    uint64_t rss_before, rss_peak, resting_bytes;
     size_t n_kept;
     world_violation kept[8];
 } world_result;

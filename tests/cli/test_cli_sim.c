@@ -277,7 +277,7 @@ static void test_faults(void **state)
         expect_json(RUN("faults", "--nodes", "3", "--days", "1", "--faults", "off", "--json"), 0);
     static const char *const keys[] = {
         "seeds_run",         "violations",   "first_failing_seed", "result_hash",
-        "simulated_seconds", "wall_seconds", "rss_bytes_per_node"};
+        "simulated_seconds", "wall_seconds", "rss_bytes_per_node", "resting_bytes_per_node"};
     for (size_t i = 0; i < SH_COUNT(keys); i++)
         if (!json_object_get(a, keys[i]))
             fail_msg("no %s", keys[i]);
