@@ -313,7 +313,7 @@ static sh_status commit(world_part *p, sh_error *err)
         return SH_OK;
     if (SH_CANARY(ACK_BEFORE_COMMIT))
         for (size_t k = 0; k < c->n_queued; k++)
-            if (c->queued[k].kind == SH_COORD_SEND)
+            if (c->queued[k].kind == SH_COORD_SEND && !c->queued[k].early)
                 SH_TRY(send(p, &c->queued[k], err));
     status = sh_txn_commit(&c->txn, &text);
     if (status == SH_OK && !SH_CANARY(NO_SYNC))
@@ -423,6 +423,7 @@ cleanup:
     }
     world_oracle_coord_boot(w->oracle, p->now_ms, c->core, c->store);
     SH_TRY(queue_actions(c, err));
+    SH_TRY(send_early(p, 0, err));
     sh_coord_action *queued = c->queued;
     size_t n = c->n_queued;
     c->queued = NULL;

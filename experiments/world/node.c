@@ -296,9 +296,10 @@ static sh_status end_job(world_part *p, uint32_t i, world_job *job, sh_error *er
         end_install(p, i, job);
     if (job->job.kind == SH_JOB_SMOKE && !n->files[job->job.slot].there)
         job->status = SH_ERR_CORRUPT;
-    if (job->job.kind == SH_JOB_EVALUATE && n->core) {
-        SH_GOTO(sh_txn_begin(n->store, SH_TXN_READ, &txn, err));
-        SH_GOTO(sh_node_each_feedback(txn, count_targets, &job->targets, err));
+    if (job->job.kind == SH_JOB_EVALUATE && job->status == SH_OK && n->core) {
+        job->status = sh_txn_begin(n->store, SH_TXN_READ, &txn, NULL); /* the step says why */
+        if (job->status == SH_OK)
+            SH_GOTO(sh_node_each_feedback(txn, count_targets, &job->targets, err));
         sh_txn_abort(&txn);
     }
     SH_GOTO(world_learn(w, i, job, &bytes, &e.result, err));

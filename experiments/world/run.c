@@ -332,7 +332,8 @@ static sh_status schedule(world *w, uint64_t from_ms, uint64_t until_ms, sh_erro
         uint64_t clone_at = f->kind == WORLD_CLONE ? w->n_nodes + clones++ : 0;
         uint32_t first = f->target, n = f->target < w->n_nodes ? 1 : 0;
         bool aggregator = f->target == WORLD_AGGREGATOR || f->kind == WORLD_CRASH_AGGREGATOR;
-        if (f->at_ms >= w->end_ms)
+        bool begins = f->at_ms >= from_ms && f->at_ms < until_ms;
+        if (f->at_ms >= w->end_ms || (!begins && f->kind != WORLD_RESTORE))
             continue;
         if (aggregator && !world_fault_is_link(f->kind)) {
             first = center;

@@ -361,6 +361,8 @@ static sh_status take_fault(scanner *s, const world_script *script, world_fault 
         return bad(s, "a kind of fault", err);
     f->kind = (world_fault_kind)kind;
     SH_TRY(take_target(s, script->nodes, &f->target, err));
+    if (f->kind == WORLD_CLONE && f->target >= script->nodes)
+        return bad(s, "one node to clone", err);
     SH_TRY(take_word(s, "rate", err));
     char *end = NULL;
     f->rate = strtod(take(s), &end);

@@ -34,7 +34,8 @@ SH_MUST_USE static inline sh_status sh_buf_append(sh_buf *buf, const void *bytes
 }
 SH_MUST_USE sh_status sh_buf_printf(sh_buf *buf, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
-/* Makes room for n more bytes and returns where they go (len is not moved), NULL on error. */
+/* Makes room for n more bytes and returns where they go (len is not moved), NULL on error. What
+ * lies behind len is lost when the buffer grows again. */
 void *sh_buf_reserve(sh_buf *buf, size_t n);
 
 /* Zeroed array of n items, NULL when n * size overflows or memory is out. Free with free(). */

@@ -129,6 +129,7 @@ static void test_bad_texts(void **state)
         {HEAD "at 1 for 2 flood node 1 rate 0 number 0\n", "line 3: a kind of fault expected"},
         {HEAD "at 1 for 2 drop node 3 rate 0 number 0\n", "line 3: a number in its range"},
         {HEAD "at 1 for 2 drop nobody rate 0 number 0\n", "'node', 'all' or 'aggregator'"},
+        {HEAD "at 1 for 2 clone all rate 0 number 0\n", "line 3: one node to clone expected"},
         {HEAD "at 1 for 2 drop node 1 rate 2 number 0\n", "a rate from -1 to 1"},
         {HEAD "at 1 for 2 drop node 1 rate nan number 0\n", "a rate from -1 to 1"},
         {HEAD "at 1 for 2 drop node 1 rate 0 number 0 0\n", "the end of the line"},
