@@ -14,6 +14,7 @@
 #include <stdlib.h>
 
 #include "experiments/world/world.h"
+#include "shared/base/relax.h"
 
 #define SPINS      2000u /* for a change: some ten microseconds */
 #define LOCK_SPINS 200u
@@ -52,22 +53,13 @@ struct world_team {
 
 _Static_assert(WORLD_SHARDS <= 64, "a shard is a bit");
 
-static void relax(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("isb" ::: "memory");
-#endif
-}
-
 /* It is held for less time than it takes to sleep. */
 static void lock(world_team *t)
 {
     for (uint32_t k = 0; k < LOCK_SPINS; k++) {
         if (pthread_mutex_trylock(&t->lock) == 0)
             return;
-        relax();
+        sh_relax();
     }
     pthread_mutex_lock(&t->lock);
 }
@@ -162,7 +154,7 @@ static void wait_for_change(world_team *t)
     uint32_t seen = atomic_load(&t->changes);
     pthread_mutex_unlock(&t->lock);
     for (uint32_t k = 0; k < SPINS && atomic_load(&t->changes) == seen; k++)
-        relax();
+        sh_relax();
     lock(t);
     t->asleep++;
     while (atomic_load(&t->changes) == seen)

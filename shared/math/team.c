@@ -15,6 +15,7 @@
 #include <time.h>
 
 #include "shared/base/buf.h"
+#include "shared/base/relax.h"
 
 #define LINE_BYTES 64
 /* Looks at the round before the clock is looked at. A member that spins does not yield: on a busy
@@ -43,15 +44,6 @@ struct sh_team {
     worker *workers;
 };
 
-static void relax(void)
-{
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("isb" ::: "memory");
-#endif
-}
-
 static uint64_t now_us(void)
 {
     struct timespec t;
@@ -70,7 +62,7 @@ static bool spin(const sh_team *team, unsigned round)
     for (unsigned i = 0; !team->crowded && i < SPINS_A_CLOCK; i++) {
         if (has_changed(team, round))
             return true;
-        relax();
+        sh_relax();
     }
     const uint64_t start = now_us();
     for (uint64_t passed = 0; passed < SH_TEAM_SPIN_US; passed = now_us() - start) {
@@ -79,7 +71,7 @@ static bool spin(const sh_team *team, unsigned round)
         for (unsigned i = 0; i < (team->crowded ? 1 : SPINS_A_CLOCK); i++) {
             if (has_changed(team, round))
                 return true;
-            relax();
+            sh_relax();
         }
     }
     return false;

@@ -119,30 +119,27 @@ mem_row *mem_tree_next(mem_path *path)
     return row_at(path);
 }
 
-mem_row *mem_tree_first(const mem_table *table, mem_path *path)
+static mem_row *edge(const mem_table *table, mem_path *path, bool last)
 {
     mem_page *page = table->root;
     path->depth = table->depth;
     for (uint32_t l = 0; l < table->depth; l++) {
         path->page[l] = page;
-        path->at[l] = 0;
-        if (l + 1 < table->depth)
-            page = children(page)[0];
-    }
-    return row_at(path);
-}
-
-mem_row *mem_tree_last(const mem_table *table, mem_path *path)
-{
-    mem_page *page = table->root;
-    path->depth = table->depth;
-    for (uint32_t l = 0; l < table->depth; l++) {
-        path->page[l] = page;
-        path->at[l] = page->n - 1;
+        path->at[l] = last ? page->n - 1 : 0;
         if (l + 1 < table->depth)
             page = children(page)[path->at[l]];
     }
     return row_at(path);
+}
+
+mem_row *mem_tree_first(const mem_table *table, mem_path *path)
+{
+    return edge(table, path, false);
+}
+
+mem_row *mem_tree_last(const mem_table *table, mem_path *path)
+{
+    return edge(table, path, true);
 }
 
 mem_row *mem_tree_found(const mem_path *path, sh_slice key)
