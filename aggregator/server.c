@@ -408,7 +408,7 @@ sh_status sh_server_run(sh_server *s, sh_error *err)
                                   .n_clients = s->parent != NULL && s->coord != NULL,
                                   .fds = fds,
                                   .n_fds = SH_COUNT(fds),
-                                  .timeout_ms = server_fetch_has(s->fetch) ? 0 : wait_ms(s)};
+                                  .timeout_ms = server_fetch_ahead(s->fetch) > 0 ? 0 : wait_ms(s)};
         SH_TRY(sh_net_wait(&waiting, err));
         serve_signals(s);
         serve_worker(s);

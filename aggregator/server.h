@@ -21,13 +21,15 @@
 
 #include "aggregator/settings.h"
 
-/* A transaction of messages. LMDB writes the chunks of one with one call; on a virtual machine the
- * kernel's copy of a call beyond a MiB was seen to take several times as long a byte. */
-#define SERVER_GROUP_STEPS     256u       /* messages stepped in it, at most */
-#define SERVER_GROUP_IN_BYTES  (1u << 20) /* of them */
-#define SERVER_GROUP_OUT_BYTES (8u << 20) /* answers that wait for the commit */
-#define SERVER_GROUP_MS        20u        /* from the first step to the commit */
-#define SERVER_FETCH_BYTES     (4u << 20) /* read and hashed meanwhile, for the groups to come */
+/* A transaction of messages. LMDB writes the chunks of one with one call, which is to stay below
+ * 2 MiB: from there on Linux looks for huge pages to copy it to, which a virtual machine was seen
+ * to take up to 10 ms for. */
+#define SERVER_GROUP_STEPS       256u       /* messages stepped in it, at most */
+#define SERVER_GROUP_IN_BYTES    (1u << 20) /* of them */
+#define SERVER_GROUP_AHEAD_BYTES (7u << 18) /* in its place while there are some read ahead */
+#define SERVER_GROUP_OUT_BYTES   (8u << 20) /* answers that wait for the commit */
+#define SERVER_GROUP_MS          20u        /* from the first step to the commit */
+#define SERVER_FETCH_BYTES       (4u << 20) /* read and hashed meanwhile, for groups to come */
 /* What one node can make the process hold, beside what libzmq needs for a connection (net.h):
  * SERVER_PEER_IN messages of SERVER_PEER_IN_BYTES that wait to be stepped and one that is being
  * read, and the answers of two WANTs, which come one at a time. A node that keeps to the protocol

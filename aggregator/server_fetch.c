@@ -2,10 +2,15 @@
  * Messages that are read and hashed while the loop waits for the disk. For the time of a commit the
  * nodes' socket is this thread's: begin hands it over, end takes it back and waits until the thread
  * has let go, so that it is never used by two at once; a descriptor ends its wait for a message at
- * once. What was read is kept, SERVER_GROUP_STEPS messages and SERVER_FETCH_BYTES at most, and is
- * stepped before anything newer: more than one group takes, so that the thread has work for as long
- * as the disk has. A message that the thread found good is not hashed again by the core; one that
- * is bad, or that it had no time for, is the core's to judge.
+ * once, and hashing needs no socket, so that nobody waits for that. What was read is kept,
+ * SERVER_GROUP_STEPS messages and SERVER_FETCH_BYTES at most, and is stepped before anything newer:
+ * more than one group takes, so that the thread has work for as long as the disk has. A message
+ * that the thread found good is not hashed again by the core; one that is bad is the core's to
+ * judge.
+ *
+ * Small messages go first: a check-in, or an ITEM whose node waits for the WANT, is not to stand
+ * behind megabytes of others' chunks. What one node sends keeps its order, and since the ring
+ * has no more places, fewer than SERVER_GROUP_STEPS messages overtake another.
  */
 #include <errno.h>
 #include <signal.h>
@@ -16,10 +21,13 @@
 
 #include "aggregator/server_internal.h"
 
+/* Of a message that goes first, at most: hardly any but a CHUNK has more. */
+#define SMALL_BYTES 16384u
+
 typedef struct {
     sh_net_event event;
     sh_net_message message;
-    bool checked;
+    bool checked, taken;
 } fetched;
 
 struct server_fetch {
@@ -27,16 +35,21 @@ struct server_fetch {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    int stop_fd;                                        /* readable: as `stop` */
-    enum { FETCH_IDLE, FETCH_ASKED, FETCH_BUSY } state; /* under the lock */
-    bool ending;                                        /* under the lock */
-    atomic_bool stop;
-    /* The thread's while it is busy, else the loop's: */
-    fetched list[SERVER_GROUP_STEPS]; /* a ring */
-    size_t n, next, released;         /* so far: numbers [released, n) have a message */
-    size_t bytes;                     /* of [next, n) */
+    int stop_fd; /* readable: the loop wants the socket back */
+    /* Under the lock: */
+    bool given;   /* the socket is the thread's */
+    bool reading; /* and it uses it */
+    bool ending;
+    size_t hashed; /* messages so far; at most one less than n */
+    /* The thread's while it reads, else the loop's: */
+    fetched list[SERVER_GROUP_STEPS]; /* a ring; numbers [next, n) are in it */
+    size_t n, next;
+    size_t ahead, bytes; /* of those that are not taken */
     sh_status status;
     sh_error err;
+    /* The loop's: */
+    size_t looked; /* no number below it may go first */
+    fetched *last; /* taken, and its message not yet released */
 };
 
 static fetched *at(server_fetch *f, size_t number)
@@ -44,44 +57,41 @@ static fetched *at(server_fetch *f, size_t number)
     return &f->list[number % SERVER_GROUP_STEPS];
 }
 
-static void keep(server_fetch *f, const sh_net_event *event)
+/* ---- the thread ---- */
+
+static bool has_room(const server_fetch *f)
 {
-    sh_msg msg;
-    fetched *one = at(f, f->n++);
-    one->event = *event;
-    sh_net_server_keep(f->nodes, &one->event, &one->message);
-    one->checked =
-        sh_msg_decode_checked(one->event.data, event->n, SH_CHECK_NAME, &msg, NULL) == SH_OK;
-    f->bytes += event->n;
+    return f->n - f->next < SERVER_GROUP_STEPS && f->bytes < SERVER_FETCH_BYTES;
 }
 
-/* Of messages before the one numbered end. */
-static void release(server_fetch *f, size_t end)
-{
-    for (; f->released < end; f->released++)
-        sh_net_message_release(&at(f, f->released)->message);
-}
-
-static sh_status fetch(server_fetch *f)
+/* One message, which *out then is, or a wait for one. */
+static sh_status read_one(server_fetch *f, fetched **out)
 {
     sh_net_event event;
-    release(f, f->next);
-    while (!atomic_load(&f->stop) && f->n - f->next < SERVER_GROUP_STEPS &&
-           f->bytes < SERVER_FETCH_BYTES) {
-        SH_TRY(sh_net_server_next(f->nodes, &event, &f->err));
-        if (event.kind == SH_NET_MESSAGE) {
-            keep(f, &event);
-        } else if (event.kind == SH_NET_NONE) {
-            struct pollfd stop = {.fd = f->stop_fd, .events = POLLIN};
-            SH_TRY(sh_net_wait(&(sh_net_waiting){.servers = &f->nodes,
-                                                 .n_servers = 1,
-                                                 .fds = &stop,
-                                                 .n_fds = 1,
-                                                 .timeout_ms = -1},
-                               &f->err));
-        }
+    *out = NULL;
+    SH_TRY(sh_net_server_next(f->nodes, &event, &f->err));
+    if (event.kind == SH_NET_MESSAGE) {
+        fetched *one = at(f, f->n++);
+        *one = (fetched){.event = event};
+        sh_net_server_keep(f->nodes, &one->event, &one->message);
+        f->ahead++;
+        f->bytes += event.n;
+        *out = one;
+    } else if (event.kind == SH_NET_NONE) {
+        struct pollfd stop = {.fd = f->stop_fd, .events = POLLIN};
+        SH_TRY(sh_net_wait(
+            &(sh_net_waiting){
+                .servers = &f->nodes, .n_servers = 1, .fds = &stop, .n_fds = 1, .timeout_ms = -1},
+            &f->err));
     }
     return SH_OK;
+}
+
+static void check(fetched *one)
+{
+    sh_msg msg;
+    one->checked =
+        sh_msg_decode_checked(one->event.data, one->event.n, SH_CHECK_NAME, &msg, NULL) == SH_OK;
 }
 
 static void *run(void *arg)
@@ -89,16 +99,24 @@ static void *run(void *arg)
     server_fetch *f = arg;
     pthread_mutex_lock(&f->lock);
     for (;;) {
-        while (!f->ending && f->state != FETCH_ASKED)
+        fetched *one = NULL;
+        while (!f->ending && !(f->given && f->status == SH_OK && has_room(f)))
             pthread_cond_wait(&f->changed, &f->lock);
         if (f->ending)
             break;
-        f->state = FETCH_BUSY;
+        f->reading = true;
         pthread_mutex_unlock(&f->lock);
-        sh_status status = fetch(f);
+        sh_status status = read_one(f, &one);
         pthread_mutex_lock(&f->lock);
         f->status = status;
-        f->state = FETCH_IDLE;
+        f->reading = false;
+        pthread_cond_broadcast(&f->changed);
+        if (one == NULL)
+            continue;
+        pthread_mutex_unlock(&f->lock);
+        check(one);
+        pthread_mutex_lock(&f->lock);
+        f->hashed++;
         pthread_cond_broadcast(&f->changed);
     }
     pthread_mutex_unlock(&f->lock);
@@ -135,6 +153,14 @@ sh_status server_fetch_create(sh_net_server *nodes, server_fetch **out, sh_error
     return SH_OK;
 }
 
+/* What was taken last is stepped. */
+static void release(server_fetch *f)
+{
+    if (f->last != NULL)
+        sh_net_message_release(&f->last->message);
+    f->last = NULL;
+}
+
 void server_fetch_destroy(server_fetch **fp)
 {
     server_fetch *f = *fp;
@@ -147,7 +173,10 @@ void server_fetch_destroy(server_fetch **fp)
     pthread_join(f->thread, NULL);
     pthread_cond_destroy(&f->changed);
     pthread_mutex_destroy(&f->lock);
-    release(f, f->n);
+    release(f);
+    for (; f->next < f->n; f->next++)
+        if (!at(f, f->next)->taken)
+            sh_net_message_release(&at(f, f->next)->message);
     close(f->stop_fd);
     free(f);
     *fp = NULL;
@@ -157,9 +186,9 @@ void server_fetch_begin(server_fetch *f)
 {
     uint64_t asked;
     (void)!read(f->stop_fd, &asked, sizeof asked);
+    release(f);
     pthread_mutex_lock(&f->lock);
-    atomic_store(&f->stop, false);
-    f->state = FETCH_ASKED;
+    f->given = true;
     pthread_cond_broadcast(&f->changed);
     pthread_mutex_unlock(&f->lock);
 }
@@ -167,24 +196,60 @@ void server_fetch_begin(server_fetch *f)
 void server_fetch_end(server_fetch *f)
 {
     const uint64_t one = 1;
-    atomic_store(&f->stop, true);
     pthread_mutex_lock(&f->lock);
-    if (f->state == FETCH_ASKED) /* it has not begun */
-        f->state = FETCH_IDLE;
-    if (f->state == FETCH_BUSY)
+    f->given = false;
+    if (f->reading)
         (void)!write(f->stop_fd, &one, sizeof one);
-    while (f->state == FETCH_BUSY)
+    while (f->reading)
         pthread_cond_wait(&f->changed, &f->lock);
     pthread_mutex_unlock(&f->lock);
 }
 
-bool server_fetch_has(const server_fetch *f)
+size_t server_fetch_ahead(const server_fetch *f)
 {
-    return f->next < f->n;
+    return f->ahead;
+}
+
+static bool is_first_of_its_node(server_fetch *f, size_t number)
+{
+    for (size_t i = f->next; i < number; i++)
+        if (!at(f, i)->taken && sh_hash_equal(&at(f, i)->event.key, &at(f, number)->event.key))
+            return false;
+    return true;
+}
+
+/* Which one of [next, end) is next: a small one that may go first, or the oldest. */
+static fetched *take(server_fetch *f, size_t end)
+{
+    size_t number = f->next;
+    for (f->looked = SH_MAX(f->looked, f->next); f->looked < end; f->looked++)
+        if (at(f, f->looked)->event.n <= SMALL_BYTES && is_first_of_its_node(f, f->looked)) {
+            number = f->looked++;
+            break;
+        }
+    fetched *one = at(f, number);
+    one->taken = true;
+    f->ahead--;
+    f->bytes -= one->event.n;
+    while (f->next < end && at(f, f->next)->taken)
+        f->next++;
+    return one;
+}
+
+/* Numbers below it are hashed, and there is one unless the ring is empty. */
+static size_t wait_hashed(server_fetch *f)
+{
+    pthread_mutex_lock(&f->lock);
+    while (f->hashed == f->next && f->next < f->n)
+        pthread_cond_wait(&f->changed, &f->lock);
+    size_t hashed = f->hashed;
+    pthread_mutex_unlock(&f->lock);
+    return hashed;
 }
 
 sh_status server_fetch_next(server_fetch *f, sh_net_event *event, bool *checked, sh_error *err)
 {
+    release(f);
     if (f->status != SH_OK) {
         sh_status status = f->status;
         *err = f->err;
@@ -192,14 +257,13 @@ sh_status server_fetch_next(server_fetch *f, sh_net_event *event, bool *checked,
         return status;
     }
     while (f->next < f->n) {
-        const fetched *one = at(f, f->next);
-        release(f, f->next++);
-        f->bytes -= one->event.n;
-        if (!sh_net_server_hears(f->nodes, &one->event))
-            continue; /* dropped since */
-        *event = one->event;
-        *checked = one->checked;
-        return SH_OK;
+        f->last = take(f, wait_hashed(f));
+        if (sh_net_server_hears(f->nodes, &f->last->event)) {
+            *event = f->last->event;
+            *checked = f->last->checked;
+            return SH_OK;
+        }
+        release(f); /* dropped since */
     }
     *checked = false;
     return sh_net_server_next(f->nodes, event, err);

@@ -119,7 +119,7 @@ void server_fetch_end(server_fetch *fetch);
 /* The next message: what was read meanwhile, then what the socket has. checked: see
  * sh_coord_event. */
 sh_status server_fetch_next(server_fetch *fetch, sh_net_event *event, bool *checked, sh_error *err);
-bool server_fetch_has(const server_fetch *fetch);
+size_t server_fetch_ahead(const server_fetch *fetch); /* messages that were read and wait */
 
 /* ---- server_view.c ---- */
 #define VIEW_RELEASES_MAX 40u

@@ -391,7 +391,8 @@ cleanup:
 
 bool server_group_full(const sh_server *s)
 {
-    return s->group_steps >= SERVER_GROUP_STEPS || s->group_in >= SERVER_GROUP_IN_BYTES ||
+    size_t in = server_fetch_ahead(s->fetch) > 0 ? SERVER_GROUP_AHEAD_BYTES : SERVER_GROUP_IN_BYTES;
+    return s->group_steps >= SERVER_GROUP_STEPS || s->group_in >= in ||
            s->group_out >= SERVER_GROUP_OUT_BYTES ||
            sh_clock_mono_ms() - s->group_since_ms >= SERVER_GROUP_MS;
 }
