@@ -22,8 +22,8 @@
 #include "aggregator/settings.h"
 
 /* A transaction of messages. LMDB writes the chunks of one with one call, which is to stay below
- * 2 MiB: from there on Linux looks for huge pages to copy it to, which a virtual machine was seen
- * to take up to 10 ms for. */
+ * 2 MiB: on a virtual machine calls from there on were seen to take up to 14 ms, ten times as long
+ * a byte as smaller ones (likely for huge pages, which the kernel then looks for). */
 #define SERVER_GROUP_STEPS       256u       /* messages stepped in it, at most */
 #define SERVER_GROUP_IN_BYTES    (1u << 20) /* of them */
 #define SERVER_GROUP_AHEAD_BYTES (7u << 18) /* in its place while there are some read ahead */
