@@ -8,11 +8,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include <cmocka.h>
 
 #include "tests/aggregator/rig.h"
+#include "tests/store/util.h"
 
 #define EPOCH 77
 #define NODES 4
@@ -110,29 +110,17 @@ static void test_a_crash_between_any_two_steps(void **state)
         }
 }
 
-static void remove_store(const char *dir)
-{
-    static const char *const names[] = {"data.mdb", "lock.mdb"};
-    char path[256];
-    for (size_t i = 0; i < SH_COUNT(names); i++) {
-        (void)snprintf(path, sizeof path, "%s/%s", dir, names[i]);
-        (void)unlink(path);
-    }
-    (void)rmdir(dir);
-}
-
 /* The same over LMDB, whose slices do not survive a write and whose values are unaligned. */
 static void test_the_round_over_lmdb(void **state)
 {
     (void)state;
     const size_t at[] = {0, 9, 14, 23, 30};
     for (size_t i = 0; i < SH_COUNT(at); i++) {
-        char dir[] = "/tmp/shoal-coordinator-XXXXXX";
-        assert_non_null(mkdtemp(dir));
-        rig *r = setup(dir);
+        temp_dir dir = temp_dir_make();
+        rig *r = setup(dir.path);
         (void)run_round(r, at[i], RIG_CRASH_AFTER);
         finish(r);
-        remove_store(dir);
+        temp_dir_remove(&dir);
     }
 }
 

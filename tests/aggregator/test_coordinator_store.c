@@ -7,13 +7,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include <cmocka.h>
 
 #include "edge-node/node.h"
 #include "tests/aggregator/rig.h"
 #include "tests/store/dump.h"
+#include "tests/store/util.h"
 
 #define EPOCH  77
 #define NOW_MS UINT64_C(1790000000000) /* 2026 */
@@ -159,28 +159,16 @@ static void expect_v1_life(rig *r)
     assert_int_equal(release.canary_nodes, 0);
 }
 
-static void remove_store(const char *dir)
-{
-    static const char *const names[] = {"data.mdb", "lock.mdb"};
-    char path[256];
-    for (size_t i = 0; i < SH_COUNT(names); i++) {
-        (void)snprintf(path, sizeof path, "%s/%s", dir, names[i]);
-        (void)unlink(path);
-    }
-    (void)rmdir(dir);
-}
-
 static void test_a_store_of_version_1_goes_on(void **state)
 {
     (void)state;
-    char dir[] = "/tmp/shoal-coordinator-XXXXXX";
-    assert_non_null(mkdtemp(dir));
+    temp_dir dir = temp_dir_make();
     rig *r = calloc(1, sizeof *r);
     sh_coord_actions *actions = calloc(1, sizeof *actions);
     sh_error err = {0};
     assert_non_null(r);
     assert_non_null(actions);
-    load(r, dir, SHOAL_SOURCE_DIR "/tests/aggregator/store-v1.txt");
+    load(r, dir.path, SHOAL_SOURCE_DIR "/tests/aggregator/store-v1.txt");
     uint64_t audited = audit_length(r->store); /* readers take it as it is */
     assert_int_equal(audited, 11);
     if (create(r, actions, &err) != SH_OK)
@@ -219,7 +207,7 @@ static void test_a_store_of_version_1_goes_on(void **state)
     free(r->job.inputs);
     free(actions);
     free(r);
-    remove_store(dir);
+    temp_dir_remove(&dir);
 }
 
 /* store-v2.txt: dumped by version 2. Six nodes, node 0 with a name, node 3 with three stores, node
@@ -255,14 +243,13 @@ static bool renews(rig *r, unsigned node, uint64_t epoch, const char *leases)
 static void test_a_store_of_version_2_goes_on(void **state)
 {
     (void)state;
-    char dir[] = "/tmp/shoal-coordinator-XXXXXX";
-    assert_non_null(mkdtemp(dir));
+    temp_dir dir = temp_dir_make();
     rig *r = calloc(1, sizeof *r);
     sh_coord_actions *actions = calloc(1, sizeof *actions);
     sh_error err = {0};
     assert_non_null(r);
     assert_non_null(actions);
-    load(r, dir, SHOAL_SOURCE_DIR "/tests/aggregator/store-v2.txt");
+    load(r, dir.path, SHOAL_SOURCE_DIR "/tests/aggregator/store-v2.txt");
     uint64_t audited = audit_length(r->store);
     assert_int_equal(node_of(r, 3).n_epochs, 3); /* readers take it as it is */
     for (int i = 0; i < 2; i++) {                /* the second time there is nothing to migrate */
@@ -297,7 +284,7 @@ static void test_a_store_of_version_2_goes_on(void **state)
     free(r->job.inputs);
     free(actions);
     free(r);
-    remove_store(dir);
+    temp_dir_remove(&dir);
 }
 
 static void put_schema(rig *r, const void *bytes, size_t n)
