@@ -8,9 +8,10 @@
  * that the thread found good is not hashed again by the core; one that is bad is the core's to
  * judge.
  *
- * Small messages go first: a check-in, or an ITEM whose node waits for the WANT, is not to stand
- * behind megabytes of others' chunks. What one node sends keeps its order, and since the ring
- * has no more places, fewer than SERVER_GROUP_STEPS messages overtake another.
+ * Small ITEMs go first: an update's node waits for the WANT, and that is not to stand behind
+ * megabytes of others' chunks. Not so check-ins: a node that floods would take the rate that all
+ * share from those that do not. What one node sends keeps its order, and since the ring has no more
+ * places, fewer than SERVER_GROUP_STEPS messages overtake another.
  */
 #include <errno.h>
 #include <signal.h>
@@ -21,13 +22,13 @@
 
 #include "aggregator/server_internal.h"
 
-/* Of a message that goes first, at most: hardly any but a CHUNK has more. */
-#define SMALL_BYTES 16384u
+#define SMALL_BYTES 16384u /* of an ITEM that goes first, at most */
 
 typedef struct {
     sh_net_event event;
     sh_net_message message;
     bool checked, taken;
+    bool first; /* may go before others */
 } fetched;
 
 struct server_fetch {
@@ -92,6 +93,7 @@ static void check(fetched *one)
     sh_msg msg;
     one->checked =
         sh_msg_decode_checked(one->event.data, one->event.n, SH_CHECK_NAME, &msg, NULL) == SH_OK;
+    one->first = one->checked && msg.type == SH_MSG_ITEM && one->event.n <= SMALL_BYTES;
 }
 
 static void *run(void *arg)
@@ -218,12 +220,12 @@ static bool is_first_of_its_node(server_fetch *f, size_t number)
     return true;
 }
 
-/* Which one of [next, end) is next: a small one that may go first, or the oldest. */
+/* Which one of [next, end) is next: an ITEM that may go first, or the oldest. */
 static fetched *take(server_fetch *f, size_t end)
 {
     size_t number = f->next;
     for (f->looked = SH_MAX(f->looked, f->next); f->looked < end; f->looked++)
-        if (at(f, f->looked)->event.n <= SMALL_BYTES && is_first_of_its_node(f, f->looked)) {
+        if (at(f, f->looked)->first && is_first_of_its_node(f, f->looked)) {
             number = f->looked++;
             break;
         }
